@@ -1,0 +1,36 @@
+"""Transfer learning inside scikit-learn: images in, columns out.
+
+Public names are loaded when they are first used, so that ``import sktransfer``
+imports neither torch nor torchvision nor skorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sktransfer._version import __version__
+
+if TYPE_CHECKING:
+    from sktransfer._backbones import load_backbone
+    from sktransfer._catalog import list_backbones
+    from sktransfer._extractor import PretrainedFeatureExtractor
+
+# Public name -> the module that defines it.
+_HOMES = {
+    "PretrainedFeatureExtractor": "sktransfer._extractor",
+    "list_backbones": "sktransfer._catalog",
+    "load_backbone": "sktransfer._backbones",
+}
+
+__all__ = ["PretrainedFeatureExtractor", "__version__", "list_backbones", "load_backbone"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sktransfer' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
