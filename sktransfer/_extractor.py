@@ -1,0 +1,389 @@
+"""PretrainedFeatureExtractor: images in, columns out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
+
+from sktransfer._cache import as_store
+from sktransfer._validation import (
+    CallbackSupportMixin,
+    FitProgress,
+    check_images,
+    check_names_in,
+    keep_index,
+    with_callbacks,
+)
+
+if TYPE_CHECKING:
+    from sktransfer._inference import BadRow
+
+_N_REPORTED = 10
+
+
+class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEstimator):
+    """Turn images into the columns that a pre-trained network sees in them.
+
+    The network's classification head is cut off and what would have entered it, or the
+    pooled output of inner stages, becomes one row per image. The network is frozen: it
+    runs in evaluation mode and nothing of it is trained, so a row depends on its image
+    alone, not on the batch, the fold or the process. Each image therefore goes through
+    the network once; clones, folds and candidates of a grid search find the row again in
+    a store (see `memory`).
+
+    Read more in the :ref:`User Guide <feature_extraction>`.
+
+    Parameters
+    ----------
+    backbone : str, torch.nn.Module or callable, default="builtin"
+        The network: the name of a torchvision classification builder (``"resnet50"``),
+        ``"timm:NAME"`` (needs the extra ``timm``), ``"builtin"`` (small, its weights ship
+        with the package and need no network connection), an ``nn.Module``, or a callable
+        without arguments that returns one. :func:`list_backbones` lists the names.
+
+    weights : str, Path or None, default="DEFAULT"
+        The name of torchvision's weights (``"IMAGENET1K_V2"``), a local ``.pt``, ``.pth``
+        or ``.safetensors`` file, or ``None`` for random ones: the twin from scratch that
+        transfer is compared with.
+
+    layer : str, list of str or None, default=None
+        What becomes columns. ``None``: what enters the classification head. A stage or
+        node name (``"layer3"``): its pooled output, low-level features from lower stages.
+        A list: their pooled outputs, joined.
+
+    pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
+        How a map of features becomes a row. ``"auto"`` is what the network itself does.
+
+    preprocessing : "auto", dict or callable, default="auto"
+        ``"auto"``: what the weights were trained with. A dict overrides parts of it
+        (``size``, ``crop``, ``mean``, ``std``, ``interpolation``, ``fast_decode``). A
+        callable takes the uint8 H×W×3 array and returns a float 3×H×W array.
+
+    image_shape : tuple of int or None, default=None
+        The shape of one image, ``(height, width)`` or ``(height, width, channels)``, for
+        flat numeric rows as :func:`sklearn.datasets.load_digits` gives them. One entry may
+        be -1. Values are read as 0…1; see Notes for others.
+
+    batch_size : int or "auto", default="auto"
+        Images sent through the network at once. It changes speed and memory, not results.
+        Halved, with a warning, as often as the device runs out of memory.
+
+    device : str, default="auto"
+        ``"auto"``: ``"cuda"``, then ``"mps"``, then ``"cpu"``; or any torch device.
+
+    precision : {"float32", "bfloat16", "float16"}, default="float32"
+        What the network computes in. The columns are float32 always.
+
+    n_jobs : int or None, default=None
+        Threads for decoding and, on a CPU, for the network. ``None`` and -1 mean as many
+        as torch uses in this process. Under a joblib backend of a cluster (dask, ray,
+        spark) the images are dealt out to its workers.
+
+    memory : str, Path, joblib.Memory, False or None, default=None
+        Where embeddings are kept, one row per image. ``None``: in this process, within a
+        bound. A folder: on disk, for other processes and later runs. ``False``: nowhere.
+
+    keep_layers : list of str or None, default=None
+        Layers whose columns are put into the store in the same pass although they are not
+        asked for now: name here those that a grid search over `layer` will ask for, and
+        one pass through the network serves them all.
+
+    on_error : {"raise", "nan", "zero"}, default="raise"
+        What an unreadable or missing image does: an error that lists all of them once the
+        others are embedded and kept, a row of NaN (for
+        :class:`~sklearn.impute.SimpleImputer`), or a row of zeros.
+
+    verbose : int, default=0
+        1 shows a progress bar.
+
+    Attributes
+    ----------
+    backbone_ : Backbone
+        The frozen network, cut.
+
+    n_features_in_ : int
+        Number of image columns, or of pixel columns where `image_shape` is given.
+
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the columns seen in `fit`, where `X` has names.
+
+    n_features_out_ : int
+        Number of columns that `transform` returns.
+
+    bad_images_ : list of BadRow
+        The images that the last `transform` could not read: each has ``row``, ``label``
+        and ``reason``.
+
+    See Also
+    --------
+    list_backbones : What can be named as `backbone`.
+    load_backbone : The network behind a name.
+
+    Notes
+    -----
+    `X` may hold paths, URLs, encoded bytes, PIL images, arrays (H×W or H×W×C) or torch
+    tensors (C×H×W), as a list, array, Series or data frame with one or several image
+    columns; a 3-D or 4-D array; ``{"bytes": …, "path": …}`` cells of parquet image sets; or
+    flat numeric rows with `image_shape`. All give the same columns for the same picture.
+
+    Floating-point images are read as 0…1. An image whose values leave that range is read as
+    0…255 where they fit there, else stretched from its least to its largest value, and a
+    warning says so.
+
+    References
+    ----------
+    .. [1] J. Yosinski, J. Clune, Y. Bengio and H. Lipson. "How transferable are features in
+       deep neural networks?" NeurIPS 2014. https://arxiv.org/abs/1411.1792
+    .. [2] S. Kornblith, J. Shlens and Q. V. Le. "Do better ImageNet models transfer
+       better?" CVPR 2019. https://doi.org/10.1109/CVPR.2019.00277
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from sktransfer import PretrainedFeatureExtractor
+    >>> X, y = load_digits(n_class=3, return_X_y=True)
+    >>> model = make_pipeline(
+    ...     PretrainedFeatureExtractor(image_shape=(8, 8)),
+    ...     LogisticRegression(max_iter=1000),
+    ... )
+    >>> model.fit(X[:200] / 16, y[:200]).score(X[200:400] / 16, y[200:400]) > 0.9
+    True
+    """
+
+    _parameter_constraints: dict = {  # noqa: RUF012
+        "backbone": [str, HasMethods(["forward"]), callable],
+        "weights": [str, HasMethods(["__fspath__"]), None],
+        "layer": [str, "array-like", None],
+        "pooling": [StrOptions({"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"})],
+        "preprocessing": [StrOptions({"auto"}), dict, callable],
+        "image_shape": [tuple, list, None],
+        "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
+        "device": [str],
+        "precision": [StrOptions({"float32", "bfloat16", "float16"})],
+        "n_jobs": [Integral, None],
+        "memory": [str, HasMethods(["__fspath__"]), HasMethods(["cache"]), "boolean", None],
+        "keep_layers": ["array-like", None],
+        "on_error": [StrOptions({"raise", "nan", "zero"})],
+        "verbose": ["verbose"],
+    }
+
+    # The "?" of the HTML representation leads to the class's page.
+    _doc_link_module = "sktransfer"
+    _doc_link_template = (
+        "https://sktransfer.readthedocs.io/en/stable/api.html#sktransfer.{estimator_name}"
+    )
+
+    def __init__(
+        self,
+        backbone="builtin",
+        *,
+        weights="DEFAULT",
+        layer=None,
+        pooling="auto",
+        preprocessing="auto",
+        image_shape=None,
+        batch_size="auto",
+        device="auto",
+        precision="float32",
+        n_jobs=None,
+        memory=None,
+        keep_layers=None,
+        on_error="raise",
+        verbose=0,
+    ):
+        self.backbone = backbone
+        self.weights = weights
+        self.layer = layer
+        self.pooling = pooling
+        self.preprocessing = preprocessing
+        self.image_shape = image_shape
+        self.batch_size = batch_size
+        self.device = device
+        self.precision = precision
+        self.n_jobs = n_jobs
+        self.memory = memory
+        self.keep_layers = keep_layers
+        self.on_error = on_error
+        self.verbose = verbose
+
+    @with_callbacks
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y=None):
+        """Load the network and note the columns of `X`; no picture is decoded.
+
+        Parameters
+        ----------
+        X : list, array, Series or data frame of n_samples images
+            See the class's Notes.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        self : PretrainedFeatureExtractor
+        """
+        progress = FitProgress(self, X, y)
+        self._fit(X)
+        progress.done()
+        return self
+
+    @with_callbacks
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit_transform(self, X, y=None):
+        """Fit and transform, with scikit-learn's callbacks told of the progress.
+
+        Parameters
+        ----------
+        X : list, array, Series or data frame of n_samples images
+            See the class's Notes.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        columns : ndarray of shape (n_samples, n_features_out_), float32
+        """
+        images = self._fit(X)
+        progress = FitProgress(self, X, y, len(images) * images.n_columns)
+        columns = keep_index(self, self._embed(images, progress.advance), X)
+        progress.done()
+        return columns
+
+    def transform(self, X):
+        """Embed images.
+
+        Parameters
+        ----------
+        X : list, array, Series or data frame of n_samples images
+            The same columns as in `fit`; see the class's Notes.
+
+        Returns
+        -------
+        columns : ndarray of shape (n_samples, n_features_out_), float32
+            A data frame where ``set_output`` asks for one.
+
+        Raises
+        ------
+        ValueError
+            Images that cannot be read, with ``on_error="raise"``: all of them are found and
+            reported, and the rows of the others stay in the store.
+        """
+        check_is_fitted(self)
+        return keep_index(self, self._embed(check_images(self, X, reset=False)), X)
+
+    def get_feature_names_out(self, input_features=None):
+        """Return the names of the columns: ``<column>_<backbone>_007``.
+
+        Parameters
+        ----------
+        input_features : array-like of str or None, default=None
+            Names of the image columns; ``None``: `feature_names_in_`, where there are.
+
+        Returns
+        -------
+        names : ndarray of str objects of shape (n_features_out_,)
+            Where several layers are joined their names stand before the number.
+        """
+        check_is_fitted(self)
+        names = check_names_in(self, input_features)
+        n_columns = self._n_image_columns
+        if names is None or self.n_features_in_ != n_columns:  # pixel columns: one image
+            names = [f"x{j}" for j in range(n_columns)] if n_columns > 1 else [""]
+        joined = len(self._asked_groups()) > 1
+        out = []
+        for name in names:
+            for g in self._asked_groups():
+                layer, width = self.backbone_.feature_groups[g]
+                parts = [name, self.backbone_.short_name, layer if joined else ""]
+                prefix = "_".join(part for part in parts if part)
+                digits = max(3, len(str(width - 1)))
+                out += [f"{prefix}_{i:0{digits}d}" for i in range(width)]
+        return np.asarray(out, dtype=object)
+
+    def __sklearn_is_fitted__(self):
+        return "backbone_" in vars(self)
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.one_d_array = True
+        tags.input_tags.three_d_array = True
+        # With image_shape X is a table of numbers; without, it may well be paths.
+        tags.input_tags.string = self.image_shape is None
+        tags.input_tags.allow_nan = self.on_error != "raise"
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+    def _fit(self, X):
+        from sktransfer._backbones import load_backbone
+
+        images = check_images(self, X, reset=True)
+        layers = self._asked_layers()
+        kept = [] if self.keep_layers is None else list(self.keep_layers)
+        extra = [layer for layer in kept if layer not in layers]
+        self.backbone_ = load_backbone(
+            self.backbone,
+            weights=self.weights,
+            layer=[*layers, *extra] if extra else self.layer,
+            pooling=self.pooling,
+            preprocessing=self.preprocessing,
+        )
+        self._n_image_columns = images.n_columns
+        widths = [self.backbone_.feature_groups[g][1] for g in self._asked_groups()]
+        self.n_features_out_ = images.n_columns * sum(widths)
+        self.bad_images_: list[BadRow] = []
+        return images
+
+    def _asked_layers(self) -> list:
+        return [self.layer] if self.layer is None or isinstance(self.layer, str) else self.layer
+
+    def _asked_groups(self) -> range:
+        """Return which of the backbone's groups are columns; the rest is for the store."""
+        return range(len(self._asked_layers()))
+
+    def _embed(self, images, advance: Callable[[int], Any] | None = None) -> np.ndarray:
+        from sktransfer._inference import embed
+        from sktransfer._progress import progress_bar
+
+        columns = np.empty((len(images), self.n_features_out_), dtype=np.float32)
+        bad: list[BadRow] = []
+        with progress_bar(len(images) * images.n_columns, self.verbose, advance) as tick:
+            for j, block in enumerate(np.split(columns, images.n_columns, axis=1)):
+                bad += embed(
+                    images.column(j),
+                    self.backbone_,
+                    out=block,
+                    store=as_store(self.memory),
+                    batch_size=self.batch_size,
+                    device=self.device,
+                    precision=self.precision,
+                    n_jobs=self.n_jobs,
+                    groups=self._asked_groups(),
+                    progress=tick,
+                )
+        images.warn_of_assumptions()
+        self.bad_images_ = bad
+        if bad and self.on_error == "raise":
+            raise ValueError(_report(bad, len(images)))
+        if bad and self.on_error == "zero":
+            np.nan_to_num(columns, copy=False, nan=0.0)
+        return columns
+
+
+def _report(bad: list[BadRow], n_rows: int) -> str:
+    lines = [f"{len(bad)} of {n_rows} images could not be read:"]
+    lines += [f"  {row}" for row in bad[:_N_REPORTED]]
+    if len(bad) > _N_REPORTED:
+        lines.append(f"  … and {len(bad) - _N_REPORTED} more, all in bad_images_.")
+    lines.append(
+        "The others are embedded and kept, so nothing is lost: mend or drop these rows, or set "
+        'on_error="nan" or on_error="zero".'
+    )
+    return "\n".join(lines)

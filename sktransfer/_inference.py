@@ -1,0 +1,389 @@
+"""``embed``: the only inference loop.
+
+Per image: ask the store; what it does not hold is decoded, resized, batched, sent
+through the network and kept. On a CPU each worker thread carries whole batches from
+file to row with a share of the cores, so that decoding and network never wait for each
+other and no core spins at a barrier. On an accelerator the workers decode into pinned
+memory and the calling thread alone speaks to the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sktransfer._backbones import Backbone
+from sktransfer._images import BadImage, Images
+
+# Images whose store rows are looked up at once; their files are read again for decoding
+# soon after they were digested, so that the second reading finds them in memory.
+_CHUNK = 1024
+_CPU_BATCH, _ACCELERATOR_BATCH = 32, 256
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """An image that gave no embedding.
+
+    Attributes
+    ----------
+    row : int
+        Its row in ``X``, from 0.
+    label : str
+        The row and, where there is one, the column and the path.
+    reason : str
+        What is wrong with it.
+    """
+
+    row: int
+    label: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.label}: {self.reason}"
+
+
+def embed(
+    images: Images,
+    backbone: Backbone,
+    *,
+    out: np.ndarray,
+    store: Any = None,
+    batch_size: int | str = "auto",
+    device: str = "auto",
+    precision: str = "float32",
+    n_jobs: int | None = None,
+    groups: Sequence[int] | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> list[BadRow]:
+    """Embed one column of images into ``out``.
+
+    Parameters
+    ----------
+    images : Images of length n_samples
+    backbone : Backbone
+    out : ndarray of shape (n_samples, n_features), float32
+        Receives the rows; those of bad images become NaN.
+    store : store or None
+        Where rows are looked up and kept.
+    batch_size : int or "auto"
+    device : str
+        ``"auto"`` or a torch device.
+    precision : {"float32", "bfloat16", "float16"}
+    n_jobs : int or None
+        Threads; ``None`` and -1: as many as torch would use in this process.
+    groups : sequence of int or None
+        Which of ``backbone.feature_groups`` are returned, in order; the others are
+        computed in the same pass and go to the store alone. ``None``: all.
+    progress : callable or None
+        Called with the number of rows just finished.
+
+    Returns
+    -------
+    bad_rows : list of BadRow
+    """
+    groups = range(len(backbone.feature_groups)) if groups is None else groups
+    run = _Run(images, backbone, out, store, precision, list(groups), progress)
+    torch_device = resolve_device(device)
+    n_threads = _n_threads(n_jobs)
+    if torch_device.type == "cpu":
+        _run_on_cpu(run, batch_size, n_threads)
+    else:
+        _run_on_accelerator(run, batch_size, n_threads, torch_device)
+    run.copy_to_twins()
+    return sorted(run.bad, key=lambda bad: bad.row)
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device that ``device`` names; ``"auto"``: cuda, mps, then cpu."""
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        if torch.cuda._is_in_bad_fork():
+            warnings.warn(
+                "This process was forked from one that had already used CUDA, which CUDA "
+                "does not allow, so the CPU is used. Start workers with 'spawn' or joblib's "
+                "'loky' to use the GPU in them.",
+                UserWarning,
+                stacklevel=2,
+            )
+            return torch.device("cpu")
+        count = torch.cuda.device_count()
+        in_worker = multiprocessing.parent_process() is not None
+        # Workers of one pool have neighbouring process ids: deal the devices out by them.
+        return torch.device("cuda", os.getpid() % count if in_worker and count > 1 else 0)
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def _n_threads(n_jobs: int | None) -> int:
+    # torch's own number already respects the limits that joblib sets inside its workers.
+    available = torch.get_num_threads()
+    if n_jobs is None:
+        return available
+    return max(1, available + 1 + n_jobs) if n_jobs < 0 else n_jobs
+
+
+class _Run:
+    """What one call to `embed` has found, computed and still lacks."""
+
+    def __init__(self, images, backbone, rows, store, precision, groups, progress) -> None:
+        self.images, self.backbone, self.rows, self.store = images, backbone, rows, store
+        self.precision, self.groups = precision, groups
+        self.progress = progress or (lambda n: None)
+        self.fingerprints = [f"{f}-{precision}" for f in backbone.group_fingerprints]
+        self.bad: list[BadRow] = []
+        self._digests: dict[int, bytes] = {}  # of the rows that are computed
+        self._first: dict[bytes, int] = {}  # digest -> the row that is computed for it
+        self._twins: list[tuple[int, int]] = []  # (row, the row computed for the same image)
+
+    def missing(self, pool: ThreadPoolExecutor) -> Iterator[int]:
+        """Fill in what the store holds and yield the rows left to compute."""
+        for start in range(0, len(self.images), _CHUNK):
+            digests = self._digest(range(start, min(start + _CHUNK, len(self.images))), pool)
+            kept = self._look_up(list(digests.values()))
+            n_known = 0
+            for (i, digest), row in zip(digests.items(), kept, strict=True):
+                if row is not None:
+                    self.rows[i] = row
+                    n_known += 1
+                elif (first := self._first.setdefault(digest, i)) != i:
+                    self._twins.append((i, first))
+                    n_known += 1
+                else:
+                    self._digests[i] = digest
+                    yield i
+            self.progress(n_known)
+
+    def _digest(self, chunk: range, pool: ThreadPoolExecutor) -> dict[int, bytes]:
+        """Return the digest of each image, from the store's list of files where it knows."""
+        stats = [self.images.stat(i) for i in chunk]
+        digests: list[bytes | None] = [None] * len(stats)
+        on_disk = [k for k, stat in enumerate(stats) if stat is not None]
+        if self.store is not None and on_disk:
+            known = self.store.get_file_digests([stats[k] for k in on_disk])
+            for k, digest in zip(on_disk, known, strict=True):
+                digests[k] = digest
+        unknown = [k for k, digest in enumerate(digests) if digest is None]
+
+        def digest_one(k: int) -> bytes | BadImage:
+            try:
+                return self.images.digest(chunk[k])
+            except BadImage as error:
+                return error
+
+        for k, digest in zip(unknown, pool.map(digest_one, unknown), strict=True):
+            if isinstance(digest, BadImage):
+                self.fail(chunk[k], digest)
+            else:
+                digests[k] = digest
+        if self.store is not None:
+            fresh = [k for k in unknown if stats[k] is not None and digests[k] is not None]
+            self.store.put_file_digests([stats[k] for k in fresh], [digests[k] for k in fresh])
+        return {i: digest for i, digest in zip(chunk, digests, strict=True) if digest is not None}
+
+    def _look_up(self, digests: list[bytes]) -> list[np.ndarray | None]:
+        if self.store is None:
+            return [None] * len(digests)
+        parts = [
+            self.store.get_many(self.fingerprints[g], digests, self.backbone.feature_groups[g][1])
+            for g in self.groups
+        ]
+        return [
+            None if any(part is None for part in row) else np.concatenate(row)
+            for row in zip(*parts, strict=True)
+        ]
+
+    def decode(self, indices: Sequence[int], pinned: bool = False) -> tuple[list[int], Any]:
+        """Decode and resize images into one batch; bad ones are noted and left out."""
+        preprocessing = self.backbone.preprocessing
+        good: list[int] = []
+        batch = None
+        for i in indices:
+            try:
+                pixels = self.images.decode(i, min_size=preprocessing.min_size)
+            except BadImage as error:
+                self.fail(i, error)
+                continue
+            array = preprocessing.resize_crop(pixels)
+            if batch is None:
+                dtype = torch.uint8 if array.dtype == np.uint8 else torch.float32
+                batch = torch.empty((len(indices), *array.shape), dtype=dtype, pin_memory=pinned)
+                into = batch.numpy()
+            into[len(good)] = array
+            good.append(i)
+        if batch is None:
+            return [], None
+        batch = batch[: len(good)]
+        # H×W×3 pixels seen as 3×H×W are channels-last already: nothing is copied.
+        return good, batch.permute(0, 3, 1, 2) if batch.dtype == torch.uint8 else batch
+
+    def keep(self, indices: list[int], tensors: list[torch.Tensor]) -> None:
+        """Put a batch's rows into the output and the store."""
+        if not indices:
+            return
+        parts = [tensor.numpy() for tensor in tensors]
+        self.rows[indices] = np.concatenate([parts[g] for g in self.groups], axis=1)
+        if self.store is not None:
+            digests = [self._digests[i] for i in indices]
+            for fingerprint, part in zip(self.fingerprints, parts, strict=True):
+                self.store.put_many(fingerprint, digests, part)
+        self.progress(len(indices))
+
+    def fail(self, i: int, error: BadImage) -> None:
+        self.rows[i] = np.nan
+        self.bad.append(BadRow(self.images.row(i), self.images.label(i), str(error)))
+        self.progress(1)
+
+    def copy_to_twins(self) -> None:
+        """Give equal images their row, or their error."""
+        reasons = {bad.row: bad.reason for bad in self.bad}
+        for i, first in self._twins:
+            self.rows[i] = self.rows[first]
+            if (reason := reasons.get(self.images.row(first))) is not None:
+                self.bad.append(BadRow(self.images.row(i), self.images.label(i), reason))
+
+
+def _run_on_cpu(run: _Run, batch_size: int | str, n_threads: int) -> None:
+    # A few wide workers rather than many narrow ones where there are many cores.
+    n_workers = min(n_threads, 8)
+    limit = _BatchLimit(_CPU_BATCH if batch_size == "auto" else int(batch_size))
+    # A handful of images is shared out rather than given to one worker.
+    limit.size = max(1, min(limit.size, -(-len(run.images) // n_workers)))
+    n_workers = min(n_workers, -(-len(run.images) // limit.size))
+    n_inner = max(1, n_threads // n_workers)
+    network = run.backbone.inference_module(torch.device("cpu"), run.precision)
+
+    def work(indices: list[int]) -> tuple[list[int], list[torch.Tensor]]:
+        good, batch = run.decode(indices)
+        return good, [] if batch is None else limit.forward(network, batch)
+
+    outer = torch.get_num_threads()
+    pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(n_inner,))
+    try:
+        batches = _batched(run.missing(pool), limit)
+        for good, parts in _in_flight(pool, work, batches, 2 * n_workers):
+            run.keep(good, parts)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        # The number is each thread's own, but new threads start from the one set last.
+        torch.set_num_threads(outer)
+
+
+def _run_on_accelerator(
+    run: _Run, batch_size: int | str, n_threads: int, device: torch.device
+) -> None:
+    limit = _BatchLimit(_ACCELERATOR_BATCH if batch_size == "auto" else int(batch_size))
+    network = run.backbone.inference_module(device, run.precision)
+    pinned = device.type == "cuda"
+
+    def work(indices: list[int]) -> tuple[list[int], Any]:
+        return run.decode(indices, pinned)
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        try:
+            batches = _batched(run.missing(pool), limit)
+            # A batch's rows are waited for when the next is queued, so that the device always
+            # has work. The copy back runs in the stream's order: one event tells it is there.
+            queued: deque[tuple[list[int], list[torch.Tensor], Callable[[], None]]] = deque()
+
+            def keep_oldest() -> None:
+                good, parts, wait = queued.popleft()
+                wait()
+                run.keep(good, parts)
+
+            for good, batch in _in_flight(pool, work, batches, n_threads + 2):
+                if batch is not None:
+                    parts = limit.forward(network, batch, device)
+                    queued.append((good, parts, _queued_work(device)))
+                if len(queued) > 1:
+                    keep_oldest()
+            while queued:
+                keep_oldest()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _queued_work(device: torch.device) -> Callable[[], None]:
+    """Return what waits for all that is queued on the device by now."""
+    if device.type == "cuda":
+        return torch.cuda.current_stream(device).record_event().synchronize
+    return torch.mps.synchronize if device.type == "mps" else lambda: None
+
+
+class _BatchLimit:
+    """The largest batch that memory has allowed so far, and the way to run one."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def forward(
+        self, network: Any, batch: torch.Tensor, device: torch.device | None = None
+    ) -> list[torch.Tensor]:
+        """Run ``batch``; where memory runs out, in halves, and stay at that size."""
+        try:
+            if device is None:
+                return network(batch)
+            parts = network(batch.to(device, non_blocking=True))
+            return [part.to("cpu", non_blocking=True) for part in parts]
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise MemoryError(
+                    f"Memory does not suffice for one image of shape {tuple(batch.shape[1:])}: "
+                    "use a smaller network or input size, precision='bfloat16' or another device."
+                ) from error
+        # Outside the handler, so that the failed pass's tensors are no longer referred to.
+        if device is not None and device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = -(-len(batch) // 2)
+        if half < self.size:
+            self.size = half
+            warnings.warn(
+                f"Out of memory with {len(batch)} images at once: going on with batches of "
+                f"{half}. Set batch_size={half} to begin there.",
+                UserWarning,
+                stacklevel=2,
+            )
+        halves = [self.forward(network, part, device) for part in batch.split(half)]
+        if device is not None:
+            _queued_work(device)()
+        return [torch.cat(parts) for parts in zip(*halves, strict=True)]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)  # the CPU's and mps's allocators raise plain RuntimeErrors
+    return "can't allocate memory" in text or "out of memory" in text
+
+
+def _batched(indices: Iterable[int], limit: _BatchLimit) -> Iterator[list[int]]:
+    indices = iter(indices)
+    while batch := list(itertools.islice(indices, limit.size)):
+        yield batch
+
+
+def _in_flight(
+    pool: ThreadPoolExecutor, work: Callable, batches: Iterable[list[int]], depth: int
+) -> Iterator[Any]:
+    """Yield ``work(batch)`` in order with at most ``depth`` under way."""
+    under_way: deque[Future] = deque()
+    for batch in batches:
+        under_way.append(pool.submit(work, batch))
+        if len(under_way) >= depth:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()

@@ -1,0 +1,156 @@
+"""The border between our estimators and scikit-learn's validation.
+
+This is the one file that touches scikit-learn's private functions, so that a
+new release of scikit-learn can break one file only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.utils._set_output import _get_output_config
+from sklearn.utils.validation import (
+    _check_feature_names,
+    _check_feature_names_in,
+    validate_data,
+)
+
+from sktransfer._images import Images, as_images
+
+try:  # scikit-learn >= 1.9
+    from sklearn.callback import CallbackSupportMixin, with_callbacks
+except ImportError:
+
+    class CallbackSupportMixin:  # type: ignore[no-redef]
+        """Stands in where scikit-learn has no callbacks yet."""
+
+    def with_callbacks(method):  # type: ignore[no-redef]
+        return method
+
+
+__all__ = [
+    "CallbackSupportMixin",
+    "FitProgress",
+    "check_images",
+    "check_names_in",
+    "keep_index",
+    "with_callbacks",
+]
+
+
+def check_images(estimator: Any, X: Any, *, reset: bool) -> Images:
+    """Validate ``X``, set or check what was seen in ``fit``, and wrap its images.
+
+    No pixel is decoded here. Flat numeric rows (those that ``image_shape``
+    speaks of) go through scikit-learn's own :func:`validate_data`, so that its
+    messages stand for shapes, sparse input, missing values and names.
+    """
+    if estimator.image_shape is not None and _is_flat(X):
+        X_flat = validate_data(
+            estimator,
+            X,
+            reset=reset,
+            dtype="numeric",
+            order=None,
+            ensure_all_finite=estimator.on_error == "raise",
+        )
+        return as_images(X_flat, estimator.image_shape)
+
+    images = as_images(X, estimator.image_shape)
+    if len(images) == 0:
+        raise ValueError(
+            f"Found array with 0 sample(s) while a minimum of 1 is required by "
+            f"{type(estimator).__name__}: X holds no image."
+        )
+    if hasattr(X, "columns"):
+        _check_feature_names(estimator, X, reset=reset)
+    elif reset:
+        _check_feature_names(estimator, None, reset=True)
+        if images.feature_names is not None:  # a named Series
+            estimator.feature_names_in_ = np.asarray(images.feature_names, dtype=object)
+    if reset:
+        estimator.n_features_in_ = images.n_columns
+    elif images.n_columns != estimator.n_features_in_:
+        raise ValueError(
+            f"X has {images.n_columns} image column(s), but {type(estimator).__name__} "
+            f"was fitted on {estimator.n_features_in_}. Give the same columns as in fit."
+        )
+    return images
+
+
+def check_names_in(estimator: Any, input_features: Any) -> list[str] | None:
+    """Return the input names that output names are made of; ``None``: there are none."""
+    checked = _check_feature_names_in(estimator, input_features, generate_names=False)
+    return None if checked is None else [str(name) for name in checked]
+
+
+def keep_index(estimator: Any, columns: np.ndarray, X: Any) -> Any:
+    """Give the output a pandas Series' index where ``set_output("pandas")`` wants a frame.
+
+    scikit-learn's own wrapper keeps the index of data frames only, and a ColumnTransformer
+    that names its column by a string passes a Series: its blocks would be joined on
+    different indices.
+    """
+    is_series = hasattr(X, "index") and hasattr(X, "to_frame")
+    if not is_series or _get_output_config("transform", estimator)["dense"] != "pandas":
+        return columns
+    import pandas as pd
+
+    return pd.DataFrame(columns, index=X.index)
+
+
+class FitProgress:
+    """Tells scikit-learn's callbacks, where it has them, how far ``fit`` has come."""
+
+    def __init__(self, estimator: Any, X: Any, y: Any, n_images: int = 0) -> None:
+        self._estimator, self._X, self._y, self._n_images = estimator, X, y, n_images
+        self._n_steps = min(100, n_images)  # a step a percent
+        self._n_done = self._n_told = 0
+        self._context = None
+        if hasattr(estimator, "_init_callback_context"):
+            self._context = estimator._init_callback_context(max_subtasks=self._n_steps)
+            self._context.call_on_fit_task_begin(estimator=estimator, X=X, y=y)
+
+    def advance(self, n: int) -> None:
+        """Note that ``n`` more images are done."""
+        self._n_done += n
+        while self._context and self._n_told < self._n_done * self._n_steps // self._n_images:
+            self._n_told += 1
+            step = self._context.subcontext(task_name="images")
+            step.call_on_fit_task_begin(estimator=self._estimator)
+            step.call_on_fit_task_end(estimator=self._estimator)
+
+    def done(self) -> None:
+        if self._context is not None:
+            self._context.call_on_fit_task_end(
+                estimator=self._estimator, X=self._X, y=self._y, reconstruction_attributes={}
+            )
+
+
+def _is_flat(X: Any) -> bool:
+    """Whether ``X`` is a table of numbers, or something scikit-learn should refuse as one."""
+    if hasattr(X, "columns"):  # a data frame is flat unless it holds strings, bytes, images …
+        return all(_is_number_dtype(dtype) for dtype in X.dtypes)
+    if hasattr(X, "toarray"):  # scipy sparse
+        return True
+    if isinstance(X, (list, tuple)):
+        return bool(X) and (isinstance(X[0], (list, tuple)) or all(map(_is_number, X)))
+    array = np.asarray(X) if hasattr(X, "__array__") else X
+    ndim, dtype = getattr(array, "ndim", None), getattr(array, "dtype", None)
+    if ndim is None or ndim > 2:
+        return False
+    if dtype is not None and dtype.kind == "O":
+        return ndim == 2 and array.size > 0 and not isinstance(array.flat[0], (str, bytes))
+    return dtype is not None and dtype.kind in "biufc"
+
+
+def _is_number_dtype(dtype: Any) -> bool:
+    is_numeric = getattr(dtype, "is_numeric", None)  # polars
+    if callable(is_numeric):
+        return bool(is_numeric())
+    return getattr(dtype, "kind", "O") in "biufc"
+
+
+def _is_number(value: Any) -> bool:
+    return np.isscalar(value) and not isinstance(value, (str, bytes))
