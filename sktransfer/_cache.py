@@ -1,0 +1,115 @@
+"""The embedding store: an image is embedded once.
+
+`as_store` turns the ``memory`` parameter of the estimators into a store. A store keeps rows by
+(fingerprint of the network and its settings, digest of the image), and file identities, so that a
+file known already is not even read.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from typing import Any
+
+from ._disk_store import DEFAULT_DISK_BYTES, DiskStore
+from ._memory_store import DEFAULT_MEMORY_BYTES, MemoryStore
+from ._store_contract import FileStat, StoreInfo
+
+__all__ = [
+    "DEFAULT_DISK_BYTES",
+    "DEFAULT_MEMORY_BYTES",
+    "DiskStore",
+    "FileStat",
+    "MemoryStore",
+    "Store",
+    "StoreInfo",
+    "as_store",
+]
+
+Store = MemoryStore | DiskStore
+
+# What all extractors of this process share when they are given no memory.
+_process_store = MemoryStore(DEFAULT_MEMORY_BYTES)
+_no_store = MemoryStore(0)
+
+# Folders in use stay open between calls: closing one writes its log back.
+_N_OPEN = 8
+_open_stores: OrderedDict[str, DiskStore] = OrderedDict()
+_lock = threading.Lock()
+
+
+def as_store(memory: Any) -> Store:
+    """The store that a ``memory`` parameter stands for.
+
+    Parameters
+    ----------
+    memory : None, False, str, os.PathLike, joblib.Memory, MemoryStore or DiskStore
+        None: the one store of this process, of at most 512 MiB. False: nothing is kept. A folder,
+        or a `joblib.Memory` with one: a file in that folder, of at most 10 GiB. A
+        `joblib.Memory` without a location keeps nothing. A store is itself.
+
+    Returns
+    -------
+    store : MemoryStore or DiskStore
+        The same one for the same folder.
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+    ValueError
+        For a path that cannot be a local folder.
+    """
+    if memory is None:
+        return _process_store
+    if memory is False:
+        return _no_store
+    if isinstance(memory, MemoryStore | DiskStore):
+        return memory
+    folder = memory
+    if hasattr(memory, "location") and callable(getattr(memory, "cache", None)):  # joblib.Memory
+        folder = memory.location
+        if folder is None:
+            return _no_store
+        if getattr(memory, "backend", "local") != "local":
+            raise ValueError(
+                f"memory={memory!r} keeps its data in the joblib backend {memory.backend!r}; "
+                "embeddings need a local folder. Give one as memory='path/to/folder'."
+            )
+    if not isinstance(folder, str | os.PathLike) or isinstance(os.fspath(folder), bytes):
+        raise TypeError(
+            "memory must be None (keep embeddings in this process), False (keep none), a folder "
+            f"(str or pathlib.Path), or a joblib.Memory; got {memory!r} of type "
+            f"{type(memory).__name__}."
+        )
+    return _open(os.fspath(folder))
+
+
+def _open(folder: str) -> DiskStore:
+    if not folder or "://" in folder or "\0" in folder:
+        raise ValueError(
+            f"memory must be a local folder; got {folder!r}. Give a path such as 'cache' or "
+            "'/data/cache', which is made when missing."
+        )
+    path = os.path.abspath(os.path.expanduser(folder))
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ValueError(
+            f"memory must be a folder, and {folder!r} is a file. Give the path of a folder, which "
+            "is made when missing."
+        )
+    with _lock:
+        store = _open_stores.pop(path, None) or DiskStore(path)
+        _open_stores[path] = store
+        if len(_open_stores) > _N_OPEN:
+            _open_stores.popitem(last=False)  # closes itself when its last user lets go
+        return store
+
+
+def _unlock_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_in_child)
