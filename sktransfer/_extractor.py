@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -252,7 +253,7 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         columns : ndarray of shape (n_samples, n_features_out_), float32
         """
         images = self._fit(X)
-        progress = FitProgress(self, X, y, len(images) * images.n_columns)
+        progress = FitProgress(self, X, y, len(images))
         columns = keep_index(self, self._embed(images, progress.advance), X)
         progress.done()
         return columns
@@ -352,27 +353,25 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         from sktransfer._inference import embed
         from sktransfer._progress import progress_bar
 
-        columns = np.empty((len(images), self.n_features_out_), dtype=np.float32)
-        bad: list[BadRow] = []
-        with progress_bar(len(images) * images.n_columns, self.verbose, advance) as tick:
-            for j, block in enumerate(np.split(columns, images.n_columns, axis=1)):
-                bad += embed(
-                    images.column(j),
-                    self.backbone_,
-                    out=block,
-                    store=as_store(self.memory),
-                    batch_size=self.batch_size,
-                    device=self.device,
-                    precision=self.precision,
-                    n_jobs=self.n_jobs,
-                    groups=self._asked_groups(),
-                    progress=tick,
-                )
-        images.warn_of_assumptions()
-        self.bad_images_ = bad
-        if bad and self.on_error == "raise":
-            raise ValueError(_report(bad, len(images)))
-        if bad and self.on_error == "zero":
+        columns = np.empty((images.n_rows, self.n_features_out_), dtype=np.float32)
+        with progress_bar(len(images), self.verbose, advance) as tick:
+            self.bad_images_ = embed(
+                images,
+                self.backbone_,
+                out=columns.reshape(len(images), -1),
+                store=as_store(self.memory),
+                batch_size=self.batch_size,
+                device=self.device,
+                precision=self.precision,
+                n_jobs=self.n_jobs,
+                groups=self._asked_groups(),
+                progress=tick,
+            )
+        if assumed := images.take_warnings():
+            warnings.warn(assumed, UserWarning, stacklevel=3)
+        if self.bad_images_ and self.on_error == "raise":
+            raise ValueError(_report(self.bad_images_, len(images)))
+        if self.bad_images_ and self.on_error == "zero":
             np.nan_to_num(columns, copy=False, nan=0.0)
         return columns
 

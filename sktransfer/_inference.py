@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,9 @@ from sktransfer._images import BadImage, Images
 # Images whose store rows are looked up at once; their files are read again for decoding
 # soon after they were digested, so that the second reading finds them in memory.
 _CHUNK = 1024
+# How long others leave a claimed batch to this process, unless they see that it has ended.
+_CLAIM_SECONDS = 300.0
+_POLL_SECONDS = 0.02
 _CPU_BATCH, _ACCELERATOR_BATCH = 32, 256
 
 
@@ -58,7 +62,7 @@ def embed(
     backbone: Backbone,
     *,
     out: np.ndarray,
-    store: Any = None,
+    store: Any,
     batch_size: int | str = "auto",
     device: str = "auto",
     precision: str = "float32",
@@ -66,15 +70,16 @@ def embed(
     groups: Sequence[int] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> list[BadRow]:
-    """Embed one column of images into ``out``.
+    """Embed images into ``out``.
 
     Parameters
     ----------
-    images : Images of length n_samples
+    images : Images
+        Of length n_images = n_rows × n_columns.
     backbone : Backbone
-    out : ndarray of shape (n_samples, n_features), float32
+    out : ndarray of shape (n_images, n_features), float32
         Receives the rows; those of bad images become NaN.
-    store : store or None
+    store : MemoryStore or DiskStore
         Where rows are looked up and kept.
     batch_size : int or "auto"
     device : str
@@ -96,10 +101,13 @@ def embed(
     run = _Run(images, backbone, out, store, precision, list(groups), progress)
     torch_device = resolve_device(device)
     n_threads = _n_threads(n_jobs)
-    if torch_device.type == "cpu":
-        _run_on_cpu(run, batch_size, n_threads)
-    else:
-        _run_on_accelerator(run, batch_size, n_threads, torch_device)
+    try:
+        if torch_device.type == "cpu":
+            _run_on_cpu(run, batch_size, n_threads)
+        else:
+            _run_on_accelerator(run, batch_size, n_threads, torch_device)
+    finally:
+        run.give_claims_back()
     run.copy_to_twins()
     return sorted(run.bad, key=lambda bad: bad.row)
 
@@ -144,21 +152,45 @@ class _Run:
         self.progress = progress or (lambda n: None)
         self.fingerprints = [f"{f}-{precision}" for f in backbone.group_fingerprints]
         self.bad: list[BadRow] = []
-        self._digests: dict[int, bytes] = {}  # of the rows that are computed
+        self._digests: dict[int, bytes] = {}  # of the rows to compute
         self._first: dict[bytes, int] = {}  # digest -> the row that is computed for it
         self._twins: list[tuple[int, int]] = []  # (row, the row computed for the same image)
+        self._claimed: set[int] = set()  # rows that other processes now leave to this one
 
-    def missing(self, pool: ThreadPoolExecutor) -> Iterator[int]:
-        """Fill in what the store holds and yield the rows left to compute."""
+    def batches(self, pool: ThreadPoolExecutor, limit: _BatchLimit) -> Iterator[list[int]]:
+        """Fill in what the store holds and yield what is left to compute, in batches.
+
+        Another process or thread that shares the store may be at the same images: each
+        batch is claimed first, what others have claimed is left to them and fetched at
+        the end, and computed here after all if they failed to.
+        """
+        left_to_others: list[int] = []
+        for batch in _batched(self._missing(pool), limit):
+            mine = self._claim(batch)
+            left_to_others += [i for i in batch if i not in self._claimed]
+            if mine:
+                yield mine
+        while left_to_others:
+            digests = [self._digests[i] for i in left_to_others]
+            found = self._look_up(left_to_others, digests)
+            self.progress(int(found.sum()))
+            left_to_others = [i for i, f in zip(left_to_others, found, strict=True) if not f]
+            batch = left_to_others[: limit.size]
+            if mine := self._claim(batch):
+                left_to_others = [i for i in left_to_others if i not in self._claimed]
+                yield mine
+            elif left_to_others:
+                time.sleep(_POLL_SECONDS)
+
+    def _missing(self, pool: ThreadPoolExecutor) -> Iterator[int]:
         for start in range(0, len(self.images), _CHUNK):
             digests = self._digest(range(start, min(start + _CHUNK, len(self.images))), pool)
-            kept = self._look_up(list(digests.values()))
-            n_known = 0
-            for (i, digest), row in zip(digests.items(), kept, strict=True):
-                if row is not None:
-                    self.rows[i] = row
-                    n_known += 1
-                elif (first := self._first.setdefault(digest, i)) != i:
+            found = self._look_up(list(digests), list(digests.values()))
+            n_known = int(found.sum())
+            for (i, digest), is_found in zip(digests.items(), found, strict=True):
+                if is_found:
+                    continue
+                if (first := self._first.setdefault(digest, i)) != i:
                     self._twins.append((i, first))
                     n_known += 1
                 else:
@@ -168,42 +200,53 @@ class _Run:
 
     def _digest(self, chunk: range, pool: ThreadPoolExecutor) -> dict[int, bytes]:
         """Return the digest of each image, from the store's list of files where it knows."""
+        taken_at = time.time_ns()
         stats = [self.images.stat(i) for i in chunk]
-        digests: list[bytes | None] = [None] * len(stats)
-        on_disk = [k for k, stat in enumerate(stats) if stat is not None]
-        if self.store is not None and on_disk:
-            known = self.store.get_file_digests([stats[k] for k in on_disk])
-            for k, digest in zip(on_disk, known, strict=True):
-                digests[k] = digest
+        digests = self.store.get_file_digests(stats)
         unknown = [k for k, digest in enumerate(digests) if digest is None]
+        fresh = []
+        for k, digest in zip(
+            unknown, pool.map(self._digest_one, map(chunk.__getitem__, unknown)), strict=True
+        ):
+            digests[k] = digest
+            if digest is not None and stats[k] is not None:
+                fresh.append(k)
+        self.store.put_file_digests(
+            [stats[k] for k in fresh], [digests[k] for k in fresh], taken_at
+        )
+        return {i: d for i, d in zip(chunk, digests, strict=True) if d is not None}
 
-        def digest_one(k: int) -> bytes | BadImage:
-            try:
-                return self.images.digest(chunk[k])
-            except BadImage as error:
-                return error
+    def _digest_one(self, i: int) -> bytes | None:
+        try:
+            return self.images.digest(i)
+        except BadImage as error:
+            self.fail(i, error)
+            return None
 
-        for k, digest in zip(unknown, pool.map(digest_one, unknown), strict=True):
-            if isinstance(digest, BadImage):
-                self.fail(chunk[k], digest)
-            else:
-                digests[k] = digest
-        if self.store is not None:
-            fresh = [k for k in unknown if stats[k] is not None and digests[k] is not None]
-            self.store.put_file_digests([stats[k] for k in fresh], [digests[k] for k in fresh])
-        return {i: digest for i, digest in zip(chunk, digests, strict=True) if digest is not None}
+    def _look_up(self, indices: list[int], digests: list[bytes]) -> np.ndarray:
+        """Fill in the rows that the store holds; return which those are."""
+        rows = np.empty((len(indices), self.rows.shape[1]), dtype=np.float32)
+        found = np.ones(len(indices), dtype=bool)
+        start = 0
+        for g in self.groups:
+            stop = start + self.backbone.feature_groups[g][1]
+            found &= self.store.get_into(self.fingerprints[g], digests, rows[:, start:stop])
+            start = stop
+        self.rows[np.asarray(indices, dtype=np.intp)[found]] = rows[found]
+        return found
 
-    def _look_up(self, digests: list[bytes]) -> list[np.ndarray | None]:
-        if self.store is None:
-            return [None] * len(digests)
-        parts = [
-            self.store.get_many(self.fingerprints[g], digests, self.backbone.feature_groups[g][1])
-            for g in self.groups
-        ]
-        return [
-            None if any(part is None for part in row) else np.concatenate(row)
-            for row in zip(*parts, strict=True)
-        ]
+    def _claim(self, batch: list[int]) -> list[int]:
+        digests = [self._digests[i] for i in batch]
+        is_mine = self.store.claim(self.fingerprints[self.groups[0]], digests, _CLAIM_SECONDS)
+        mine = [i for i, m in zip(batch, is_mine, strict=True) if m]
+        self._claimed.update(mine)
+        return mine
+
+    def give_claims_back(self) -> None:
+        """Let others compute what this call claimed and did not finish."""
+        digests = [self._digests[i] for i in self._claimed]
+        if digests:
+            self.store.release(self.fingerprints[self.groups[0]], digests)
 
     def decode(self, indices: Sequence[int], pinned: bool = False) -> tuple[list[int], Any]:
         """Decode and resize images into one batch; bad ones are noted and left out."""
@@ -235,10 +278,10 @@ class _Run:
             return
         parts = [tensor.numpy() for tensor in tensors]
         self.rows[indices] = np.concatenate([parts[g] for g in self.groups], axis=1)
-        if self.store is not None:
-            digests = [self._digests[i] for i in indices]
-            for fingerprint, part in zip(self.fingerprints, parts, strict=True):
-                self.store.put_many(fingerprint, digests, part)
+        digests = [self._digests[i] for i in indices]
+        for fingerprint, part in zip(self.fingerprints, parts, strict=True):
+            self.store.put_many(fingerprint, digests, part)  # and gives the claims back
+        self._claimed.difference_update(indices)
         self.progress(len(indices))
 
     def fail(self, i: int, error: BadImage) -> None:
@@ -272,8 +315,7 @@ def _run_on_cpu(run: _Run, batch_size: int | str, n_threads: int) -> None:
     outer = torch.get_num_threads()
     pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(n_inner,))
     try:
-        batches = _batched(run.missing(pool), limit)
-        for good, parts in _in_flight(pool, work, batches, 2 * n_workers):
+        for good, parts in _in_flight(pool, work, run.batches(pool, limit), 2 * n_workers):
             run.keep(good, parts)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -293,7 +335,6 @@ def _run_on_accelerator(
 
     with ThreadPoolExecutor(n_threads) as pool:
         try:
-            batches = _batched(run.missing(pool), limit)
             # A batch's rows are waited for when the next is queued, so that the device always
             # has work. The copy back runs in the stream's order: one event tells it is there.
             queued: deque[tuple[list[int], list[torch.Tensor], Callable[[], None]]] = deque()
@@ -303,7 +344,7 @@ def _run_on_accelerator(
                 wait()
                 run.keep(good, parts)
 
-            for good, batch in _in_flight(pool, work, batches, n_threads + 2):
+            for good, batch in _in_flight(pool, work, run.batches(pool, limit), n_threads + 2):
                 if batch is not None:
                     parts = limit.forward(network, batch, device)
                     queued.append((good, parts, _queued_work(device)))

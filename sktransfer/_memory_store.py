@@ -146,6 +146,8 @@ class MemoryStore:
         """
         now, me = time.time(), threading.get_ident()
         mine = np.zeros(len(digests), dtype=bool)
+        if self.max_bytes == 0:  # what others compute would never be found here
+            return ~mine
         with self.fork_lock:
             for i, digest in enumerate(digests):
                 key = (fingerprint, digest)
@@ -231,4 +233,4 @@ class MemoryStore:
         return (MemoryStore, (self.max_bytes,))
 
     def __repr__(self) -> str:
-        return f"MemoryStore(max_bytes={self.max_bytes}): at most {in_words(self.max_bytes)}"
+        return f"<MemoryStore of at most {in_words(self.max_bytes)}>"
