@@ -6,8 +6,11 @@ import os
 
 # File systems whose files other machines write to, or that share no memory between processes.
 _NETWORK_TYPES = frozenset(
-    ("9p", "afs", "beegfs", "ceph", "cifs", "fuse", "gfs", "gfs2", "glusterfs", "gpfs", "lustre")
-    + ("nfs", "nfs4", "ocfs2", "orangefs", "pvfs2", "smb2", "smb3", "smbfs", "vboxsf", "virtiofs")
+    [
+        *("9p", "afs", "beegfs", "ceph", "cifs", "fuse", "gfs", "gfs2", "glusterfs", "gpfs"),
+        *("lustre", "nfs", "nfs4", "ocfs2", "orangefs", "pvfs2", "smb2", "smb3", "smbfs"),
+        *("vboxsf", "virtiofs", "wekafs"),
+    ]
 )
 
 
