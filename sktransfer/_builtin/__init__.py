@@ -14,16 +14,15 @@ from pathlib import Path
 class Version:
     """One set of weights, and how its images are prepared.
 
-    ``size`` is (height, width): the whole picture is squeezed into it, nothing is cropped
-    (``crop`` is None). ``mean`` and ``std`` apply to RGB in 0...1.
+    ``size`` is (height, width): the whole picture is squeezed into it, and a ``crop`` of the
+    same size leaves nothing out. ``mean`` and ``std`` apply to RGB in 0...1.
     """
 
     file: str
     sha256: str
     size: tuple[int, int]
-    crop: tuple[int, int] | None = None
+    crop: tuple[int, int]
     interpolation: str = "bilinear"
-    antialias: bool = True
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     num_classes: int = 200
@@ -37,8 +36,9 @@ class Version:
 VERSIONS = {
     "V1": Version(
         file="v1.safetensors",
-        sha256="a256d91e2759062cc498ff16f6aa55189f3ad18e786821e178120df9a2e58aef",
+        sha256="d3fb110259f4685fe4b3bf34dbbfdaf837f712fce0d86759369a07d5e0f88489",
         size=(64, 64),
+        crop=(64, 64),
     ),
 }
 DEFAULT = "V1"

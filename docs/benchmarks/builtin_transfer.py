@@ -1,0 +1,247 @@
+"""What the built-in backbone is worth: accuracy of frozen features, and images per second.
+
+    python docs/benchmarks/builtin_transfer.py [--cache FOLDER] [--sets hymenoptera dtd10 ...]
+
+Every kind of feature goes through the same classifier, ``StandardScaler`` and
+``LogisticRegression(C=0.01)``. The table is repeated for the default ``C=1``, so that nothing
+hangs on that choice.
+
+* Five folds over all images of a set, shuffled and stratified. On ``magnetic_tile`` the folds
+  keep the exposures of a tile together and the score is balanced accuracy.
+* Few-shot: ten images a class drawn to learn from, ten times; the score is on all others
+  (on ``magnetic_tile``: on all other tiles, balanced accuracy).
+* "random": the same network untrained, ``weights=None``; "calibrated": its batch norm given the
+  statistics of the set's images first, which is the stronger of the two.
+* HOG: 9 directions, 16-pixel cells, 2x2 blocks on the grey image at 128x128 (1764 columns).
+* Speed: the networks alone, on a batch in memory, as the extractor runs them (convolution and
+  batch norm folded, channels last, float32), in turn in this process; the median of the rounds.
+  "plain" is the module as torch runs it, without folding.
+
+With ``--cache`` features and scores are kept, and only what is new is computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from _report import DATA, save
+from joblib import Memory
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from sktransfer import PretrainedFeatureExtractor
+from sktransfer._builtin import VERSIONS
+from sktransfer._builtin._network import BuiltinNet
+
+SETS = ("hymenoptera", "flowers5", "dtd10", "brain_mri", "magnetic_tile")
+MOBILENET = DATA / "weights" / "mobilenet_v2_imagenet.safetensors"
+N_SHOTS, N_DRAWS = 10, 10
+
+
+# --- data ------------------------------------------------------------------------------------
+
+
+def load_set(name):
+    """Paths, labels, groups that must not be split, and the score."""
+    root = DATA / "data" / name
+    paths = sorted(p for part in ("train", "test") for p in (root / part).rglob("*.jpg"))
+    y = np.array([p.parent.name for p in paths])
+    groups, score = np.arange(len(y)), accuracy_score
+    if name == "magnetic_tile":
+        with (root / "files.csv").open(newline="") as f:
+            tiles = {Path(row["file"]).name: int(row["tile_group"]) for row in csv.DictReader(f)}
+        groups, score = np.array([tiles[p.name] for p in paths]), balanced_accuracy_score
+    return [str(p) for p in paths], y, groups, score
+
+
+# --- features --------------------------------------------------------------------------------
+
+
+def pixels(paths):
+    return np.stack(
+        [np.asarray(Image.open(p).convert("RGB").resize((32, 32))).ravel() for p in paths]
+    ).astype(np.float32)
+
+
+def hog(paths):
+    from skimage.feature import hog
+
+    rows = []
+    for path in paths:
+        grey = Image.open(path).convert("L").resize((128, 128), Image.Resampling.BILINEAR)
+        rows.append(hog(np.asarray(grey), pixels_per_cell=(16, 16), cells_per_block=(2, 2)))
+    return np.asarray(rows, dtype=np.float32)
+
+
+def builtin_preprocessing():
+    version = VERSIONS["V1"]
+    return {name: getattr(version, name) for name in ("size", "crop", "mean", "std")}
+
+
+def random_twin(paths, is_calibrated, memory):
+    torch.manual_seed(0)
+    net = BuiltinNet()
+    if is_calibrated:
+        size, _, mean, std = builtin_preprocessing().values()
+        chosen = np.random.default_rng(0).permutation(len(paths))[:256]
+        images = [Image.open(paths[i]).convert("RGB").resize(size[::-1]) for i in chosen]
+        x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = None  # the plain average of what passes
+        with torch.no_grad():
+            net.train()((x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])
+    extractor = PretrainedFeatureExtractor(
+        net.eval(), preprocessing=builtin_preprocessing(), memory=memory
+    )
+    return extractor.fit_transform(paths)
+
+
+def all_features(paths, memory):
+    def extract(backbone, weights):
+        extractor = PretrainedFeatureExtractor(backbone, weights=weights, memory=memory)
+        return extractor.fit_transform(paths)
+
+    return {
+        "pixels": lambda: pixels(paths),
+        "HOG": lambda: hog(paths),
+        "random": lambda: random_twin(paths, False, memory),
+        "calibrated": lambda: random_twin(paths, True, memory),
+        "builtin V1": lambda: extract("builtin", "V1"),
+        "MobileNetV2": lambda: extract("mobilenet_v2", MOBILENET),
+    }
+
+
+# --- scores ----------------------------------------------------------------------------------
+
+
+def classifier(C):
+    return make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000))
+
+
+def five_folds(F, y, groups, score, C):
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0).split(F, y, groups)
+    scores = [
+        score(y[test], classifier(C).fit(F[train], y[train]).predict(F[test]))
+        for train, test in folds
+    ]
+    return 100 * float(np.mean(scores))
+
+
+def few_shot(F, y, groups, score, C):
+    scores = []
+    for seed in range(N_DRAWS):
+        order = np.random.default_rng(seed).permutation(len(y))
+        train = np.concatenate([order[y[order] == c][:N_SHOTS] for c in np.unique(y)])
+        test = np.flatnonzero(~np.isin(groups, groups[train]))
+        scores.append(score(y[test], classifier(C).fit(F[train], y[train]).predict(F[test])))
+    return 100 * float(np.mean(scores))
+
+
+def share_of_gap(scores):
+    return (scores["builtin V1"] - scores["HOG"]) / (scores["MobileNetV2"] - scores["HOG"])
+
+
+def transfer(names, cache):
+    store = Memory(cache, verbose=0) if cache else None
+    folds, shots = (store.cache(f) if store else f for f in (five_folds, few_shot))
+    memory = str(Path(cache) / "embeddings") if cache else None
+    figures = {"five folds": {}, "five folds, C=1": {}, "few-shot": {}}
+    for name in names:
+        paths, y, groups, score = load_set(name)
+        rows = {title: {} for title in figures}
+        for feature, compute in all_features(paths, memory).items():
+            F = compute()
+            rows["five folds"][feature] = folds(F, y, groups, score, 0.01)
+            rows["five folds, C=1"][feature] = folds(F, y, groups, score, 1.0)
+            rows["few-shot"][feature] = shots(F, y, groups, score, 0.01)
+        for title, scores in rows.items():
+            scores["gap closed"] = 100 * share_of_gap(scores)
+            figures[title][name] = scores
+        print(name, len(y), {k: round(v, 1) for k, v in rows["five folds"].items()}, flush=True)
+    for rows in figures.values():
+        columns = next(iter(rows.values()))
+        rows["average"] = {c: float(np.mean([rows[n][c] for n in names])) for c in columns}
+    return figures
+
+
+# --- speed -----------------------------------------------------------------------------------
+
+
+def rate(network, batch, seconds=1.5):
+    n, start = 0, time.perf_counter()
+    with torch.inference_mode():
+        while time.perf_counter() - start < seconds:
+            network(batch)
+            n += len(batch)
+    return n / (time.perf_counter() - start)
+
+
+def speed(rounds):
+    some = np.zeros((1, 64, 64, 3), np.uint8)
+    networks = {}
+    for label, backbone, n in (
+        ("builtin", "builtin", 128),
+        ("mobilenet_v2", "mobilenet_v2", 32),
+        ("resnet18", "resnet18", 32),
+    ):
+        weights = "V1" if backbone == "builtin" else None
+        extractor = PretrainedFeatureExtractor(backbone, weights=weights, device="cpu").fit(some)
+        backbone_ = extractor.backbone_
+        crop = backbone_.preprocessing.crop
+        uint8 = torch.randint(0, 256, (n, 3, *crop), dtype=torch.uint8)
+        networks[label] = (backbone_.inference_module(torch.device("cpu"), "float32"), uint8)
+        networks[f"{label}, plain"] = (backbone_.to_module().eval(), uint8.float() / 255)
+    rates = {label: [] for label in networks}
+    for _ in range(rounds):
+        for label, (network, batch) in networks.items():
+            rates[label].append(rate(network, batch))
+    figures = {label: statistics.median(values) for label, values in rates.items()}
+    for kind in ("", ", plain"):
+        slower = min(figures[f"mobilenet_v2{kind}"], figures[f"resnet18{kind}"])
+        figures[f"times the slower{kind}"] = figures[f"builtin{kind}"] / slower
+    figures["threads"] = torch.get_num_threads()
+    return figures
+
+
+def print_table(title, rows):
+    columns = list(next(iter(rows.values())))
+    print(f"\n{title}\n\n| set | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for name, values in rows.items():
+        print(f"| {name} | " + " | ".join(f"{values[c]:.1f}" for c in columns) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sets", nargs="*", default=SETS)
+    parser.add_argument("--cache", default=None)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-speed", action="store_true")
+    args = parser.parse_args()
+    figures = transfer(args.sets, args.cache)
+    for title, rows in figures.items():
+        print_table(title, rows)
+    if not args.no_speed:
+        figures["images per second"] = speed(args.rounds)
+        print(
+            "\nimages per second:",
+            {k: round(v, 1) for k, v in figures["images per second"].items()},
+        )
+    figures["weights"] = VERSIONS["V1"].sha256
+    if tuple(args.sets) == SETS and not args.no_speed:
+        save("builtin_transfer", figures)
+
+
+if __name__ == "__main__":
+    main()
