@@ -37,6 +37,15 @@ _TRANSPOSE = {
 _user_lock = threading.Lock()
 
 
+def _renew_lock() -> None:
+    global _user_lock
+    _user_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # another thread may have held it at the fork
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 # ---------------------------------------------------------------------------
 # Where the bytes come from
 # ---------------------------------------------------------------------------

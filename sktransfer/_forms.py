@@ -196,8 +196,6 @@ def _from_array(X: np.ndarray, image_shape: tuple[int, ...] | None) -> Columns:
     if X.ndim == 2 and not (kind == "O" and _has_number(X[0])):
         return [X[:, j] for j in range(X.shape[1])], None, image_shape
     # Numbers in an array of objects: scikit-learn takes those, too.
-    if X.ndim == 2:
-        return _from_numbers(X.astype(np.float64), image_shape)
     return _from_array(_numbers_of(X.tolist()), image_shape)
 
 

@@ -283,7 +283,7 @@ class Images:
 
     def __getstate__(self) -> dict[str, Any]:
         # To another process a view takes only its own pictures along.
-        positions = np.asarray(self._positions)
+        positions = np.asarray(self._positions, dtype=np.intp)
         columns = self._columns
         if len(positions) != len(columns[0]):
             columns = [
