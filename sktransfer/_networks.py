@@ -1,0 +1,116 @@
+"""Networks in memory: loaded once per process, however many estimators ask."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sktransfer._folding import EmbeddingNetwork, inference_copy
+from sktransfer._pooling import Pooling
+from sktransfer._preprocessing import AnyPreprocessing, Preprocessing
+from sktransfer._sources import Source
+from sktransfer._stages import plan_stages
+
+# Networks kept at once, and inference copies of each (device, precision, layers, ...).
+MAX_NETWORKS = 4
+_MAX_COPIES = 4
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Network:
+    """A source's module and the plan of its stages; its weights are loaded when first needed.
+
+    Attributes
+    ----------
+    plan : Plan
+        Stages, names and shapes, known without weights.
+    """
+
+    def __init__(self, source: Source, input_size: tuple[int, int, int]):
+        self.source = source
+        self._module = source.build()
+        self.plan = plan_stages(self._module, input_size, source.name)
+        self._lock = threading.RLock()
+        self._is_loaded = False
+        self._copies: OrderedDict[tuple, EmbeddingNetwork] = OrderedDict()
+
+    @property
+    def module(self) -> nn.Module:
+        """The module with its weights, in eval mode; it is shared, so do not alter it."""
+        with self._lock:
+            if not self._is_loaded:
+                self.source.load(self._module, self.plan.head_layers())
+                self._is_loaded = True
+            return self._module
+
+    def embedding_network(
+        self,
+        keys: Sequence[str],
+        poolings: Sequence[tuple[Any, ...]],
+        preprocessing: AnyPreprocessing,
+        device: torch.device,
+        precision: str,
+    ) -> EmbeddingNetwork:
+        """What turns a batch of pixels into rows: made once for each set of arguments."""
+        normalise = isinstance(preprocessing, Preprocessing)
+        mean = preprocessing.mean if normalise else None
+        std = preprocessing.std if normalise else None
+        key = (tuple(keys), tuple(poolings), mean, std, device, precision)
+        with self._lock:
+            if key in self._copies:
+                self._copies.move_to_end(key)
+                return self._copies[key]
+            _ = self.module  # the weights
+            dtype = _DTYPES[precision]
+            channels_last = device.type in ("cpu", "cuda")
+            extractor = self.plan.extractor(list(keys))
+            if isinstance(extractor, torch.fx.GraphModule):
+                extractor = inference_copy(extractor, device, dtype, channels_last=channels_last)
+            else:
+                extractor = extractor.copy_to(device, dtype)
+            made = EmbeddingNetwork(
+                extractor, [Pooling(*p) for p in poolings], mean, std, dtype, channels_last
+            )
+            made = made.to(device).eval()
+            self._copies[key] = made
+            while len(self._copies) > _MAX_COPIES:
+                self._copies.popitem(last=False)
+            return made
+
+
+_networks: OrderedDict[tuple, Network] = OrderedDict()
+_being_made: dict[tuple, threading.Lock] = {}
+_lock = threading.Lock()
+
+
+def get_network(source: Source, input_size: tuple[int, int, int]) -> Network:
+    """The one network of this process for `source`; the least used beyond four is let go."""
+    key = (*source.key, input_size)
+    with _lock:
+        if key in _networks:
+            _networks.move_to_end(key)
+            return _networks[key]
+        making = _being_made.setdefault(key, threading.Lock())
+    with making:
+        with _lock:
+            if key in _networks:
+                return _networks[key]
+        network = Network(source, input_size)
+        with _lock:
+            _networks[key] = network
+            _being_made.pop(key, None)
+            while len(_networks) > MAX_NETWORKS:
+                _networks.popitem(last=False)
+    return network
+
+
+def clear_networks() -> None:
+    """Let go of all networks."""
+    with _lock:
+        _networks.clear()

@@ -1,0 +1,293 @@
+"""A network as a graph of named operations: tracing, places to cut, shapes.
+
+Tracing writes down what ``module(x)`` does in eval mode, operation by operation, with
+:mod:`torch.fx`. Layers of ``torch.nn`` and ``torchvision.ops`` stay whole, and they are the
+module's own objects: freezing or training one in the graph does so in the module.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+# Modules of these packages are one operation each. Their containers are looked into.
+_LEAF_PACKAGES = ("torch.nn.", "torchvision.ops.", "torch.ao.nn.")
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+class TracingError(RuntimeError):
+    """The module's ``forward`` cannot be written down as a graph."""
+
+
+def _timm_leaves() -> tuple[tuple[type, ...], tuple[Any, ...]]:
+    """Modules and functions that timm registers as not traceable."""
+    if "timm" not in sys.modules:
+        return (), ()
+    try:
+        from timm.layers import get_notrace_functions, get_notrace_modules
+    except ImportError:
+        return (), ()
+    return tuple(get_notrace_modules()), tuple(get_notrace_functions())
+
+
+class _Tracer(fx.Tracer):
+    """Remembers, beside the graph, which module each operation stands in."""
+
+    def __init__(self) -> None:
+        leaves, functions = _timm_leaves()
+        super().__init__(autowrap_functions=functions)
+        self._leaves = leaves
+        self._stack: list[str] = [""]
+        self.module_outputs: dict[str, fx.Node] = {}
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list]:
+        # One input; further arguments of forward keep their defaults.
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, _CONTAINERS):
+            return False
+        # Stochastic depth asks self.training: as a leaf it keeps following train()/eval().
+        return (
+            m.__module__.startswith(_LEAF_PACKAGES)
+            or isinstance(m, self._leaves)
+            or type(m).__name__ in ("DropPath", "StochasticDepth")
+        )
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m)
+        self._stack.append(path)
+        try:
+            out = super().call_module(m, forward, args, kwargs)
+        finally:
+            self._stack.pop()
+        if isinstance(out, fx.Proxy) and not self.is_leaf_module(m, path):
+            self.module_outputs[path] = out.node
+        return out
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, target, *args, **kwargs)
+        node.meta["path"] = self._stack[-1]
+        return node
+
+
+def trace(module: nn.Module) -> Traced:
+    """Write down what `module` does in eval mode.
+
+    Raises
+    ------
+    TracingError
+        If ``forward`` does what no graph can hold: branches on pixel values, several inputs.
+    """
+    modes = {name: m.training for name, m in module.named_modules()}
+    module.eval()
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(module)
+        output = next(node for node in graph.nodes if node.op == "output")
+        if not isinstance(output.args[0], fx.Node):
+            raise TracingError("forward returns something other than one tensor")
+    except TracingError:
+        raise
+    except Exception as error:
+        raise TracingError(f"{type(error).__name__}: {error}") from error
+    finally:
+        for name, m in module.named_modules():
+            m.training = modes[name]
+    return Traced(module, graph, tracer.module_outputs)
+
+
+class Traced:
+    """A module, its graph, and a name for every operation in it.
+
+    Attributes
+    ----------
+    root : nn.Module
+        The module that was traced. The graph calls its own layers.
+    nodes : list of fx.Node
+        In the order in which they run, without the output.
+    names : dict of str to fx.Node
+        Every name a user may give: ``"layer3"`` (a sub-module: what it returns),
+        ``"layer3.0.conv1"`` (a layer), ``"layer3.0.add"`` (an operation, named as
+        torchvision's feature extraction names it).
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, module_outputs: dict[str, fx.Node]):
+        self.root = root
+        self.graph = graph
+        self.nodes = [node for node in graph.nodes if node.op != "output"]
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.input = self.nodes[0]
+        output = next(node for node in graph.nodes if node.op == "output")
+        self.output: fx.Node = output.args[0]
+        self.names = self._name_nodes()
+        self.names.update(
+            {path: node for path, node in module_outputs.items() if path and node in self.order}
+        )
+        self.by_key = {node.meta["name"]: node for node in self.nodes if "name" in node.meta}
+        self.modules = dict(root.named_modules())
+        self._shapes: dict[tuple[int, ...], dict[fx.Node, tuple[int, ...]]] = {}
+
+    def _name_nodes(self) -> dict[str, fx.Node]:
+        names: dict[str, fx.Node] = {}
+        for node in self.nodes[1:]:
+            if node.op == "get_attr":
+                continue
+            base = node.meta.get("path", "")
+            if node.op != "call_module":
+                operation = re.sub(r"_\d+$", "", node.name)
+                base = f"{base}.{operation}" if base else operation
+            name, repeat = base, 0
+            while name in names:
+                repeat += 1
+                name = f"{base}_{repeat}"
+            names[name] = node
+            node.meta["name"] = name
+        return names
+
+    def layer(self, node: fx.Node) -> nn.Module | None:
+        """The module that `node` calls, if it calls one."""
+        return self.modules[str(node.target)] if node.op == "call_module" else None
+
+    def cuts(self) -> dict[int, fx.Node]:
+        """Where the graph can be cut: position -> the one value that crosses there.
+
+        A cut at position ``i`` lies behind ``nodes[i]``. Parameters that an operation reads do
+        not count: they are fetched on whichever side needs them.
+        """
+        last_use = {
+            node: max((self.order.get(user, len(self.nodes)) for user in node.users), default=-1)
+            for node in self.nodes
+        }
+        found: dict[int, fx.Node] = {}
+        live: list[fx.Node] = []
+        for i, node in enumerate(self.nodes):
+            if node.op != "get_attr":
+                live.append(node)
+            live = [value for value in live if last_use[value] > i]
+            if len(live) == 1:
+                found[i] = live[0]
+        return found
+
+    def segment(self, lo: int, hi: int, source: fx.Node, result: fx.Node) -> fx.GraphModule:
+        """The operations ``nodes[lo:hi + 1]`` as a module of one input (`source`)."""
+        graph = fx.Graph()
+        values: dict[fx.Node, fx.Node] = {source: graph.placeholder("x")}
+
+        def copied(node: fx.Node) -> fx.Node:
+            if node not in values:
+                assert node.op == "get_attr", f"{node} crosses the boundary at {source}"
+                values[node] = graph.node_copy(node, copied)
+            return values[node]
+
+        for node in self.nodes[lo : hi + 1]:
+            if node.op == "get_attr":
+                copied(node)
+            elif node not in values:
+                values[node] = graph.node_copy(node, copied)
+        graph.output(values[result])
+        _erase_unused_attributes(graph)
+        return fx.GraphModule(self.root, graph)
+
+    def extractor(self, nodes: list[fx.Node]) -> fx.GraphModule:
+        """The network up to the deepest of `nodes`, returning all of them as a list."""
+        graph = fx.Graph()
+        values: dict[fx.Node, fx.Node] = {}
+        needed = _ancestors(nodes) | {self.input}
+        for node in self.nodes:
+            if node in needed:
+                values[node] = graph.node_copy(node, values.__getitem__)
+        graph.output([values[node] for node in nodes])
+        return fx.GraphModule(self.root, graph)
+
+    def shapes(self, input_size: tuple[int, int, int]) -> dict[fx.Node, tuple[int, ...]]:
+        """Shape of every tensor in the graph for 2 pictures of `input_size`, without computing.
+
+        The network runs on torch's meta device, which knows shapes and no values.
+        """
+        if input_size not in self._shapes:
+            skeleton = meta_copy(fx.GraphModule(self.root, self.graph))
+            run = _ShapeRun(skeleton)
+            with torch.no_grad():
+                run.run(torch.empty((2, *input_size), device="meta"))
+            by_name = {node.name: shape for node, shape in run.shapes.items()}
+            self._shapes[input_size] = {
+                node: by_name[node.name] for node in self.nodes if node.name in by_name
+            }
+        return self._shapes[input_size]
+
+
+class _ShapeRun(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target is torch._assert:
+            condition, _ = self.fetch_args_kwargs_from_env(n)[0]
+            if not bool(condition):
+                # The message was written while tracing: it holds no number.
+                raise ValueError(re.sub(r",? ?(but )?got Proxy\(.*?\)", "", str(n.args[1])))
+            return None
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor):
+            self.shapes[n] = tuple(result.shape)
+        return result
+
+
+def meta_copy(module: Any) -> Any:
+    """A copy of `module` whose tensors have shapes and no values, made without copying any."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(module, memo)
+
+
+def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo.extend(node.all_input_nodes)
+    return found
+
+
+def _erase_unused_attributes(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+
+
+def token_use(traced: Traced, node: fx.Node, embedding: fx.Node) -> tuple[int | None, int]:
+    """Which token of the sequence `node` the network classifies from, and how many are prefix.
+
+    ``x[:, 0]`` between the two tells of a class token, ``x[:, k:]`` of k tokens that are no
+    place in the picture.
+    """
+    downstream = {node}
+    between = _ancestors([embedding])
+    for other in traced.nodes:
+        if other not in between or not downstream.intersection(other.all_input_nodes):
+            continue
+        downstream.add(other)
+        index = other.args[1] if other.target is operator.getitem else None
+        if isinstance(index, tuple) and len(index) >= 2 and index[0] == slice(None):
+            if isinstance(index[1], int):
+                # The class token, and registers if timm says that there are any.
+                n_prefix = getattr(traced.root, "num_prefix_tokens", index[1] + 1)
+                return index[1], int(n_prefix)
+            if isinstance(index[1], slice) and isinstance(index[1].start, int):
+                return None, index[1].start
+    return None, 0

@@ -1,0 +1,198 @@
+"""Networks whose ``forward`` no graph can hold: layers caught by hooks while they run."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from sktransfer._stage_plan import not_accepted, unknown_layer
+
+
+class _Reached(Exception):
+    """Ends a forward pass as soon as all that was asked for is there."""
+
+
+class HookedPlan:
+    """What :class:`StagePlan` is, for a network that runs but cannot be traced.
+
+    An ``nn.Sequential`` has its children for stages. Of any other network the last linear
+    layer, if the network returns what it gives, is the ``"head"`` and the rest the ``"body"``.
+    """
+
+    def __init__(self, module: nn.Module, input_size: tuple[int, int, int], name: str):
+        self.module, self.network_name = module, name
+        self.modules = dict(module.named_modules())
+        self._values: dict[tuple[int, int, int], dict[str, tuple[int, ...]]] = {}
+        self._head: str | None = None
+        self._run(input_size)
+
+    @property
+    def names(self) -> list[str]:
+        if self._is_chain:
+            return [name for name, _ in self.module.named_children()]
+        return ["body"] if self._head is None else ["body", "head"]
+
+    @property
+    def _is_chain(self) -> bool:
+        return type(self.module) is nn.Sequential
+
+    def pieces(self) -> list[tuple[str, nn.Module]]:
+        """The stages as modules."""
+        if self._is_chain:
+            return list(self.module.named_children())
+        if self._head is None:
+            return [("body", self.module)]
+        body = _Body(HookedExtractor(self.module, [self.embedding_key]))
+        return [("body", body), ("head", self.modules[self._head])]
+
+    def head_layers(self) -> set[str]:
+        """Dotted name of the head, if there is one."""
+        return set() if self._head is None else {self._head}
+
+    @property
+    def embedding_key(self) -> str:
+        """``">head"``: what enters the sub-module `head`; ``""``: what the network returns."""
+        return "" if self._head is None else f">{self._head}"
+
+    @property
+    def last_map_key(self) -> str:
+        return self.embedding_key
+
+    def resolve(self, layer: str) -> str:
+        """The sub-module that a name stands for."""
+        if not self._is_chain and layer in self.names:
+            return self.embedding_key if layer == "body" else ""
+        if layer not in self.modules or layer == "":
+            names = [name for name in self.modules if name]
+            raise unknown_layer(layer, self.network_name, self.names, names)
+        return layer
+
+    def shape(self, key: str, input_size: tuple[int, int, int]) -> tuple[int, ...]:
+        """Shape of a layer's value for two pictures of `input_size`."""
+        shapes = self._run(input_size)
+        if key not in shapes:
+            raise ValueError(
+                f"layer={key!r} of {self.network_name} does not run when a picture is embedded, or "
+                "does not return one tensor."
+            )
+        return shapes[key]
+
+    def is_channels_last(self, key: str, input_size: tuple[int, int, int]) -> bool:
+        """Whether a 4-D value is N×H×W×C, as far as its shape tells."""
+        shape = self.shape(key, input_size)
+        return len(shape) == 4 and shape[1] == shape[2] != shape[3]
+
+    def tokens(self, key: str) -> tuple[int | None, int]:
+        """Nothing is known of class tokens."""
+        return None, 0
+
+    def extractor(self, keys: list[str]) -> HookedExtractor:
+        """The network up to the last of the layers, returning a list of their values."""
+        return HookedExtractor(self.module, keys)
+
+    def _run(self, input_size: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+        """Send two black pictures through, and note shapes and the last linear layer."""
+        if input_size in self._values:
+            return self._values[input_size]
+        shapes: dict[str, tuple[int, ...]] = {}
+        last: dict[str, Any] = {}
+
+        def note(name: str) -> Any:
+            def hook(layer: nn.Module, args: Any, value: Any) -> None:
+                if isinstance(value, torch.Tensor):
+                    shapes[name] = tuple(value.shape)
+                if isinstance(layer, nn.Linear) and args:
+                    shapes[f">{name}"] = tuple(args[0].shape)
+                    last.update(name=name, value=value)
+
+            return hook
+
+        was_training = {name: part.training for name, part in self.modules.items()}
+        hooks = [part.register_forward_hook(note(name)) for name, part in self.modules.items()]
+        try:
+            self.module.eval()
+            with torch.no_grad():
+                device = next((p.device for p in self.module.parameters()), "cpu")
+                out = self.module(torch.zeros((2, *input_size), device=device))
+        except Exception as error:
+            raise not_accepted(self.network_name, input_size, error) from error
+        finally:
+            for handle in hooks:
+                handle.remove()
+            for name, part in self.modules.items():
+                part.training = was_training[name]
+        if not isinstance(out, torch.Tensor):
+            raise TypeError(
+                f"{self.network_name} returns {type(out).__name__}: its forward has to return one "
+                "tensor. Wrap it in a module that returns the one that is meant."
+            )
+        if last.get("value") is out:
+            self._head = last["name"]
+        self._values[input_size] = shapes
+        return shapes
+
+
+class HookedExtractor(nn.Module):
+    """Runs a network until the asked layers have given their values.
+
+    Parameters
+    ----------
+    module : nn.Module
+    keys : list of str
+        ``"name"``: what the sub-module returns; ``">name"``: what it gets.
+    """
+
+    def __init__(self, module: nn.Module, keys: list[str]):
+        super().__init__()
+        self.module, self.keys = module, list(keys)
+
+    def copy_to(self, device: torch.device, dtype: torch.dtype) -> HookedExtractor:
+        """An independent copy elsewhere or in another type, in eval mode."""
+        copied = copy.deepcopy(self.module).to(device=device, dtype=dtype)
+        return HookedExtractor(copied.eval(), self.keys)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        values: dict[str, torch.Tensor] = {}
+        modules = dict(self.module.named_modules())
+        hooks = []
+
+        def keep(key: str, value: torch.Tensor) -> None:
+            values[key] = value
+            if len(values) == len(set(self.keys)):
+                raise _Reached
+
+        for key in set(self.keys):
+            if key.startswith(">"):
+                hooks.append(
+                    modules[key[1:]].register_forward_pre_hook(
+                        lambda _, args, key=key: keep(key, args[0])
+                    )
+                )
+            else:
+                hooks.append(
+                    modules[key].register_forward_hook(
+                        lambda _, args, value, key=key: keep(key, value)
+                    )
+                )
+        try:
+            self.module(x)
+        except _Reached:
+            pass
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return [values[key] for key in self.keys]
+
+
+class _Body(nn.Module):
+    """Everything before the head, as a stage."""
+
+    def __init__(self, extractor: HookedExtractor):
+        super().__init__()
+        self.extractor = extractor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.extractor(x)[0]
