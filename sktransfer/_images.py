@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -75,17 +74,21 @@ def as_images(X: Any, image_shape: tuple[int, ...] | None = None) -> Images:
 
 
 class Images:
-    """A sequence of rows with one picture in each image column.
+    """A sequence of pictures: the rows of X times its image columns, row by row.
 
-    A slice or an array of row numbers selects a view, :meth:`column` one column; the
-    pictures of a view keep the row of X they came from. `digest`, `stat`, `decode`
-    and `label` are for a single column, and may be called from several threads at once.
+    ``len(images)`` is ``n_rows * n_columns``: with two image columns the pictures of row 0
+    are numbers 0 and 1, so that the embeddings of all pictures, an array of shape
+    ``(len(images), d)``, reshape to ``(n_rows, n_columns * d)``. A slice or an array of
+    numbers selects a view whose pictures keep the row they came from.
+
+    `digest`, `stat`, `decode` and `label` may be called from several threads at once.
 
     Attributes
     ----------
-    n_columns : int
+    n_rows, n_columns : int
+        Of X; of a view its length and 1.
     feature_names : list of str or None
-        The image columns of a DataFrame, the name of a Series.
+        The image columns of a DataFrame, the name of a Series; None for a view.
     """
 
     def __init__(
@@ -98,10 +101,11 @@ class Images:
         self._names = names
         self._image_shape = image_shape
         self._n_x_columns = len(columns)
-        self._x_columns = list(range(len(columns)))  # where each column stands in X
-        self._positions: np.ndarray | range = range(len(columns[0]))  # rows of the columns …
-        self._rows: np.ndarray | range = self._positions  # … and of X
-        self._notes = Notes(len(columns[0]) * len(columns))
+        n_pictures = len(columns[0]) * len(columns)
+        self._positions: np.ndarray | range = range(n_pictures)  # in the columns, row by row …
+        self._numbers: np.ndarray | range = self._positions  # … and in X
+        self._is_view = False
+        self._notes = Notes(n_pictures)
         self._fetched = _Fetched()
 
     def __len__(self) -> int:
@@ -109,16 +113,21 @@ class Images:
 
     @property
     def n_columns(self) -> int:
-        return len(self._columns)
+        return 1 if self._is_view else len(self._columns)
+
+    @property
+    def n_rows(self) -> int:
+        return len(self) // self.n_columns
 
     @property
     def feature_names(self) -> list[str] | None:
-        return None if self._names is None else [self._names[j] for j in self._x_columns]
+        return None if self._is_view else self._names
 
     def __getitem__(self, index: slice | Sequence[int] | np.ndarray) -> Images:
-        view = self._copy()
+        view = Images.__new__(Images)
+        view.__dict__.update(self.__dict__, _is_view=True)
         if isinstance(index, slice):
-            view._positions, view._rows = self._positions[index], self._rows[index]
+            view._positions, view._numbers = self._positions[index], self._numbers[index]
             return view
         index = np.asarray(index)
         if index.ndim != 1:
@@ -128,28 +137,26 @@ class Images:
             )
         index = index if index.dtype == bool else index.astype(np.intp)
         view._positions = np.asarray(self._positions)[index]
-        view._rows = np.asarray(self._rows)[index]
+        view._numbers = np.asarray(self._numbers)[index]
         return view
 
     def column(self, j: int) -> Images:
-        """Return the pictures of the image column `j`."""
+        """Return the pictures of the image column `j`, a view."""
         if not 0 <= j < self.n_columns:
             raise IndexError(f"there is no image column {j}; there are {self.n_columns}")
-        view = self._copy()
-        view._columns, view._x_columns = [self._columns[j]], [self._x_columns[j]]
-        return view
+        return self[j :: self.n_columns]
 
     def __repr__(self) -> str:
-        return f"<Images: {len(self)} rows × {self.n_columns} columns>"
+        return f"<Images: {self.n_rows} rows × {self.n_columns} columns>"
 
     # -- one picture -------------------------------------------------------
     def row(self, i: int) -> int:
         """Return the row of X that picture `i` came from."""
-        return int(self._rows[i])
+        return int(self._numbers[i]) // self._n_x_columns
 
     def label(self, i: int) -> str:
         """Return where picture `i` stands in X and what it is, for messages."""
-        return f"{self._where(self._number(i))} ({_describe(self._cell(i))})"
+        return f"{self._where(int(self._numbers[i]))} ({_describe(self._cell(i))})"
 
     def digest(self, i: int) -> bytes:
         """Return 16 bytes that tell picture `i` from any other by its content.
@@ -225,13 +232,12 @@ class Images:
         return decode_encoded(content, min_size, note)
 
     # -- what was assumed --------------------------------------------------
-    def warn_of_assumptions(self) -> None:
-        """Give one UserWarning about all that was assumed since the last call, if anything.
+    def take_warnings(self) -> str | None:
+        """Return what was assumed since the last call as the text of one warning, or None.
 
         All views of the same X share what was assumed.
         """
-        if message := self._notes.take().message(self._where):
-            warnings.warn(message, UserWarning, stacklevel=3)
+        return self._notes.take().message(self._where)
 
     def take_notes(self) -> Notes:
         """Return and forget what was assumed: a worker process sends it home."""
@@ -243,13 +249,8 @@ class Images:
 
     # -- within ------------------------------------------------------------
     def _cell(self, i: int) -> Any:
-        if len(self._columns) != 1:
-            raise ValueError(f"there are {self.n_columns} image columns; choose one: column(j)")
-        return self._columns[0][int(self._positions[i])]
-
-    def _number(self, i: int) -> int:
-        """Number the pictures of X row by row."""
-        return int(self._rows[i]) * self._n_x_columns + self._x_columns[0]
+        row, column = divmod(int(self._positions[i]), len(self._columns))
+        return self._columns[column][row]
 
     def _where(self, number: int) -> str:
         row, column = divmod(number, self._n_x_columns)
@@ -259,13 +260,13 @@ class Images:
         return f"row {row}, column {name!r}"
 
     def _noter(self, i: int) -> Note:
-        return lambda kind, low, high: self._notes.add(self._number(i), kind, low, high)
+        return lambda *what: self._notes.add(int(self._numbers[i]), *what)
 
     def _content(self, i: int, keep: bool) -> np.ndarray | Image.Image | bytes:
         """Resolve a cell to pixels, a PIL image or encoded bytes; raise BadImage."""
         cell = self._cell(i)
         if isinstance(cell, str) and is_url(cell):
-            number = self._number(i)
+            number = int(self._numbers[i])
             data = self._fetched.pop(number)
             if data is None:
                 data = read_text(cell)
@@ -276,25 +277,17 @@ class Images:
             cell = _unflatten(cell, self._image_shape)
         return _read_cell(cell)
 
-    def _copy(self) -> Images:
-        copy = Images.__new__(Images)
-        copy.__dict__.update(self.__dict__)
-        return copy
-
     def __getstate__(self) -> dict[str, Any]:
-        # To another process a view takes only its own pictures along.
-        positions = np.asarray(self._positions, dtype=np.intp)
-        columns = self._columns
-        if len(positions) != len(columns[0]):
-            columns = [
-                column[positions]
-                if isinstance(column, np.ndarray)
-                else [column[k] for k in positions.tolist()]
-                for column in columns
-            ]
-            positions = np.arange(len(positions))
-        own = {"_columns": columns, "_positions": positions}
-        return self.__dict__ | own | {"_notes": self._notes.n_pictures, "_fetched": None}
+        state = self.__dict__ | {"_notes": self._notes.n_pictures, "_fetched": None}
+        if self._is_view:  # to another process a view takes only its own pictures along
+            positions = np.asarray(self._positions, dtype=np.intp)
+            cells: Any
+            if len(self._columns) == 1 and isinstance(self._columns[0], np.ndarray):
+                cells = self._columns[0][positions]
+            else:
+                cells = [self._cell(i) for i in range(len(self))]
+            state |= {"_columns": [cells], "_positions": range(len(self))}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         fresh = {"_notes": Notes(state["_notes"]), "_fetched": _Fetched()}
