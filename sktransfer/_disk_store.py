@@ -110,7 +110,7 @@ class DiskStore:
                         damaged.append((row.digest, row.checksum))
                     elif len(row.vector) == (row.width if width is None else width):
                         whole[row.digest] = row.vector
-                        if row.used < note_before:
+                        if not isinstance(row.used, int) or row.used < note_before:
                             used.append(row.digest)
                 for i, digest in enumerate(batch, start):
                     if digest in whole:
@@ -125,6 +125,8 @@ class DiskStore:
                 f"The embedding store {self.path!r} holds damaged rows; they are computed again. "
                 "Its disk may be failing.",
             )
+            if not self._file.is_read_only:
+                self._file.run(tables.check_keys, None)
 
     def put_many(self, fingerprint: str, digests: Sequence[bytes], rows: np.ndarray) -> None:
         """Keep ``rows``, float32 of shape (n_images, width), in place of any kept before."""

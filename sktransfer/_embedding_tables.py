@@ -95,7 +95,9 @@ def write_rows(
     for _, batch in _batches(digests):
         question = f"FROM keys WHERE fingerprint = ? AND digest IN ({_marks(batch)})"
         execute(f"DELETE FROM vectors WHERE id IN (SELECT id {question})", (group, *batch))
-    first = execute("SELECT coalesce(max(id), 0) + 1 FROM vectors").fetchone()[0]
+    first = execute("SELECT coalesce(max(id), 0) FROM vectors").fetchone()[0] + 1
+    if first > 2**62:
+        raise sqlite3.DatabaseError("the numbers of rows are damaged")
     seed, now = zlib.crc32(fingerprint.encode()), int(time.time())
     blobs = [row.tobytes() for row in rows.values()]
     many("INSERT INTO vectors VALUES (?, ?)", enumerate(blobs, first))
@@ -137,6 +139,16 @@ def note_reading(
         pass  # the next reader will
     finally:
         connection.execute(f"PRAGMA busy_timeout = {timeout}")
+
+
+def check_keys(connection: sqlite3.Connection) -> None:
+    """Raise as SQLite does for a damaged file where keys are out of order.
+
+    Searching such a table raises nothing, and may miss for ever what is written to it.
+    """
+    (answer,) = connection.execute("PRAGMA integrity_check(keys)").fetchone()
+    if answer != "ok":
+        raise sqlite3.DatabaseError(answer.splitlines()[-1])
 
 
 def row_counts(connection: sqlite3.Connection) -> dict[str, int]:
@@ -212,7 +224,7 @@ def write_claims(
             f" AND digest IN ({_marks(batch)})",
             (fingerprint, now, me, *batch),
         ):
-            if not is_gone(owner):
+            if isinstance(owner, str) and not is_gone(owner):
                 taken.add(digest)
     connection.executemany(
         "REPLACE INTO claims VALUES (?, ?, ?, ?)",

@@ -94,7 +94,7 @@ class SQLiteFile:
                     break
                 except (sqlite3.ProgrammingError, sqlite3.InterfaceError):
                     raise  # our own bug
-                except (sqlite3.Error, OSError) as error:
+                except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
                     if is_damage(error):
                         if not self._move_aside(error):
                             break
@@ -365,6 +365,8 @@ def is_damage(error: BaseException) -> bool:
             words in str(error)
             for words in ("no such table", "no such column", "has no column", "Could not decode")
         )
+    if isinstance(error, UnicodeDecodeError):  # of SQLite's message, which quotes the file
+        return True
     # sqlite3 raises the bare class for SQLITE_CORRUPT and SQLITE_NOTADB; constraints that our
     # statements cannot break, and records of impossible size, are damaged pages as well.
     return type(error) is sqlite3.DatabaseError or isinstance(

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -434,31 +435,30 @@ def test_info_and_repr(store):
 # Claims --------------------------------------------------------------------------------------
 
 
-def in_a_thread(function):
-    results = []
-    thread = threading.Thread(target=lambda: results.append(function()))
-    thread.start()
-    thread.join()
-    return results[0]
+@pytest.fixture
+def another():
+    """Another thread: ``another(function)`` is what the function returns there."""
+    with ThreadPoolExecutor(1) as pool:
+        yield lambda function: pool.submit(function).result()
 
 
-def test_a_claim_keeps_others_away_until_it_is_void(store, clock):
+def test_a_claim_keeps_others_away_until_it_is_void(store, clock, another):
     digests = digests_of(range(4))
     store.put_many("f", digests[:1], rows_of([0]))
     assert store.claim("f", digests[:3]).tolist() == [False, True, True]
     assert store.claim("f", digests[:3]).tolist() == [False, True, True]  # my own again
 
-    assert in_a_thread(lambda: store.claim("f", digests)).tolist() == [False, False, False, True]
-    assert in_a_thread(lambda: store.claim("g", digests)).all()
+    assert another(lambda: store.claim("f", digests)).tolist() == [False, False, False, True]
+    assert another(lambda: store.claim("g", digests)).all()
 
     store.release("f", digests[1:2])
     store.release("f", digests[3:])  # not mine: nothing happens
-    assert in_a_thread(lambda: store.claim("f", digests)).tolist() == [False, True, False, True]
+    assert another(lambda: store.claim("f", digests)).tolist() == [False, True, False, True]
     store.put_many("f", digests[2:3], rows_of([2]))
     store.reduce_size(items_limit=0)
-    assert in_a_thread(lambda: store.claim("f", digests[2:3])).all()
+    assert another(lambda: store.claim("f", digests[2:3])).all()
     clock.advance(1)
-    assert in_a_thread(lambda: store.claim("f", digests)).all()
+    assert another(lambda: store.claim("f", digests)).all()
 
 
 def test_the_claim_of_a_dead_process_is_void():
