@@ -267,6 +267,9 @@ def encoded_of(image: Image.Image) -> bytes | None:
         # tile: what is still to be read; decoderconfig: draft() has been called.
         if not image.tile or image.decoderconfig or image.fp is None or image.tell() != 0:
             return None
+        exif = getattr(image, "_exif", None)  # parsed, and perhaps edited by the user
+        if exif is not None and exif.get(_ORIENTATION_TAG) != _info_orientation(image.info):
+            return None
         try:
             position = image.fp.tell()
             image.fp.seek(0)
@@ -319,7 +322,8 @@ def _take_exif(jpeg: bytes) -> tuple[bytes, int | None]:
     where it is corrupt; only one tag of it is needed here.
     """
     orientation = None
-    position = 2
+    kept, position = [], 2
+    start = 0  # of what is to be kept next
     while position + 4 <= len(jpeg) and jpeg[position] == 0xFF:
         marker = jpeg[position + 1]
         if marker == 0xFF:  # a fill byte
@@ -331,10 +335,10 @@ def _take_exif(jpeg: bytes) -> tuple[bytes, int | None]:
         if marker == 0xE1 and jpeg.startswith(b"Exif\0", position + 4):
             if orientation is None:
                 orientation = _exif_orientation(jpeg[position + 10 : end])
-            jpeg = jpeg[:position] + jpeg[end:]
-        else:
-            position = end
-    return jpeg, orientation
+            kept.append(jpeg[start:position])
+            start = end
+        position = end
+    return b"".join([*kept, jpeg[start:]]) if kept else jpeg, orientation
 
 
 def _info_orientation(info: dict) -> int | None:

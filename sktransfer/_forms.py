@@ -35,6 +35,8 @@ def as_columns(X: Any, image_shape: tuple[int, ...] | None) -> Columns:
         from_cells = _from_array if isinstance(X, np.ndarray) else _from_sequence
         columns, _, shape = from_cells(X, image_shape)
         return columns, [name] if isinstance(name, str) and name else None, shape
+    if _is_lazy_stack(X):
+        return _from_numbers(X, image_shape)
     if isinstance(X, np.ndarray) or hasattr(X, "__array__"):
         return _from_array(np.asarray(X), image_shape)
     if hasattr(X, "__getitem__") and hasattr(X, "__len__"):
@@ -121,6 +123,10 @@ def _is_table(X: Any) -> bool:
 def _from_frame(X: Any, image_shape: tuple[int, ...] | None) -> Columns:
     if X.shape[1] == 0 or X.shape[0] == 0:
         _check_size(X.shape)
+    if image_shape is not None and all(map(_is_number_dtype, getattr(X, "dtypes", [None]))):
+        rows = X.to_numpy()  # pixels, perhaps thousands of columns of them
+        if rows.dtype != object:
+            return _from_array(rows, image_shape)
     if hasattr(X, "iloc"):
         names, series = list(X.columns), [X.iloc[:, j] for j in range(X.shape[1])]
     elif _is_table(X):
@@ -158,15 +164,20 @@ def _is_arrow_number(column: Any) -> bool:
     return str(column.type).startswith(("int", "uint", "float", "double", "half", "bool"))
 
 
+def _is_number_dtype(dtype: Any) -> bool:
+    if hasattr(dtype, "is_numeric"):  # polars
+        return dtype.is_numeric() or str(dtype) == "Boolean"
+    return getattr(dtype, "kind", "O") in "biufc"
+
+
 def _cells_of_series(series: Any) -> tuple[Any, bool]:
     """Return a sequence of the cells of a Series, without a copy, and whether it is numeric."""
     dtype = series.dtype
     if hasattr(dtype, "is_numeric"):  # polars
-        is_numeric = dtype.is_numeric() or str(dtype) == "Boolean"
-        if is_numeric and series.null_count() < len(series):
+        if _is_number_dtype(dtype) and series.null_count() < len(series):
             return series.to_numpy(), True
         return series, False
-    if getattr(dtype, "kind", "O") in "biufc":
+    if _is_number_dtype(dtype):
         numbers = series.to_numpy()
         if numbers.dtype == object:  # nullable integers with a missing one
             numbers = series.to_numpy(dtype="float64", na_value=np.nan)
@@ -202,10 +213,10 @@ def _from_array(X: np.ndarray, image_shape: tuple[int, ...] | None) -> Columns:
 def _from_sequence(X: Any, image_shape: tuple[int, ...] | None) -> Columns:
     """Take a 1-D sequence: of cells, or of rows of cells or numbers."""
     _check_size((len(X),))
-    first = next((cell for cell in X if not is_missing(cell)), None)
+    first: Any = next((cell for cell in X if not is_missing(cell)), None)
     if isinstance(first, (Number, np.number)):
         return _from_numbers(np.asarray(X), image_shape)
-    if isinstance(first, (list, tuple)):
+    if isinstance(first, (list, tuple)) and isinstance(X, (list, tuple, np.ndarray)):
         leaf = next((cell for cell in first if not is_missing(cell)), None)
         if isinstance(X, (list, tuple)) and isinstance(leaf, (Number, np.number, list, tuple)):
             return _from_array(_numbers_of(X), image_shape)
@@ -234,6 +245,18 @@ def _numbers_of(X: Any) -> np.ndarray:
     if numbers.dtype.kind not in "biufc":
         numbers = np.array(X, dtype=np.float64)
     return numbers
+
+
+def _is_lazy_stack(X: Any) -> bool:
+    """Tell arrays that are read piece by piece from a file, of h5py and zarr, and their like."""
+    return (
+        not isinstance(X, np.ndarray)
+        and hasattr(X, "__array__")
+        and hasattr(X, "__getitem__")
+        and hasattr(X, "__len__")
+        and getattr(X, "ndim", 0) in (2, 3, 4)
+        and getattr(getattr(X, "dtype", None), "kind", "") in tuple("biuf")
+    )
 
 
 def _from_numbers(X: Any, image_shape: tuple[int, ...] | None) -> Columns:

@@ -314,6 +314,8 @@ def _read_cell(cell: Any) -> np.ndarray | Image.Image | bytes:
         return _read_dict(cell)
     if hasattr(cell, "read") and hasattr(cell, "seek"):
         return read_stream(cell)
+    if hasattr(cell, "to_list"):  # a nested list in a column of polars
+        cell = cell.to_list()
     if hasattr(cell, "__array__") or isinstance(cell, (list, tuple)):
         try:
             return _read_array(np.asarray(cell))
@@ -328,6 +330,8 @@ def _read_cell(cell: Any) -> np.ndarray | Image.Image | bytes:
 
 
 def _read_array(array: np.ndarray) -> np.ndarray | bytes:
+    if array.dtype == object and array.ndim:  # pandas nests arrays where parquet nests lists
+        array = _stack_nested(array)
     if array.ndim == 0:
         item = array.item()
         if isinstance(item, (str, bytes)):
@@ -340,6 +344,15 @@ def _read_array(array: np.ndarray) -> np.ndarray | bytes:
             f"it is a flat array of shape {array.shape}; give image_shape=(H, W) or (H, W, C)"
         )
     return array
+
+
+def _stack_nested(array: np.ndarray) -> np.ndarray:
+    if array.dtype != object:
+        return array
+    try:
+        return np.stack([_stack_nested(np.asarray(part)) for part in array])
+    except (ValueError, TypeError) as error:
+        raise BadImage(f"its rows do not form an array: {error}") from error
 
 
 def _read_tensor(tensor: Any) -> np.ndarray | bytes:

@@ -256,7 +256,7 @@ def _restore_notes(n_pictures: int, seen: dict) -> Notes:
 
 _TEXTS = {
     "0…255": (
-        "{count} of floats beyond 0…1 ({where}: {low:.4g}…{high:.4g}) were read as 0…255.",
+        "{count} of floats outside 0…1 ({where}: {low:.4g}…{high:.4g}) were read as 0…255.",
         ' Give X / 255. or X.astype("uint8") to say so.',
     ),
     "stretched": (

@@ -107,12 +107,38 @@ def objects(values):
     return out
 
 
+def dask_series(values):
+    dd = pytest.importorskip("dask.dataframe")
+    return dd.from_pandas(pd.Series(values), npartitions=2)
+
+
 class NotAnArray:
     def __init__(self, data):
         self._data = data
 
     def __array__(self, dtype=None, copy=None):
         return self._data
+
+
+class OnDisk(NotAnArray):
+    """Like h5py's and zarr's arrays: one picture can be had without the others."""
+
+    def __init__(self, data):
+        super().__init__(data)
+        self.shape, self.ndim, self.dtype = data.shape, data.ndim, data.dtype
+
+    def __array__(self, dtype=None, copy=None):
+        raise AssertionError("read as a whole")
+
+    def __len__(self):
+        return len(self._data)
+
+    def __getitem__(self, i):
+        return self._data[i]
+
+
+def nested_table(stack):
+    return pa.table({"picture": stack.tolist()})
 
 
 def memory_map(stack, folder):
@@ -167,6 +193,7 @@ FORMS = {
     "read-only": lambda s, f: read_only(s),
     "memory map": memory_map,
     "__array__": lambda s, f: NotAnArray(s),
+    "read by piece": lambda s, f: OnDisk(s),
     "list of __array__": lambda s, f: [NotAnArray(picture) for picture in s],
     "object array of paths": lambda s, f: np.array(paths(s, f), dtype=object),
     "string array": lambda s, f: np.array(paths(s, f)),
@@ -194,6 +221,13 @@ FORMS = {
     "polars bytes": lambda s, f: pl.Series("picture", contents(s, f)),
     "polars struct": lambda s, f: pl.DataFrame({"picture": cells(s, f)}),
     "polars DataFrame": lambda s, f: pl.DataFrame({"picture": paths(s, f)}),
+    "nested pandas": lambda s, f: nested_table(s).to_pandas(),
+    "nested Arrow in pandas": lambda s, f: nested_table(s).to_pandas(types_mapper=pd.ArrowDtype),
+    "nested polars": lambda s, f: pl.DataFrame({"picture": s.tolist()}),
+    "nested polars Series": lambda s, f: pl.Series(s.tolist()),
+    "polars Array": lambda s, f: pl.Series(s),
+    "nested table": lambda s, f: nested_table(s),
+    "dask Series": lambda s, f: dask_series(paths(s, f)),
     "Arrow array": lambda s, f: pa.chunked_array([paths(s, f)]),
     "Arrow table": lambda s, f: pa.table({"picture": cells(s, f)}),
 }
@@ -649,7 +683,7 @@ def test_floats_to_255_are_read_as_such_and_told(stack):
     message = warning_of(images)
     low, high = X[1].min(), X[1].max()
     assert re.search(
-        rf"2 pictures of floats beyond 0…1 \(the first is row 1: {low:.4g}…{high:.4g}\) were read "
+        rf"2 pictures of floats outside 0…1 \(the first is row 1: {low:.4g}…{high:.4g}\) were read "
         r"as 0…255\. .*X / 255\..*astype",
         message,
     )
@@ -704,7 +738,7 @@ def test_notes_of_a_worker_come_home():
     worker = pickle.loads(pickle.dumps(images[:2]))
     worker.decode(1)
     images.merge_notes(pickle.loads(pickle.dumps(worker.take_notes())))
-    assert "2 pictures of floats beyond 0…1 (the first is row 1:" in warning_of(images)
+    assert "2 pictures of floats outside 0…1 (the first is row 1:" in warning_of(images)
 
 
 def test_alpha_is_over_white():
@@ -716,6 +750,15 @@ def test_alpha_is_over_white():
         images = as_images([X])
         np.testing.assert_array_equal(images.decode(0), expected)
         assert images.take_warnings() is None
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_tensors_on_a_device(stack):
+    X = tensors(stack).to("cuda")
+    assert_shows(as_images(X), stack)
+    assert_shows(as_images(list(X / 255)), stack)
+    assert as_images(X).digest(0) == as_images(stack).digest(0)
 
 
 # ---------------------------------------------------------------------------

@@ -305,6 +305,10 @@ def test_an_edited_exif_counts(picture):
     image = Image.fromarray(np.rot90(picture).copy())
     image.getexif()[0x0112] = 6
     np.testing.assert_array_equal(decode(image), picture)
+    for format in ("PNG", "JPEG"):  # not loaded: the file says nothing yet
+        with Image.open(io.BytesIO(encode(image.copy(), format, exif=exif_of(1)))) as image:
+            image.getexif()[0x0112] = 6
+            assert decode(image).shape == picture.shape
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
