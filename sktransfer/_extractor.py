@@ -12,7 +12,6 @@ from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from sktransfer._cache import as_store
 from sktransfer._validation import (
     CallbackSupportMixin,
     FitProgress,
@@ -314,10 +313,10 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
-        tags.input_tags.one_d_array = True
-        tags.input_tags.three_d_array = True
-        # With image_shape X is a table of numbers; without, it may well be paths.
+        # With image_shape X is a table of numbers; without, it may well be a list of paths.
+        tags.input_tags.one_d_array = self.image_shape is None
         tags.input_tags.string = self.image_shape is None
+        tags.input_tags.three_d_array = True
         tags.input_tags.allow_nan = self.on_error != "raise"
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
@@ -350,16 +349,16 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         return range(len(self._asked_layers()))
 
     def _embed(self, images, advance: Callable[[int], Any] | None = None) -> np.ndarray:
-        from sktransfer._inference import embed
+        from sktransfer._distribution import embed_anywhere
         from sktransfer._progress import progress_bar
 
         columns = np.empty((images.n_rows, self.n_features_out_), dtype=np.float32)
         with progress_bar(len(images), self.verbose, advance) as tick:
-            self.bad_images_ = embed(
+            self.bad_images_ = embed_anywhere(
                 images,
                 self.backbone_,
                 out=columns.reshape(len(images), -1),
-                store=as_store(self.memory),
+                memory=self.memory,
                 batch_size=self.batch_size,
                 device=self.device,
                 precision=self.precision,

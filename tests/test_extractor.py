@@ -4,7 +4,6 @@ import copy
 import pickle
 import subprocess
 import sys
-import textwrap
 
 import joblib
 import numpy as np
@@ -413,12 +412,13 @@ def test_pickle_holds_no_weights_and_loads_in_a_fresh_process(pictures, tmp_path
     assert len(pickled) < 20_000
     (tmp_path / "extractor.pkl").write_bytes(pickled)
     np.save(tmp_path / "pictures.npy", pictures)
-    code = """
-    import pickle, numpy as np
-    extractor = pickle.load(open("extractor.pkl", "rb"))
-    np.save("rows.npy", extractor.transform(np.load("pictures.npy")))
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, check=True)
+    code = (
+        "import os, pickle, sys, numpy as np; folder = sys.argv[1]\n"
+        "extractor = pickle.load(open(os.path.join(folder, 'extractor.pkl'), 'rb'))\n"
+        "pictures = np.load(os.path.join(folder, 'pictures.npy'))\n"
+        "np.save(os.path.join(folder, 'rows.npy'), extractor.transform(pictures))\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     np.testing.assert_allclose(
         np.load(tmp_path / "rows.npy"), extractor.transform(pictures), rtol=1e-4, atol=1e-5
     )
