@@ -177,12 +177,10 @@ def decode_encoded(
         if min_size is not None and isinstance(image, JpegImageFile):
             height, width = min_size if (orientation or 1) < 5 else min_size[::-1]
             image.draft(None, (width, height))
-        image.load()
+        simple = _simplify(image, orientation)
     except Exception as error:
         raise BadImage(f"the image file cannot be decoded: {_words(error)}") from error
-    if orientation is None and image.format != "TIFF":  # Pillow turns TIFF files itself
-        orientation = _info_orientation(image.info)
-    return _pil_to_rgb(image, orientation, note)
+    return _to_rgb(simple, note)
 
 
 def _open(data: bytes) -> tuple[ImageFile.ImageFile, int | None]:
@@ -231,25 +229,37 @@ def _check_n_pixels(size: tuple[int, int], note: Note) -> None:
     note("large", width, height)
 
 
-def _pil_to_rgb(image: Image.Image, orientation: int | None, note: Note) -> np.ndarray:
-    """Convert a loaded image of any mode."""
-    mode = image.mode
+def _simplify(image: Image.Image, orientation: int | None) -> Image.Image:
+    """Load an image, turn it upright and bring it to RGB, RGBA, I;16…, I or F."""
+    image.load()
+    if orientation is None and image.format != "TIFF":  # Pillow turns TIFF files itself
+        orientation = _info_orientation(image.info)
     # Pillow gives 16-bit PNM (and, before 11, PNG) files as 32-bit integers.
-    is_16_bit = mode == "I" and getattr(image, "format", None) in ("PNG", "PPM")
+    is_16_bit = image.mode == "I" and image.format in ("PNG", "PPM")
     if orientation in _TRANSPOSE:
         image = image.transpose(_TRANSPOSE[orientation])
-    if mode.startswith("I;16"):
-        return to_rgb(np.asarray(image), note)
-    if mode in ("I", "F"):
-        array = np.asarray(image)
-        return to_rgb(array.astype(np.uint16) if is_16_bit else array, note)
-    if image.has_transparency_data:
-        if mode == "La":
-            image = image.convert("LA")
-        return read_only(np.ascontiguousarray(over_white(np.asarray(image.convert("RGBA")))))
-    if mode != "RGB":
-        image = image.convert("RGB")
-    return read_only(np.asarray(image))
+    if is_16_bit:
+        return Image.fromarray(np.asarray(image).astype(np.uint16))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return image
+    palette = image.palette if image.mode == "P" else None
+    if (
+        "transparency" in image.info
+        or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+        or (palette is not None and palette.mode.endswith("A"))
+    ):
+        image = image.convert("LA") if image.mode == "La" else image
+        return image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_rgb(image: Image.Image, note: Note) -> np.ndarray:
+    array = np.asarray(image)
+    if image.mode == "RGB":
+        return read_only(array)
+    if image.mode == "RGBA":
+        return read_only(np.ascontiguousarray(over_white(array)))
+    return to_rgb(array, note)
 
 
 # ---------------------------------------------------------------------------
@@ -283,33 +293,42 @@ def encoded_of(image: Image.Image) -> bytes | None:
 def decode_pil(image: Image.Image, note: Note) -> np.ndarray:
     """Convert a PIL image of the user to RGB, upright, without changing it."""
     image, orientation = _own(image)
-    return _pil_to_rgb(image, orientation, note)
+    try:
+        simple = _simplify(image, orientation)
+    except Exception as error:
+        raise BadImage(f"the PIL image cannot be converted: {_words(error)}") from error
+    return _to_rgb(simple, note)
 
 
 def pil_content(image: Image.Image) -> tuple[str, bytes]:
     """Return a PIL image's pixels, and a text with all else that its look depends on."""
     image, orientation = _own(image)
-    palette = image.getpalette("RGBA") if image.mode in ("P", "PA") else None
-    transparency = image.info.get("transparency")
-    return f"{image.mode} {image.size} {orientation} {palette} {transparency}", image.tobytes()
+    try:
+        palette = image.getpalette("RGBA") if image.mode in ("P", "PA") else None
+        transparency = image.info.get("transparency")
+        pixels = image.tobytes()
+    except Exception as error:
+        raise BadImage(f"the PIL image has no pixels to read: {_words(error)}") from error
+    return f"{image.mode} {image.size} {orientation} {palette} {transparency}", pixels
 
 
-def _own(image: Image.Image) -> tuple[Image.Image, int | None]:
+def _own(image: Image.Image) -> tuple[Image.Image, int]:
+    """Load a PIL image of the user and return it, or a copy, with its orientation."""
     try:
         with _user_lock:
             image.load()
             # The EXIF of an image in memory is either parsed, and perhaps edited, or raw.
             if getattr(image, "_exif", None) is not None:
                 orientation = image.getexif().get(_ORIENTATION_TAG)
-            elif getattr(image, "format", None) == "TIFF":
-                orientation = None
+            elif image.format == "TIFF":
+                orientation = None  # done by load()
             else:
                 orientation = _info_orientation(image.info)
             if image.mode in ("P", "PA"):  # converting would write to the palette
                 image = image.copy()
     except Exception as error:
         raise BadImage(f"the PIL image cannot be loaded: {_words(error)}") from error
-    return image, orientation
+    return image, orientation or 1
 
 
 # ---------------------------------------------------------------------------

@@ -5,9 +5,7 @@ import functools
 import http.server
 import io
 import pickle
-import re
 import threading
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,9 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
-from scipy import sparse
 
 from sktransfer._images import BadImage, as_images
 
@@ -542,216 +538,6 @@ def test_a_pickled_view_takes_its_own_pictures_along(stack, folder):
     assert (again.n_rows, again.n_columns, again.feature_names) == (4, 2, ["a", "b"])
 
 
-# ---------------------------------------------------------------------------
-# What is refused at the border
-# ---------------------------------------------------------------------------
-z = np.zeros
-REFUSED = {
-    "str": ("a.jpg", None, TypeError, r"the single path 'a.jpg'.* wrap it in a list, \[X\]"),
-    "Path": (Path("a.jpg"), None, TypeError, "the single path 'a.jpg'.*wrap it in a list"),
-    "0-D": (np.array("a.jpg"), None, TypeError, "the single path 'a.jpg'"),
-    "bytes": (b"123", None, TypeError, "a single file, 3 bytes.*wrap it in a list"),
-    "PIL": (Image.new("L", (3, 2)), None, TypeError, "single PIL image, mode L, 3 × 2.*wrap it"),
-    "dict": ({"bytes": b""}, None, TypeError, r"a dict with the keys \['bytes'\].*wrap it"),
-    "file": (io.BytesIO(), None, TypeError, "a single open file.*wrap it"),
-    "None": (None, None, TypeError, "X is None; X holds one picture per row"),
-    "number": (3, None, TypeError, "X is 3; X holds one picture per row"),
-    "generator": (iter(["a"]), None, TypeError, r"no rows to index.*list\(X\)"),
-    "set": ({"a"}, None, TypeError, r"type set, which has no rows.*list\(X\)"),
-    "lazy": (pl.LazyFrame({"a": ["b"]}), None, TypeError, r"X\.collect\(\)"),
-    "sparse": (sparse.eye_array(4), None, TypeError, r"sparse .*X\.toarray\(\)"),
-    "complex": (z((5, 9, 9), complex), None, ValueError, "Complex data not supported"),
-    "complex tensor": (torch.zeros(5, 9, 9) * 1j, None, ValueError, "Complex data not supported"),
-    "dates": (z(3, "M8[s]"), None, TypeError, "dtype datetime64.*holds no pictures"),
-    "no rows": ([], None, ValueError, r"0 sample\(s\) \(shape=\(0,\)\).*minimum of 1"),
-    "no rows 2-D": (z((0, 4)), (2, 2), ValueError, r"0 sample\(s\) \(shape=\(0, 4\)\)"),
-    "no columns": (z((4, 0)), (2, 2), ValueError, r"0 feature\(s\) \(shape=\(4, 0\)\)"),
-    "no frame": (pd.DataFrame(), None, ValueError, r"0 sample\(s\)"),
-    "1-D": (z(4), None, ValueError, "Expected 2D array.*Reshape your data"),
-    "1-D list": ([1.0, 2.0], None, ValueError, "Expected 2D array.*Reshape your data"),
-    "1-D Series": (pd.Series([1, 2]), None, ValueError, "Expected 2D array"),
-    "2-D": (z((9, 9)), None, ValueError, r"image_shape=\(H, W\).*one picture.*\[X\]"),
-    "2-D frame": (pd.DataFrame(z((2, 4))), None, ValueError, r"give image_shape=\(H, W\)"),
-    "1-D cells": ([z(4), z(4)], None, ValueError, r"list of arrays.*image_shape=\(H, W\)"),
-    "5-D": (z((1, 2, 3, 4, 5)), None, ValueError, "3 or 4 dimensions"),
-    "H, W, C": (z((9, 8, 3)), None, ValueError, r"one picture of 9 × 8 with 3 .*9 grey .* 8 × 3"),
-    "C, H, W": (torch.zeros(3, 9, 8), None, ValueError, "one picture of 9 × 8 .*3 grey .* 9 × 8"),
-    "N, C, H, W": (z((5, 3, 9, 8)), None, ValueError, r"channels last.*X\.transpose\(0, 2, 3, 1\)"),
-    "N, ?": (z((5, 7, 9, 8)), None, ValueError, r"1, 2, 3 or 4 channels, not 8\.$"),
-    "N, H, W, C": (torch.zeros(5, 9, 8, 3), None, ValueError, r"X\.permute\(0, 3, 1, 2\)"),
-    "both": (z((5, 3, 8, 3)), None, ValueError, r"5 pictures of 3 × 8 .*or of 8 × 3 .*list\(X\)"),
-    "both, tensor": (torch.zeros(5, 3, 8, 3), None, ValueError, "of 8 × 3 .* or of 3 × 8 "),
-    "image_shape 1": (z((2, 4)), 4, TypeError, "image_shape must be .*got 4"),
-    "image_shape 2": (z((2, 4)), (4,), ValueError, r"image_shape must be .*got \(4,\)"),
-    "image_shape 3": (z((2, 4)), (0, 4), ValueError, r"positive integers.*got \(0, 4\)"),
-    "image_shape 4": (z((2, 4)), (-1, -1), ValueError, r"one of which may be -1; got \(-1, -1\)"),
-    "image_shape 5": (z((2, 4)), (2, 2.0), ValueError, "image_shape must be"),
-    "image_shape 6": (z((2, 5)), (1, 1, 5), ValueError, "C in 1…4"),
-    "misfit": (z((2, 7)), (2, 4), ValueError, r"7 features.*image_shape=\(2, 4\) \(8 values\)"),
-    "misfit -1": (z((2, 7)), (2, -1), ValueError, r"7 features.*image_shape=\(2, -1\)"),
-    "misfit channels": (z((2, 30)), (2, 3, -1), ValueError, "30 features"),
-    "mixed frame": (
-        pd.DataFrame({"path": ["a"], "price": [1.0]}),
-        None,
-        ValueError,
-        r"columns \['price'\] of X hold numbers.*ColumnTransformer",
-    ),
-    "ragged": ([[1, 2], [3]], (1, 2), ValueError, "nested list that is no array.*list of arrays"),
-    "ragged rows": ([["a"], ["b", "c"]], None, ValueError, "lists of different lengths"),
-    "objects": (
-        np.array([[{}, 1.0]], dtype=object),
-        (1, 2),
-        TypeError,
-        "must be .*string.* number",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused(case):
-    X, image_shape, error, message = REFUSED[case]
-    with pytest.raises(error, match="(?s)" + message):
-        as_images(X, image_shape)
-
-
-def test_the_ways_out_of_ambiguity_that_the_messages_name():
-    X = np.arange(9 * 8 * 3, dtype=np.uint8).reshape(9, 8, 3)
-    assert as_images([X]).decode(0).shape == (9, 8, 3)
-    assert as_images(X[..., None]).decode(8).shape == (8, 3, 3)
-    X = torch.zeros(3, 9, 8)
-    assert as_images([X]).decode(0).shape == (9, 8, 3)
-    assert as_images(X[:, None]).decode(2).shape == (9, 8, 3)
-    X = np.zeros((5, 3, 8, 3))
-    assert as_images(list(X)).decode(4).shape == (3, 8, 3)
-    assert as_images(list(X.transpose(0, 2, 3, 1))).decode(4).shape == (8, 3, 3)
-    X = torch.zeros(5, 3, 8, 3)
-    assert as_images(list(X)).decode(4).shape == (8, 3, 3)
-    assert as_images(list(X.permute(0, 3, 1, 2))).decode(4).shape == (3, 8, 3)
-
-
-# ---------------------------------------------------------------------------
-# What numbers mean
-# ---------------------------------------------------------------------------
-def warning_of(images):
-    message = images.take_warnings()
-    assert message is not None
-    return message
-
-
-@given(arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=6)))
-def test_floats_of_eight_bits_are_the_eight_bits(picture):
-    expected = np.repeat(picture[..., None], 3, axis=2)
-    for dtype in (np.float16, np.float32, np.float64):
-        images = as_images([(picture / 255).astype(dtype)])
-        np.testing.assert_array_equal(images.decode(0), expected)
-        assert images.take_warnings() is None
-
-
-@given(
-    arrays(
-        st.sampled_from([np.float16, np.float32, np.float64, np.int16, np.int64, np.uint64]),
-        array_shapes(min_dims=3, max_dims=3, max_side=4),
-        elements=None,
-    )
-)
-def test_any_numbers_decode_or_are_bad(picture):
-    images = as_images([picture])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
-            decoded = images.decode(0)
-        except BadImage as error:
-            assert not np.isfinite(picture).all()
-            assert "NaN or infinite" in str(error)  # noqa: PT017
-            with pytest.raises(BadImage, match="NaN or infinite"):
-                images.digest(0)
-            return
-        images.digest(0)
-    assert decoded.shape == (*picture.shape[:2], 3)
-    colors = picture[..., : {2: 1, 4: 3}.get(picture.shape[2], picture.shape[2])]
-    if picture.shape[2] in (1, 3) and (colors.min() < -1 or colors.max() > 256):
-        assert decoded.min() == 0
-        if colors.min() < colors.max():
-            assert decoded.max() == 255
-
-
-def test_floats_to_255_are_read_as_such_and_told(stack):
-    X = stack.astype(np.float32)
-    images = as_images(X)
-    for i in (3, 1, 1):
-        np.testing.assert_array_equal(images.decode(i), stack[i])
-    message = warning_of(images)
-    low, high = X[1].min(), X[1].max()
-    assert re.search(
-        rf"2 pictures of floats outside 0…1 \(the first is row 1: {low:.4g}…{high:.4g}\) were read "
-        r"as 0…255\. .*X / 255\..*astype",
-        message,
-    )
-    assert images.take_warnings() is None  # once is enough
-
-
-def test_other_numbers_are_stretched_and_told():
-    ramp = np.linspace(-2, 3, 256)[:, None].repeat(4, 1)
-    images = as_images([ramp, ramp * 1e300, (ramp * 1000).astype(np.int16), np.full((4, 4), -7.0)])
-    expected = np.arange(256, dtype=np.uint8)
-    for i in range(3):
-        np.testing.assert_allclose(images.decode(i)[:, 0, 0], expected, atol=1)
-    assert not images.decode(3).any()
-    message = warning_of(images)
-    assert (
-        "4 pictures of numbers outside 0…255 (the first is row 0: -2…3) were stretched" in message
-    )
-    # digest() tells the same, so that a warning does not hang on what is in the store.
-    images.digest(2)
-    assert "1 picture of numbers outside 0…255 (row 2: -2000…3000)" in warning_of(images)
-
-
-def test_rounding_errors_are_no_range():
-    almost = np.array([[-1e-9, 1 + 1e-6], [0.5, 1.0]])
-    images = as_images([almost, almost * 255])
-    np.testing.assert_array_equal(images.decode(0)[..., 0], [[0, 255], [128, 255]])
-    assert images.take_warnings() is None
-    np.testing.assert_array_equal(images.decode(1)[..., 0], [[0, 255], [128, 255]])
-    assert "read as 0…255" in warning_of(images)
-
-
-def test_dark_uint16_is_told():
-    images = as_images([np.full((4, 4), 200, np.uint16), np.zeros((4, 4), np.uint16)])
-    assert not images.decode(0).any()
-    assert not images.decode(1).any()
-    assert "1 picture of dtype uint16 (row 0: 200…200)" in warning_of(images)
-
-
-def test_one_warning_names_column_and_all_kinds():
-    frame = pd.DataFrame({"a": [np.full((4, 4), 9.0)], "b": [np.full((4, 4), -9.0)]})
-    images = as_images(frame)
-    images.column(0).decode(0)
-    images[:2].decode(1)
-    message = warning_of(images)
-    assert "(row 0, column 'a': 9…9) were read as 0…255" in message
-    assert "(row 0, column 'b': -9…-9) were stretched" in message
-
-
-def test_notes_of_a_worker_come_home():
-    images = as_images(np.full((5, 6, 6), 9.0))
-    images.decode(3)
-    worker = pickle.loads(pickle.dumps(images[:2]))
-    worker.decode(1)
-    images.merge_notes(pickle.loads(pickle.dumps(worker.take_notes())))
-    assert "2 pictures of floats outside 0…1 (the first is row 1:" in warning_of(images)
-
-
-def test_alpha_is_over_white():
-    color = np.array([[[10, 20, 30]] * 3], dtype=np.uint8)
-    alpha = np.array([[[255], [0], [128]]], dtype=np.uint8)
-    rgba = np.concatenate([color, alpha], axis=2)
-    expected = np.rint((color * (alpha / 255)) + 255 * (1 - alpha / 255))
-    for X in (rgba, rgba / 255, rgba.astype(np.uint16) * 257, Image.fromarray(rgba)):
-        images = as_images([X])
-        np.testing.assert_array_equal(images.decode(0), expected)
-        assert images.take_warnings() is None
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_tensors_on_a_device(stack):
@@ -777,4 +563,4 @@ def test_threads(stack, folder):
     for i, picture in enumerate(decoded):
         np.testing.assert_array_equal(picture, serial[i % 4])
     assert len(set(digests)) == 4
-    assert "50 pictures of floats" in warning_of(images)
+    assert "50 pictures of floats" in images.take_warnings()
