@@ -24,13 +24,14 @@ class HeldAcrossFork(Protocol):
 
 _registered: weakref.WeakSet = weakref.WeakSet()
 _held: list = []
-# Two threads that fork at once take turns.
+# Two threads that fork at once take turns, and nothing is registered meanwhile.
 _forking = threading.RLock()
 
 
 def hold_across_fork(thing: HeldAcrossFork) -> None:
     """Hold the thing's ``fork_lock`` while this process forks."""
-    _registered.add(thing)
+    with _forking:
+        _registered.add(thing)
 
 
 def _before() -> None:

@@ -1,6 +1,7 @@
 """What the other processes of `test_cache_fire` do; a script, so that they start light.
 
 ``python store_under_fire.py write FOLDER SEED N_ROWS`` writes and reads rows in its own order.
+``python store_under_fire.py share FOLDER SEED N_ROWS`` computes what no other process has claimed.
 ``python store_under_fire.py kill FOLDER N_KILLS SEED`` kills writers and looks at what they left.
 """
 
@@ -51,6 +52,29 @@ def write(folder, seed, n_rows):
     store.close()
 
 
+def share(folder, seed, n_rows):
+    store = DiskStore(folder)
+    n_computed = 0
+    left = list(range(n_rows))
+    while left:
+        later = []
+        for start in range(0, len(left), 20):
+            there = set(check(store, left[start : start + 20]))
+            missing = [n for n in left[start : start + 20] if n not in there]
+            mine = store.claim(FINGERPRINT, digests_of(missing), seconds=300)
+            time.sleep(0.002 * mine.sum())  # the network
+            numbers = [n for n, is_mine in zip(missing, mine, strict=True) if is_mine]
+            if numbers:
+                store.put_many(FINGERPRINT, digests_of(numbers), rows_of(numbers))
+            n_computed += len(numbers)
+            later += [n for n, is_mine in zip(missing, mine, strict=True) if not is_mine]
+        if len(later) == len(left):
+            time.sleep(0.02)
+        left = later
+    store.close()
+    print(n_computed)
+
+
 def write_until_killed(folder, first, acknowledge):
     store = DiskStore(folder)
     number = first
@@ -97,4 +121,4 @@ def kill(folder, n_kills, seed):
 
 if __name__ == "__main__":
     role, folder, *numbers = sys.argv[1:]
-    {"write": write, "kill": kill}[role](folder, *map(int, numbers))
+    {"write": write, "share": share, "kill": kill}[role](folder, *map(int, numbers))

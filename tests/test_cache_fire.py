@@ -101,6 +101,33 @@ def test_eight_processes_write_one_store(tmp_path):
     store.close()
 
 
+def test_processes_that_share_the_work_compute_each_row_once(tmp_path):
+    answers = finish(*(start("share", tmp_path, seed, 300) for seed in range(3)))
+
+    assert sum(map(int, answers)) == 300
+    store = DiskStore(tmp_path)
+    assert check(store, range(300)) == list(range(300))
+    store.close()
+
+
+@needs_posix
+def test_the_work_of_a_killed_process_is_taken_over(tmp_path):
+    first = start("share", tmp_path, 0, 300)
+    store = DiskStore(tmp_path)
+    while store.info().n_rows < 60:
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    n_left = 300 - store.info().n_rows
+
+    started = time.perf_counter()
+    answers = finish(*(start("share", tmp_path, seed, 300) for seed in (1, 2)))
+    assert time.perf_counter() - started < 60  # where its claims hold for 300 s
+    assert sum(map(int, answers)) == n_left > 0
+    assert check(store, range(300)) == list(range(300))
+    store.close()
+
+
 @needs_posix
 def test_kill_9_a_hundred_times(tmp_path):
     (answer,) = finish(start("kill", tmp_path, 100, 0))
