@@ -129,28 +129,34 @@ class FitProgress:
 
 
 def _is_flat(X: Any) -> bool:
-    """Whether ``X`` is a table of numbers, or something scikit-learn should refuse as one."""
+    """Whether ``X`` is a table of numbers, or what scikit-learn should refuse as one."""
     if hasattr(X, "columns"):  # a data frame is flat unless it holds strings, bytes, images …
         return all(_is_number_dtype(dtype) for dtype in X.dtypes)
     if hasattr(X, "toarray"):  # scipy sparse
         return True
     if isinstance(X, (list, tuple)):
-        return bool(X) and (isinstance(X[0], (list, tuple)) or all(map(_is_number, X)))
-    array = np.asarray(X) if hasattr(X, "__array__") else X
-    ndim, dtype = getattr(array, "ndim", None), getattr(array, "dtype", None)
-    if ndim is None or ndim > 2:
+        row = X[0] if X else None
+        is_row = isinstance(row, (list, tuple)) or getattr(row, "ndim", 0) == 1
+        return _is_number(row[0] if is_row and len(row) else row)
+    if not hasattr(X, "dtype") and hasattr(X, "__array__"):
+        X = np.asarray(X)
+    ndim, dtype = getattr(X, "ndim", None), getattr(X, "dtype", None)
+    if ndim is None or ndim > 2 or dtype is None:
         return False
-    if dtype is not None and dtype.kind == "O":
-        return ndim == 2 and array.size > 0 and not isinstance(array.flat[0], (str, bytes))
-    return dtype is not None and dtype.kind in "biufc"
+    if _is_number_dtype(dtype) or getattr(dtype, "kind", "") == "c":
+        return True
+    return ndim == 2 and isinstance(X, np.ndarray) and X.size > 0 and _is_number(X.flat[0])
 
 
 def _is_number_dtype(dtype: Any) -> bool:
     is_numeric = getattr(dtype, "is_numeric", None)  # polars
     if callable(is_numeric):
         return bool(is_numeric())
-    return getattr(dtype, "kind", "O") in "biufc"
+    return getattr(dtype, "kind", "O") in "biuf"
 
 
 def _is_number(value: Any) -> bool:
+    """Whether a cell is a number, or a dict that is no ``{"bytes": …, "path": …}`` either."""
+    if isinstance(value, dict):
+        return "bytes" not in value and "path" not in value
     return np.isscalar(value) and not isinstance(value, (str, bytes))
