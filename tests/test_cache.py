@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,9 @@ def test_a_store_that_keeps_nothing(nothing):
     store.put_many("f", digests_of([1]), rows_of([1]))
     store.put_file_digests([("a", 1, OLD_NS, 1)], digests_of([1]), taken_at_ns=NOW_NS)
     assert store.info().n_rows == store.info().n_files == store.info().n_bytes == 0
+    with ThreadPoolExecutor(1) as pool:  # nobody waits for what will not be kept
+        assert pool.submit(store.claim, "f", digests_of([1])).result().all()
+    assert store.claim("f", digests_of([1])).all()
 
 
 @pytest.mark.parametrize("memory", [3, True, b"cache", ["cache"], object()])
