@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 import torch
 from PIL import Image
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer, make_column_transformer
@@ -526,3 +527,11 @@ def test_image_shape_leaves_other_forms_alone(pictures, picture_files):
     expected = flat.fit_transform(pictures.reshape(12, -1))
     for X in [picture_files, [[path] for path in picture_files], pictures, list(pictures)]:
         np.testing.assert_array_equal(flat.fit_transform(X), expected)
+
+
+def test_metadata_routing_passes_by(pictures, labels):
+    with config_context(enable_metadata_routing=True):
+        classifier = LogisticRegression().set_fit_request(sample_weight=True)
+        pipe = make_pipeline(PretrainedFeatureExtractor(), classifier)
+        pipe.fit(pictures, labels, sample_weight=np.ones(12))
+        assert pipe.score(pictures, labels) == 1.0
