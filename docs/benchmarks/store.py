@@ -11,6 +11,7 @@ just after ours on the same rows; the ratio is of these two, and its median is q
 """
 
 import argparse
+import os
 import shelve
 import shutil
 import statistics
@@ -201,6 +202,9 @@ def main():
             ratios[peer.name].append((ours[0] / theirs[0], ours[1] / theirs[1]))
 
     figures = {"n_rows": options.rows, "width": options.width, "peers": {}}
+    if hasattr(os, "getloadavg"):  # the ratios bear a busy machine, the rates do not
+        figures["load_average"] = load = os.getloadavg()[1]
+        print(f"load average over five minutes: {load:.1f}")
     print(f"{'':>14} {'written/s':>10} {'read/s':>10}   ours over it")
     for name, pairs in runs.items():
         written, read = (statistics.median(values) for values in zip(*pairs, strict=True))
