@@ -151,6 +151,7 @@ class _Run:
         self.precision, self.groups = precision, groups
         self.progress = progress or (lambda n: None)
         self.fingerprints = [f"{f}-{precision}" for f in backbone.group_fingerprints]
+        self._asked_fingerprints = [self.fingerprints[g] for g in groups]
         self._bad: dict[int, str] = {}  # row -> what is wrong with its image
         self._digests: dict[int, bytes] = {}  # of the rows to compute
         self._first: dict[bytes, int] = {}  # digest -> the row that is computed for it
@@ -237,7 +238,7 @@ class _Run:
 
     def _claim(self, batch: list[int]) -> list[int]:
         digests = [self._digests[i] for i in batch]
-        is_mine = self.store.claim(self.fingerprints[self.groups[0]], digests, _CLAIM_SECONDS)
+        is_mine = self.store.claim(self._asked_fingerprints, digests, _CLAIM_SECONDS)
         mine = [i for i, m in zip(batch, is_mine, strict=True) if m]
         self._claimed.update(mine)
         return mine
@@ -246,7 +247,7 @@ class _Run:
         """Let others compute what this call claimed and did not finish."""
         digests = [self._digests[i] for i in self._claimed]
         if digests:
-            self.store.release(self.fingerprints[self.groups[0]], digests)
+            self.store.release(self._asked_fingerprints, digests)
 
     def decode(self, indices: Sequence[int], pinned: bool = False) -> tuple[list[int], Any]:
         """Decode and resize images into one batch; bad ones are noted and left out."""
