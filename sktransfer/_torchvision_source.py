@@ -43,6 +43,7 @@ class TorchvisionSource(FromFile, Source):
             published = _published(name, members, weights)
             self.url = published.url
             path = _weights.fetch(self.url, name=name)
+            _weights.warn_of_other_content(path, name)
         if "image_size" in _builder_parameters(name):
             # Vision transformers are built for one input size.
             self.kwargs["image_size"] = published.meta["min_size"][0]
