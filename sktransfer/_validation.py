@@ -16,6 +16,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
+from sktransfer._forms import is_tensor
 from sktransfer._images import Images, as_images
 
 try:  # scikit-learn >= 1.9
@@ -138,6 +139,8 @@ def _is_flat(X: Any) -> bool:
         row = X[0] if X else None
         is_row = isinstance(row, (list, tuple)) or getattr(row, "ndim", 0) == 1
         return _is_number(row[0] if is_row and len(row) else row)
+    if is_tensor(X):
+        return X.ndim <= 2
     if not hasattr(X, "dtype") and hasattr(X, "__array__"):
         X = np.asarray(X)
     ndim, dtype = getattr(X, "ndim", None), getattr(X, "dtype", None)
@@ -159,4 +162,5 @@ def _is_number(value: Any) -> bool:
     """Whether a cell is a number, or a dict that is no ``{"bytes": …, "path": …}`` either."""
     if isinstance(value, dict):
         return "bytes" not in value and "path" not in value
-    return np.isscalar(value) and not isinstance(value, (str, bytes))
+    is_scalar = np.isscalar(value) or (is_tensor(value) and value.ndim == 0)
+    return is_scalar and not isinstance(value, (str, bytes))
