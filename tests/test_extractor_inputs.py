@@ -19,7 +19,7 @@ def test_every_form_gives_the_same_embedding(form, expected, stack, folder):  # 
     np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", [form for form in FLAT_FORMS if form != "objects"])
+@pytest.mark.parametrize("form", FLAT_FORMS)
 def test_flat_rows_give_the_same_embedding(form, expected, stack):  # noqa: F811
     extractor = PretrainedFeatureExtractor(memory=False, image_shape=(H, W, 3))
     rows = extractor.fit_transform(FLAT_FORMS[form](stack))
