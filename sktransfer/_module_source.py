@@ -25,9 +25,6 @@ class ModuleSource(Source):
     """A module of the user's, copied as it is now: what they do to it later changes nothing."""
 
     def __init__(self, module: nn.Module, name: str):
-        module = getattr(module, "_orig_mod", module)  # torch.compile
-        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            module = module.module
         self.name = name
         self.digest = f"{_architecture_digest(module)}:{_weights.state_digest(module)}"
         with _snapshots_lock:
@@ -77,7 +74,7 @@ def _architecture_digest(module: nn.Module) -> str:
         }
         digest.update(f"{path}|{kind.__module__}.{kind.__qualname__}|{settings!r};".encode())
     try:
-        digest.update(repr(trace(module).graph).encode())
+        digest.update(str(trace(module).graph).encode())
     except TracingError:
         digest.update(b"untraced")
     return digest.hexdigest()
@@ -95,7 +92,12 @@ def module_preprocessing(module: nn.Module) -> Preprocessing:
     return Preprocessing(mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
-def own_source(module: nn.Module, name: str, weights: Any) -> ModuleSource:
+def own_source(module: nn.Module, weights: Any) -> ModuleSource:
+    """The source of a module of the user's, with its own, a file's or fresh weights."""
+    module = getattr(module, "_orig_mod", module)  # torch.compile
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        module = module.module
+    name = type(module).__name__
     path = file_source(weights)
     if path is not None:
         module = snapshot(module)

@@ -18,7 +18,7 @@ def resolve_source(backbone: Any, weights: Any) -> Source:
     if isinstance(backbone, Source):
         return backbone
     if isinstance(backbone, nn.Module):
-        return own_source(backbone, type(backbone).__name__, weights)
+        return own_source(backbone, weights)
     if isinstance(backbone, str):
         return _named_source(backbone, weights)
     if callable(backbone):
@@ -28,7 +28,7 @@ def resolve_source(backbone: Any, weights: Any) -> Source:
                 f"backbone={backbone!r} returned {type(made).__name__}: a callable backbone takes "
                 "no argument and returns a torch.nn.Module."
             )
-        return own_source(made, type(made).__name__, weights)
+        return own_source(made, weights)
     raise TypeError(
         f"backbone={backbone!r} is a {type(backbone).__name__}: a name (see list_backbones()), a "
         "torch.nn.Module or a callable that returns one is accepted."
