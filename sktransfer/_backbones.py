@@ -136,7 +136,7 @@ class Backbone:
         self.name = source.name
         self.short_name = re.sub(r"\W+", "_", source.name.removeprefix("timm:")).strip("_")
         self.layer, self.pooling, self.preprocessing = layer, pooling, preprocessing
-        self.input_size = tuple(preprocessing.input_size)
+        self.input_size: tuple[int, int, int] = preprocessing.input_size
         self._plan_size = self._reference_size()
         plan = self.network.plan
         layers = [layer] if layer is None or isinstance(layer, str) else list(layer)
@@ -239,7 +239,7 @@ class Backbone:
     def _reference_size(self) -> tuple[int, int, int]:
         """The input size by which stages are told apart, whatever the crop asked for."""
         if isinstance(self._source, ModuleSource):
-            return self.input_size  # type: ignore[return-value]
+            return self.input_size
         return self._source.preprocessing.input_size
 
 

@@ -44,6 +44,8 @@ class EmbeddingNetwork(nn.Module):
         self.poolings = nn.ModuleList(poolings)
         self.dtype = dtype
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.scale: torch.Tensor
+        self.shift: torch.Tensor
         self.is_normalising = mean is not None
         if mean is not None and std is not None:
             # (x / 255 - mean) / std = x · 1 / (255 std) - mean / std

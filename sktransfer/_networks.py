@@ -58,9 +58,9 @@ class Network:
         precision: str,
     ) -> EmbeddingNetwork:
         """What turns a batch of pixels into rows: made once for each set of arguments."""
-        normalise = isinstance(preprocessing, Preprocessing)
-        mean = preprocessing.mean if normalise else None
-        std = preprocessing.std if normalise else None
+        mean = std = None
+        if isinstance(preprocessing, Preprocessing):
+            mean, std = preprocessing.mean, preprocessing.std
         key = (tuple(keys), tuple(poolings), mean, std, device, precision)
         with self._lock:
             if key in self._copies:

@@ -95,7 +95,7 @@ def _builder_parameters(name: str) -> set[str]:
 
 
 def _published(name: str, members: Any, weights: Any) -> WeightsEnum:
-    if isinstance(weights, WeightsEnum):
+    if isinstance(weights, members):
         weights = weights.name
     if isinstance(weights, str) and weights in members.__members__:
         return members[weights]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import torch
 from torch import nn
 
 from sktransfer._stage_plan import not_accepted, unknown_layer
+
+# Hooks hang on the module itself: two threads' passes must not fill each other's values.
+_one_at_a_time = threading.RLock()
 
 
 class _Reached(Exception):
@@ -155,6 +159,10 @@ class HookedExtractor(nn.Module):
         return HookedExtractor(copied.eval(), self.keys)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        with _one_at_a_time:
+            return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         values: dict[str, torch.Tensor] = {}
         modules = dict(self.module.named_modules())
         hooks = []

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import ResNet18_Weights
 
 from sktransfer import list_backbones, load_backbone
 from sktransfer._networks import MAX_NETWORKS, _networks, clear_networks
@@ -254,6 +255,10 @@ def test_networks_that_cannot_be_traced():
             "layer 'stage2' of builtin gives a map with height",
         ),
         ({"weights": "V9"}, r"among the weights of the built-in backbone: \['DEFAULT', 'V1'\]"),
+        (
+            {"backbone": "resnet50", "weights": ResNet18_Weights.DEFAULT},
+            "weights=ResNet18_Weights.IMAGENET1K_V1 is not among the published weights of resnet50",
+        ),
         (
             {"backbone": "resnet50", "weights": "IMAGENET1K_V3"},
             r"published weights of resnet50: \['DEFAULT', 'IMAGENET1K_V1', 'IMAGENET1K_V2'",
