@@ -152,14 +152,22 @@ class EmbeddingRun:
 
     def _look_up(self, indices: list[int], digests: list[bytes]) -> np.ndarray:
         """Fill in the rows that the store holds; return which those are."""
-        rows = np.empty((len(indices), self.rows.shape[1]), dtype=np.float32)
         found = np.ones(len(indices), dtype=bool)
+        if not indices:
+            return found
+        # Ascending numbers: neighbours, as nearly always, are filled in where they stand.
+        are_neighbours = indices[-1] - indices[0] == len(indices) - 1
+        if are_neighbours:
+            rows = self.rows[indices[0] : indices[-1] + 1]
+        else:
+            rows = np.empty((len(indices), self.rows.shape[1]), dtype=np.float32)
         start = 0
         for g in self.groups:
             stop = start + self.backbone.feature_groups[g][1]
             found &= self.store.get_into(self.fingerprints[g], digests, rows[:, start:stop])
             start = stop
-        self.rows[np.asarray(indices, dtype=np.intp)[found]] = rows[found]
+        if not are_neighbours:
+            self.rows[np.asarray(indices, dtype=np.intp)[found]] = rows[found]
         return found
 
     def _claim(self, batch: list[int]) -> list[int]:
