@@ -91,9 +91,12 @@ def load_backbone(
     if not isinstance(pooling, str) or pooling not in POOLINGS:
         raise ValueError(f"pooling={pooling!r} is not accepted: one of {list(POOLINGS)}.")
     source = resolve_source(backbone, weights)
-    return Backbone(
+    loaded = Backbone(
         source, layer, pooling, resolve_preprocessing(preprocessing, source.preprocessing)
     )
+    if source.is_user_file:
+        _ = loaded.network.module  # whether the user's file fits is better said now than later
+    return loaded
 
 
 class Backbone:

@@ -44,6 +44,7 @@ class TimmSource(FromFile, Source):
         path = file_source(weights)
         if path is not None:
             self.path, self.file_digest = path, _weights.file_digest(path)
+            self.is_user_file = True
             self.digest = f"sha256:{self.file_digest}"
         elif weights is None:
             self.digest = random_digest(name) + f":timm-{timm.__version__}"

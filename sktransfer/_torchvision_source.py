@@ -53,6 +53,7 @@ class TorchvisionSource(FromFile, Source):
             self.digest = random_digest(name)
         else:
             self.path = path
+            self.is_user_file = self.url is None
             self.file_digest = _weights.file_digest(path)
             self.digest = f"sha256:{self.file_digest}"
         self.preprocessing = _published_preprocessing(published)
