@@ -85,7 +85,8 @@ class EmbeddingRun:
 
         Another process or thread that shares the store may be at the same images: each
         batch is claimed first, what others have claimed is left to them and fetched at
-        the end, and computed here after all if they failed to.
+        the end, and computed here after all if they failed to. An empty batch asks to have
+        all kept that is under way.
         """
         left_to_others: list[int] = []
         for batch in _batched(self._missing(pool), limit):
@@ -103,6 +104,10 @@ class EmbeddingRun:
                 left_to_others = [i for i in left_to_others if i not in self._claimed]
                 yield mine
             elif left_to_others:
+                # Others may wait in turn for what is under way here: that is kept now. What
+                # is still claimed after it are pictures that turned out to be bad.
+                yield []
+                self.give_claims_back()
                 time.sleep(_POLL_SECONDS)
 
     def _missing(self, pool: ThreadPoolExecutor) -> Iterator[int]:
@@ -182,6 +187,7 @@ class EmbeddingRun:
         digests = [self._digests[i] for i in self._claimed]
         if digests:
             self.store.release(self._asked_fingerprints, digests)
+            self._claimed.clear()
 
     def decode(self, indices: Sequence[int], pinned: bool = False) -> tuple[list[int], Any]:
         """Decode and resize images into one batch; bad ones are noted and left out."""

@@ -194,7 +194,7 @@ def _run_on_accelerator(
                 if batch is not None:
                     parts = run.forward(limit, network, good, batch, device)
                     queued.append((good, parts, _queued_work(device)))
-                if len(queued) > 1:
+                while len(queued) > (1 if batch is not None else 0):
                     keep_oldest()
             while queued:
                 keep_oldest()
@@ -260,11 +260,17 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _in_flight(
     pool: ThreadPoolExecutor, work: Callable, batches: Iterable[list[int]], depth: int
 ) -> Iterator[Any]:
-    """Yield ``work(batch)`` in order with at most ``depth`` under way."""
+    """Yield ``work(batch)`` in order with at most ``depth`` under way.
+
+    An empty batch waits for all of them and comes back as ``([], None)``.
+    """
     under_way: deque[Future] = deque()
     for batch in batches:
-        under_way.append(pool.submit(work, batch))
-        if len(under_way) >= depth:
+        if batch:
+            under_way.append(pool.submit(work, batch))
+        while under_way and (not batch or len(under_way) >= depth):
             yield under_way.popleft().result()
+        if not batch:
+            yield [], None
     while under_way:
         yield under_way.popleft().result()
