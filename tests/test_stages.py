@@ -303,6 +303,29 @@ def test_stages_share_the_networks_layers():
     assert not torch.equal(before["layer3.0.bn1.running_mean"], after["layer3.0.bn1.running_mean"])
 
 
+def test_stages_do_not_write_over_what_they_are_given():
+    module = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2),
+        nn.MaxPool2d(2),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 8, 3, 2),
+        nn.MaxPool2d(2),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 2),
+    )
+    stages = split_stages(module, (3, 64, 64))
+    assert stages.names[:2] == ["stem", "4"]
+    with torch.no_grad():
+        x = torch.randn(2, 3, 64, 64)
+        for stage in stages:
+            before = x.clone()
+            y = stage.module(x)
+            assert torch.equal(x, before), stage.name
+            x = y
+
+
 def test_stages_by_name():
     stages = split_stages(CifarNet(), (3, 32, 32))
     assert stages.until("layer1").names == ["stem", "layer1"]
