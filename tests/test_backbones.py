@@ -187,11 +187,11 @@ class Statements(InPlace):
 
 
 class Aliases(InPlace):
-    """Writes over a value through a view of it: no graph tells."""
+    """Writes over a value through a view of it."""
 
     def forward(self, x):
         x = self.conv1(x)
-        x.flatten(1).mul_(3)
+        x[:, :2].mul_(3)
         return self.fc(x.mean((2, 3)))
 
 
