@@ -13,15 +13,28 @@ if TYPE_CHECKING:
     from sktransfer._backbones import load_backbone
     from sktransfer._catalog import list_backbones
     from sktransfer._extractor import PretrainedFeatureExtractor
+    from sktransfer._fine_tuning import FineTuningClassifier, FineTuningRegressor
+    from sktransfer._optimizers import Optimizer
 
 # Public name -> the module that defines it.
 _HOMES = {
+    "FineTuningClassifier": "sktransfer._fine_tuning",
+    "FineTuningRegressor": "sktransfer._fine_tuning",
+    "Optimizer": "sktransfer._optimizers",
     "PretrainedFeatureExtractor": "sktransfer._extractor",
     "list_backbones": "sktransfer._catalog",
     "load_backbone": "sktransfer._backbones",
 }
 
-__all__ = ["PretrainedFeatureExtractor", "__version__", "list_backbones", "load_backbone"]
+__all__ = [
+    "FineTuningClassifier",
+    "FineTuningRegressor",
+    "Optimizer",
+    "PretrainedFeatureExtractor",
+    "__version__",
+    "list_backbones",
+    "load_backbone",
+]
 
 
 def __getattr__(name: str) -> Any:
