@@ -35,7 +35,7 @@ PICTURES = [
 ]
 
 
-def cut_crops(size=96, n_crops=10, seed=0):
+def cut_crops(size=80, n_crops=10, seed=0):
     """Return grey crops, the picture each is from and the quarter of it: the fold."""
     rng = np.random.default_rng(seed)
     crops, names, quarters = [], [], []

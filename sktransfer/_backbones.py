@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sktransfer._module_source import ModuleSource
 from sktransfer._networks import Network, get_network
 from sktransfer._pooling import POOLINGS, layout_of, pooled_width, resolve_pooling
 from sktransfer._preprocessing import AnyPreprocessing, resolve_preprocessing
-from sktransfer._sources import ModuleSource, Source, resolve_source
+from sktransfer._source import Source
+from sktransfer._sources import resolve_source
 from sktransfer._stages import Stage, Stages, split_stages
 
 # Part of every fingerprint: a change of how embeddings are computed changes it.

@@ -185,7 +185,7 @@ def _matching(names: list[str], pattern: str | None) -> list[str]:
 
 
 def _own_names() -> list[str]:
-    from sktransfer._sources import torchvision_names
+    from sktransfer._torchvision_source import torchvision_names
 
     return ["builtin", *torchvision_names()]
 
@@ -215,7 +215,7 @@ def _of_torchvision(name: str) -> BackboneInfo:
 
 
 def _of_timm(pattern: str | None) -> list[BackboneInfo]:
-    from sktransfer._sources import import_timm
+    from sktransfer._timm_source import import_timm
 
     timm = import_timm()
     names = _matching([f"timm:{name}" for name in timm.list_models()], pattern)

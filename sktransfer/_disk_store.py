@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from . import _embedding_tables as tables
+from ._claims import Refusals
 from ._sqlite_file import SQLiteFile, transaction
 from ._store_contract import FileStat, StoreInfo, as_bytes, in_words, is_settled
 
@@ -58,6 +59,7 @@ class DiskStore:
         self._file = SQLiteFile(
             self.path, tables.SCHEMA, tables.FORMAT_VERSION, tables.APPLICATION_ID
         )
+        self._refusals = Refusals()
 
     def get_into(self, fingerprint: str, digests: Sequence[bytes], out: np.ndarray) -> np.ndarray:
         """Copy the rows at hand into ``out``; True where ``out`` was filled.
@@ -180,29 +182,44 @@ class DiskStore:
             self._write(lambda c: tables.write_files(c, files), None)
 
     def claim(
-        self, fingerprint: str, digests: Sequence[bytes], seconds: float = 60.0
+        self, fingerprints: str | Sequence[str], digests: Sequence[bytes], seconds: float = 60.0
     ) -> np.ndarray:
         """Say which rows this thread will compute, so that other threads and processes need not.
 
         Parameters
         ----------
-        fingerprint : str
+        fingerprints : str or sequence of str
+            Of what is computed together; the claim is on the first.
         digests : sequence of bytes
+            Of what has just been looked for and not found.
         seconds : float, default=60
             After which the claim is void.
 
         Returns
         -------
         mine : bool array
-            True where the row is neither here nor claimed by another within its time. The
-            claim of a process of this machine that has ended is void. All True when there is
-            no store to write to.
+            False where another has a claim within its time, or where the rows have come in the
+            meantime. The claim of a process of this machine that has ended is void; a row that
+            is there is refused once, not to who looked again and comes back. All True when
+            there is no store to write to.
         """
-        mine = np.ones(len(digests), dtype=bool)
-        return self._write(lambda c: tables.write_claims(c, fingerprint, digests, seconds), mine)
+        fingerprints = [fingerprints] if isinstance(fingerprints, str) else list(fingerprints)
 
-    def release(self, fingerprint: str, digests: Sequence[bytes]) -> None:
+        def claim(connection: sqlite3.Connection) -> np.ndarray:
+            taken = tables.claimed_digests(connection, fingerprints[0], digests)
+            for digest in tables.present_digests(connection, fingerprints, digests) - taken:
+                if self._refusals.refuse(fingerprints[0], digest):
+                    taken.add(digest)
+            mine = [digest not in taken for digest in digests]
+            wanted = [digest for digest, is_mine in zip(digests, mine, strict=True) if is_mine]
+            tables.write_claims(connection, fingerprints[0], wanted, time.time() + seconds)
+            return np.array(mine, dtype=bool)
+
+        return self._write(claim, np.ones(len(digests), dtype=bool))
+
+    def release(self, fingerprints: str | Sequence[str], digests: Sequence[bytes]) -> None:
         """Give claims of this thread back; ``put_many`` does so by itself."""
+        fingerprint = fingerprints if isinstance(fingerprints, str) else fingerprints[0]
         self._write(lambda c: tables.delete_claims(c, fingerprint, digests), None)
 
     def reduce_size(

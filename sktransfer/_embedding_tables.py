@@ -207,31 +207,52 @@ def _file_checksum(row: Sequence, digest: bytes) -> int:
 # Claims --------------------------------------------------------------------------------------
 
 
-def write_claims(
-    connection: sqlite3.Connection, fingerprint: str, digests: Sequence[bytes], seconds: float
-) -> np.ndarray:
-    """Claim for this thread what is neither there nor claimed by a living other; True for it."""
+def present_digests(
+    connection: sqlite3.Connection, fingerprints: Sequence[str], digests: Sequence[bytes]
+) -> set[bytes]:
+    """The digests that have a row of every fingerprint."""
+    present = set(digests)
+    for fingerprint in fingerprints:
+        with_row: set[bytes] = set()
+        for _, batch in _batches(list(present)):
+            with_row.update(
+                digest
+                for (digest,) in connection.execute(
+                    "SELECT k.digest FROM fingerprints f CROSS JOIN keys k"
+                    f" WHERE f.text = ? AND k.fingerprint = f.id AND k.digest IN ({_marks(batch)})",
+                    (fingerprint, *batch),
+                )
+            )
+        present &= with_row
+    return present
+
+
+def claimed_digests(
+    connection: sqlite3.Connection, fingerprint: str, digests: Sequence[bytes]
+) -> set[bytes]:
+    """The digests that a living other has claimed."""
     me, now = this_worker(), time.time()
-    taken: set[bytes] = set()
+    claimed: set[bytes] = set()
     for _, batch in _batches(digests):
-        for (digest,) in connection.execute(
-            "SELECT k.digest FROM fingerprints f CROSS JOIN keys k"
-            f" WHERE f.text = ? AND k.fingerprint = f.id AND k.digest IN ({_marks(batch)})",
-            (fingerprint, *batch),
-        ):
-            taken.add(digest)
         for digest, owner in connection.execute(
             "SELECT digest, owner FROM claims WHERE fingerprint = ? AND until > ? AND owner <> ?"
             f" AND digest IN ({_marks(batch)})",
             (fingerprint, now, me, *batch),
         ):
             if isinstance(owner, str) and not is_gone(owner):
-                taken.add(digest)
+                claimed.add(digest)
+    return claimed
+
+
+def write_claims(
+    connection: sqlite3.Connection, fingerprint: str, digests: Sequence[bytes], until: float
+) -> None:
+    """Claim rows for this thread."""
+    me = this_worker()
     connection.executemany(
         "REPLACE INTO claims VALUES (?, ?, ?, ?)",
-        ((fingerprint, digest, me, now + seconds) for digest in digests if digest not in taken),
+        ((fingerprint, digest, me, until) for digest in digests),
     )
-    return np.array([digest not in taken for digest in digests], dtype=bool)
 
 
 def delete_claims(

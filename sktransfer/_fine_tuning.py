@@ -16,6 +16,7 @@ from sktransfer._targets import (
     codes_of,
     read_labels,
     read_numbers,
+    shown,
     sorted_classes,
 )
 
@@ -298,7 +299,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
             if len(np.unique(target)) < 2 and vars(self).get("_classes_given") is None:
                 raise ValueError(
                     f"{type(self).__name__} needs rows of at least two classes, but there is one "
-                    f"class only: {self.classes_[target[0]]!r}."
+                    f"class only: {shown(self.classes_[target[0]])!r}."
                 )
             if len(self.classes_) < 2:
                 raise ValueError(f"classes={self.classes_!r} holds one class only.")

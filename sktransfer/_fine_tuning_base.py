@@ -184,15 +184,19 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return self
 
     def _load_backbone(self):
+        import torch
+
         from sktransfer._backbones import load_backbone
 
-        return load_backbone(
-            self.backbone,
-            weights=self.weights,
-            layer=self.layer,
-            pooling=self.pooling,
-            preprocessing=self.preprocessing,
-        )
+        # A callable that makes a module may draw random weights before it sets others.
+        with torch.random.fork_rng(devices=[]):
+            return load_backbone(
+                self.backbone,
+                weights=self.weights,
+                layer=self.layer,
+                pooling=self.pooling,
+                preprocessing=self.preprocessing,
+            )
 
     @property
     def _starts_as_probe(self) -> bool:

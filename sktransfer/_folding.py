@@ -132,6 +132,7 @@ def _fold_batch_norms(network: fx.GraphModule) -> None:
             _put(network, str(node.target), rest)
     network.graph.lint()
     network.recompile()
+    network.delete_all_unused_submodules()
 
 
 def _after_norm(norm: nn.Module) -> nn.Module | None:

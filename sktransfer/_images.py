@@ -6,7 +6,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from hashlib import blake2b
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -166,21 +166,23 @@ class Images:
         Raises BadImage where the picture cannot be read.
         """
         content = self._content(i, keep=True)
+        data: Any = content
         if isinstance(content, np.ndarray):
             check_values(content, self._noter(i))
-            header = f"{content.dtype.str}{content.shape}".encode()
-            digest = blake2b(header, digest_size=16, person=b"array")
+            kind = f"array {content.dtype.str} {content.shape}"
             # hashlib takes one dimension only, and releases the GIL meanwhile.
-            digest.update(np.ascontiguousarray(content).reshape(-1).view(np.uint8).data)
+            data = np.ascontiguousarray(content).reshape(-1).view(np.uint8).data
         elif isinstance(content, Image.Image):
-            text, pixels = pil_content(content)
-            digest = blake2b(text.encode(), digest_size=16, person=b"PIL")
-            digest.update(pixels)
+            kind, data = pil_content(content)
+            kind = f"PIL {kind}"
         else:
+            kind = "file"
             if not len(content):
                 raise BadImage("it is empty (0 bytes)")
-            digest = blake2b(content, digest_size=16, person=b"file")
-        return digest.digest()
+        # Today's processors have instructions for SHA-256: twice as fast as BLAKE2 there.
+        digest = sha256(f"{kind}\0".encode())
+        digest.update(data)
+        return digest.digest()[:16]
 
     def stat(self, i: int) -> tuple[str, int, int, int] | None:
         """Return (absolute path, size, mtime in ns, inode) of a local file, else None."""

@@ -109,7 +109,7 @@ def embed(
     finally:
         run.give_claims_back()
     run.copy_to_twins()
-    return sorted(run.bad, key=lambda bad: bad.row)
+    return run.bad_rows()
 
 
 def resolve_device(device: str) -> torch.device:
@@ -151,7 +151,8 @@ class _Run:
         self.precision, self.groups = precision, groups
         self.progress = progress or (lambda n: None)
         self.fingerprints = [f"{f}-{precision}" for f in backbone.group_fingerprints]
-        self.bad: list[BadRow] = []
+        self._asked_fingerprints = [self.fingerprints[g] for g in groups]
+        self._bad: dict[int, str] = {}  # row -> what is wrong with its image
         self._digests: dict[int, bytes] = {}  # of the rows to compute
         self._first: dict[bytes, int] = {}  # digest -> the row that is computed for it
         self._twins: list[tuple[int, int]] = []  # (row, the row computed for the same image)
@@ -237,7 +238,7 @@ class _Run:
 
     def _claim(self, batch: list[int]) -> list[int]:
         digests = [self._digests[i] for i in batch]
-        is_mine = self.store.claim(self.fingerprints[self.groups[0]], digests, _CLAIM_SECONDS)
+        is_mine = self.store.claim(self._asked_fingerprints, digests, _CLAIM_SECONDS)
         mine = [i for i, m in zip(batch, is_mine, strict=True) if m]
         self._claimed.update(mine)
         return mine
@@ -246,7 +247,7 @@ class _Run:
         """Let others compute what this call claimed and did not finish."""
         digests = [self._digests[i] for i in self._claimed]
         if digests:
-            self.store.release(self.fingerprints[self.groups[0]], digests)
+            self.store.release(self._asked_fingerprints, digests)
 
     def decode(self, indices: Sequence[int], pinned: bool = False) -> tuple[list[int], Any]:
         """Decode and resize images into one batch; bad ones are noted and left out."""
@@ -286,16 +287,20 @@ class _Run:
 
     def fail(self, i: int, error: BadImage) -> None:
         self.rows[i] = np.nan
-        self.bad.append(BadRow(self.images.row(i), self.images.label(i), str(error)))
+        self._bad[i] = str(error)
         self.progress(1)
+
+    def bad_rows(self) -> list[BadRow]:
+        """List the images that gave no embedding, in their order."""
+        images = self.images
+        return [BadRow(images.row(i), images.label(i), self._bad[i]) for i in sorted(self._bad)]
 
     def copy_to_twins(self) -> None:
         """Give equal images their row, or their error."""
-        reasons = {bad.row: bad.reason for bad in self.bad}
         for i, first in self._twins:
             self.rows[i] = self.rows[first]
-            if (reason := reasons.get(self.images.row(first))) is not None:
-                self.bad.append(BadRow(self.images.row(i), self.images.label(i), reason))
+            if first in self._bad:
+                self._bad[i] = self._bad[first]
 
 
 def _run_on_cpu(run: _Run, batch_size: int | str, n_threads: int) -> None:

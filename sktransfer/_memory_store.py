@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ._claims import Refusals
 from ._fork_safety import hold_across_fork
 from ._store_contract import FileStat, StoreInfo, as_bytes, in_words, is_settled
 
@@ -43,6 +44,7 @@ class MemoryStore:
         self._files: OrderedDict[str, tuple[FileStat, bytes]] = OrderedDict()
         # (fingerprint, digest) -> (thread that computes it, until when in s)
         self._claims: dict[tuple[str, bytes], tuple[int, float]] = {}
+        self._refusals = Refusals()
         self._n_bytes = 0
         self.fork_lock = threading.RLock()
         hold_across_fork(self)
@@ -138,28 +140,33 @@ class MemoryStore:
             self._fit_into(self.max_bytes)
 
     def claim(
-        self, fingerprint: str, digests: Sequence[bytes], seconds: float = 60.0
+        self, fingerprints: str | Sequence[str], digests: Sequence[bytes], seconds: float = 60.0
     ) -> np.ndarray:
-        """Say which rows this thread will compute, so that others leave them.
+        """Say which rows this thread will compute, so that other threads need not.
 
-        True where the row is neither here nor claimed by another thread within its time.
+        See `DiskStore.claim`.
         """
+        fingerprints = [fingerprints] if isinstance(fingerprints, str) else list(fingerprints)
         now, me = time.time(), threading.get_ident()
+        if self.max_bytes == 0:  # nothing will come of waiting
+            return np.ones(len(digests), dtype=bool)
         mine = np.zeros(len(digests), dtype=bool)
-        if self.max_bytes == 0:  # what others compute would never be found here
-            return ~mine
         with self.fork_lock:
             for i, digest in enumerate(digests):
-                key = (fingerprint, digest)
+                key = (fingerprints[0], digest)
                 owner, until = self._claims.get(key, (me, 0.0))
-                if key in self._rows or (owner != me and until > now):
+                if owner != me and until > now:
+                    continue
+                is_present = all((f, digest) in self._rows for f in fingerprints)
+                if is_present and self._refusals.refuse(*key):
                     continue
                 self._claims[key] = (me, now + seconds)
                 mine[i] = True
         return mine
 
-    def release(self, fingerprint: str, digests: Sequence[bytes]) -> None:
+    def release(self, fingerprints: str | Sequence[str], digests: Sequence[bytes]) -> None:
         """Give claims of this thread back; ``put_many`` does so by itself."""
+        fingerprint = fingerprints if isinstance(fingerprints, str) else fingerprints[0]
         me = threading.get_ident()
         with self.fork_lock:
             for digest in digests:

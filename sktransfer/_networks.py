@@ -13,7 +13,7 @@ from torch import nn
 from sktransfer._folding import EmbeddingNetwork, inference_copy
 from sktransfer._pooling import Pooling
 from sktransfer._preprocessing import AnyPreprocessing, Preprocessing
-from sktransfer._sources import Source
+from sktransfer._source import Source
 from sktransfer._stages import plan_stages
 
 # Networks kept at once, and inference copies of each (device, precision, layers, ...).

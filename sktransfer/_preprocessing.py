@@ -15,6 +15,8 @@ from PIL import Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Images up to this many times as long as wide are resized whole.
+_MAX_STRETCH = 16
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -46,7 +48,8 @@ class Preprocessing:
 
     Notes
     -----
-    Resizing equals torchvision's preset on PIL images pixel for pixel.
+    Resizing equals torchvision's preset on PIL images pixel for pixel, for images up to
+    sixteen times as long as wide, and within one of 255 beyond.
     """
 
     size: int | tuple[int, int] = 256
@@ -135,26 +138,22 @@ class Preprocessing:
         # Part of the resized image that the crop keeps, as torchvision's center_crop rounds.
         top, left = _offset(new_h, crop_h), _offset(new_w, crop_w)
         kept_h, kept_w = min(new_h, crop_h), min(new_w, crop_w)
+        picture = Image.fromarray(image)
+        if len(self.mean) == 1:
+            picture = picture.convert("L")
+        kind = _FILTERS[self.interpolation]
+        kept = (slice(top, top + kept_h), slice(left, left + kept_w))
         if (new_h, new_w) == (height, width):
-            pixels = image[top : top + kept_h, left : left + kept_w]
-            if len(self.mean) == 1:
-                pixels = np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))
+            pixels = np.asarray(picture)[kept]
+        elif max(new_h, new_w) <= _MAX_STRETCH * min(new_h, new_w):
+            pixels = np.asarray(picture.resize((new_w, new_h), kind))[kept]
         else:
-            # Only the kept part is computed. Pillow reads beyond the box where its filter
-            # reaches there, so that nothing changes; an image of 1 × 100,000 pixels would
-            # otherwise become one of 256 × 25,600,000.
+            # 1 × 100,000 pixels would become 256 × 25,600,000: only the kept part is computed.
+            # Pillow holds the box in single precision, so that a value may differ by one.
             y, x = height / new_h, width / new_w
-            box = (
-                left * x,
-                top * y,
-                min((left + kept_w) * x, width),
-                min((top + kept_h) * y, height),
-            )
-            picture = Image.fromarray(image)
-            if len(self.mean) == 1:
-                picture = picture.convert("L")
+            right, bottom = min((left + kept_w) * x, width), min((top + kept_h) * y, height)
             pixels = np.asarray(
-                picture.resize((kept_w, kept_h), _FILTERS[self.interpolation], box=box)
+                picture.resize((kept_w, kept_h), kind, box=(left * x, top * y, right, bottom))
             )
         if pixels.ndim == 2:
             pixels = pixels[:, :, None]
@@ -163,7 +162,7 @@ class Preprocessing:
             pad_h, pad_w = (crop_h - kept_h) // 2, (crop_w - kept_w) // 2
             padded[pad_h : pad_h + kept_h, pad_w : pad_w + kept_w] = pixels
             return padded
-        return pixels
+        return np.ascontiguousarray(pixels)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         if isinstance(self.size, tuple):

@@ -14,6 +14,7 @@ from sktransfer._tracing import Traced, token_use
 
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, nn.Bilinear)
 _DROPOUTS = (nn.modules.dropout._DropoutNd,)
+_PLAN_SIZE = 192  # pixels: six halvings leave three
 # A sub-module that calls itself a stage is one, whether or not it shrinks the map.
 _STAGE_NAME = re.compile(r"(?:^|[._])(?:stage|layer|denseblock)s?_?\d+$", re.IGNORECASE)
 
@@ -54,7 +55,7 @@ class StagePlan:
 
     def __init__(self, traced: Traced, input_size: tuple[int, int, int], name: str):
         self.traced, self.network_name, self._size = traced, name, input_size
-        self.shapes = self._shapes(input_size)
+        self.shapes = self._shapes_to_plan_by(input_size)
         self._cuts = traced.cuts()
         self._expanded = {""}
         self._isotropic: set[str] = set()
@@ -139,6 +140,16 @@ class StagePlan:
     def extractor(self, keys: list[str]) -> fx.GraphModule:
         """The network up to the deepest of the layers, returning a list of their values."""
         return self.traced.extractor([self._node(key) for key in keys])
+
+    def _shapes_to_plan_by(self, size: tuple[int, int, int]) -> dict[fx.Node, tuple[int, ...]]:
+        """Shapes for pictures so large that no map shrinks to one place before the pooling."""
+        factor = -(-_PLAN_SIZE // min(size[1:]))
+        if factor > 1:
+            try:
+                return self._shapes((size[0], factor * size[1], factor * size[2]))
+            except ValueError:
+                pass  # built for one size
+        return self._shapes(size)
 
     def _node(self, key: str) -> fx.Node:
         return self.traced.input if key == "input" else self.traced.by_key[key]

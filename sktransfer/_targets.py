@@ -86,8 +86,8 @@ def codes_of(labels: np.ndarray, classes: np.ndarray, name: str = "y") -> np.nda
     if not known.all():
         row = int(np.flatnonzero(~known)[0])
         raise ValueError(
-            f"{name} holds the label {labels[row]!r} in row {row}, which is not one of the "
-            f"classes {list(classes[:20])}. Labels of validation rows and of later calls must "
+            f"{name} holds the label {shown(labels[row])!r} in row {row}, which is not one of the "
+            f"classes {classes[:20].tolist()}. Labels of validation rows and of later calls must "
             "be among the classes of the first fit; partial_fit takes them as `classes`."
         )
     return np.searchsorted(classes, labels).astype(np.int64)
@@ -109,3 +109,8 @@ def class_factors(
     else:
         factors = compute_class_weight(class_weight, classes=classes, y=classes[codes])
     return factors[codes]
+
+
+def shown(label: Any) -> Any:
+    """A label as it is written, without NumPy's type around it."""
+    return label.item() if isinstance(label, np.generic) else label

@@ -60,6 +60,8 @@ class _Tracer(fx.Tracer):
             m.__module__.startswith(_LEAF_PACKAGES)
             or isinstance(m, self._leaves)
             or type(m).__name__ in ("DropPath", "StochasticDepth")
+            # timm's batch norms with an activation: one layer, so that they can be folded.
+            or isinstance(m, nn.BatchNorm2d)
         )
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -214,20 +216,36 @@ class Traced:
         The network runs on torch's meta device, which knows shapes and no values.
         """
         if input_size not in self._shapes:
-            skeleton = meta_copy(fx.GraphModule(self.root, self.graph))
-            run = _ShapeRun(skeleton)
+            run = _ShapeRun(self)
             with torch.no_grad():
                 run.run(torch.empty((2, *input_size), device="meta"))
-            by_name = {node.name: shape for node, shape in run.shapes.items()}
-            self._shapes[input_size] = {
-                node: by_name[node.name] for node in self.nodes if node.name in by_name
-            }
+            self._shapes[input_size] = run.shapes
         return self._shapes[input_size]
 
 
+# What gives back a tensor of the shape it gets.
+_SHAPE_KEEPING = (
+    nn.modules.batchnorm._NormBase,
+    nn.modules.dropout._DropoutNd,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.Identity,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Sigmoid,
+    nn.Tanh,
+)
+
+
 class _ShapeRun(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule):
-        super().__init__(module)
+    """Runs a graph on the meta device, with stand-ins for the layers' tensors."""
+
+    def __init__(self, traced: Traced):
+        super().__init__(traced.root, graph=traced.graph)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -242,15 +260,31 @@ class _ShapeRun(fx.Interpreter):
             self.shapes[n] = tuple(result.shape)
         return result
 
+    def call_module(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        layer = self.fetch_attr(target)
+        if isinstance(layer, _SHAPE_KEEPING) and args:
+            return args[0]
+        return meta_copy(layer)(*args, **kwargs)
 
-def meta_copy(module: Any) -> Any:
-    """A copy of `module` whose tensors have shapes and no values, made without copying any."""
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    for buffer in module.buffers():
-        memo[id(buffer)] = buffer.detach().to("meta")
-    return copy.deepcopy(module, memo)
+    def get_attr(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return value.detach().to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def meta_copy(module: nn.Module) -> nn.Module:
+    """A stand-in for `module` whose tensors have shapes and no values; shares all the rest."""
+    copied = copy.copy(module)
+    copied._parameters = {
+        name: None if p is None else nn.Parameter(p.detach().to("meta"), requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    copied._buffers = {
+        name: None if b is None else b.detach().to("meta") for name, b in module._buffers.items()
+    }
+    copied._modules = {
+        name: None if m is None else meta_copy(m) for name, m in module._modules.items()
+    }
+    return copied
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:

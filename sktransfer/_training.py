@@ -32,6 +32,9 @@ from sktransfer._training_rows import Batches, TrainingSet
 from sktransfer._tuned_network import TunedNetwork
 
 
+_OURS = ("unfreezing", "learning_rates", "gradient_rules", "finite_loss", "epoch_log")
+
+
 @dataclass
 class TrainingSettings:
     """How to train; the names are the estimators' own."""
@@ -181,7 +184,8 @@ def make_net(
 ) -> NeuralNet:
     """skorch's net around the module, initialised."""
     kinds = {"multiclass": NeuralNetClassifier, "regression": NeuralNetRegressor}
-    own: list[Any] = list(callbacks or [])
+    # Places are kept for ours, should training go on later.
+    own: list[Any] = list(callbacks or [(name, Callback()) for name in _OURS])
     # The user's stay as they are, so that the estimator can be cloned.
     own += copy.deepcopy(list(settings.callbacks or []))
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sktransfer._backbones import Backbone
+from sktransfer._backbones import Backbone, load_backbone
 from sktransfer._pooling import Pooling
 from sktransfer._preprocessing import Preprocessing
 from sktransfer._sources import Source
@@ -114,6 +114,17 @@ class TunedNetwork:
         if self.has_own_stages:
             self.module()  # checks names and shapes
 
+    def expected_state(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what :meth:`trained_state` gives."""
+        if not self.has_own_stages:
+            return {}
+        pieces = self.backbone.stages
+        return {
+            f"{i}.{name}": tuple(tensor.shape)
+            for i in range(self.lowest, len(self.stage_names))
+            for name, tensor in pieces[i].module.state_dict().items()
+        }
+
     def has_changed(self) -> None:
         """Say that training went on: what was made from the weights is out of date."""
         self._tuned = None
@@ -187,6 +198,29 @@ def body_names(backbone: Backbone) -> list[str]:
         f"{backbone!r} ends within a stage, where fine-tuning cannot put a head. Give as `layer` "
         f"one of the stages {names}, or None; and pooling='auto' if that was changed."
     )
+
+
+def with_own_weights(
+    name: str,
+    state: dict[str, torch.Tensor],
+    layer: str | list | None,
+    pooling: str,
+    preprocessing: Preprocessing,
+) -> Backbone:
+    """A backbone of a named architecture with these weights; nothing is downloaded.
+
+    Its fingerprint follows from the weights themselves, whatever they claim to be.
+    """
+    base = load_backbone(name, weights=None)
+    module = copy.deepcopy(base.network.module)
+    module.load_state_dict(state)
+    digest = hashlib.sha256(base.fingerprint.encode())
+    for key, tensor in sorted(state.items()):
+        array = tensor.contiguous().numpy()
+        digest.update(f"{key}{array.dtype}{array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    source = _TunedSource(base, module.eval().requires_grad_(False), f"own-{digest.hexdigest()}")
+    return Backbone(source, layer, pooling, preprocessing)
 
 
 def _load(module: TunedModule, state: dict[str, np.ndarray], lowest: int) -> None:

@@ -17,6 +17,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
+from sktransfer._forms import is_tensor
 from sktransfer._images import Images, as_images
 
 try:  # scikit-learn >= 1.9
@@ -49,15 +50,9 @@ def check_images(estimator: Any, X: Any, *, reset: bool) -> Images:
     messages stand for shapes, sparse input, missing values and names.
     """
     if estimator.image_shape is not None and _is_flat(X):
-        X_flat = validate_data(
-            estimator,
-            X,
-            reset=reset,
-            dtype="numeric",
-            order=None,
-            ensure_all_finite=estimator.on_error == "raise",
-        )
-        return as_images(X_flat, estimator.image_shape)
+        # What it returns is left aside: it makes floats of nullable and object integers.
+        validate_data(estimator, X, reset=reset, ensure_all_finite=estimator.on_error == "raise")
+        return as_images(X, estimator.image_shape)
 
     images = as_images(X, estimator.image_shape)
     if len(images) == 0:
@@ -79,6 +74,13 @@ def check_images(estimator: Any, X: Any, *, reset: bool) -> Images:
             f"was fitted on {estimator.n_features_in_}. Give the same columns as in fit."
         )
     return images
+
+
+def check_weight(sample_weight: Any, n_samples: int) -> np.ndarray:
+    """Return one weight per row as float64; ``None``: ones. Negative ones are an error."""
+    return _check_sample_weight(
+        sample_weight, np.empty((n_samples, 1)), dtype=np.float64, ensure_non_negative=True
+    )
 
 
 def check_names_in(estimator: Any, input_features: Any) -> list[str] | None:
@@ -131,35 +133,37 @@ class FitProgress:
 
 
 def _is_flat(X: Any) -> bool:
-    """Whether ``X`` is a table of numbers, or something scikit-learn should refuse as one."""
+    """Whether ``X`` is a table of numbers, or what scikit-learn should refuse as one."""
     if hasattr(X, "columns"):  # a data frame is flat unless it holds strings, bytes, images …
         return all(_is_number_dtype(dtype) for dtype in X.dtypes)
     if hasattr(X, "toarray"):  # scipy sparse
         return True
     if isinstance(X, (list, tuple)):
-        return bool(X) and (isinstance(X[0], (list, tuple)) or all(map(_is_number, X)))
-    array = np.asarray(X) if hasattr(X, "__array__") else X
-    ndim, dtype = getattr(array, "ndim", None), getattr(array, "dtype", None)
-    if ndim is None or ndim > 2:
+        row = X[0] if X else None
+        is_row = isinstance(row, (list, tuple)) or getattr(row, "ndim", 0) == 1
+        return _is_number(row[0] if is_row and len(row) else row)
+    if is_tensor(X):
+        return X.ndim <= 2
+    if not hasattr(X, "dtype") and hasattr(X, "__array__"):
+        X = np.asarray(X)
+    ndim, dtype = getattr(X, "ndim", None), getattr(X, "dtype", None)
+    if ndim is None or ndim > 2 or dtype is None:
         return False
-    if dtype is not None and dtype.kind == "O":
-        return ndim == 2 and array.size > 0 and not isinstance(array.flat[0], (str, bytes))
-    return dtype is not None and dtype.kind in "biufc"
+    if _is_number_dtype(dtype) or getattr(dtype, "kind", "") == "c":
+        return True
+    return ndim == 2 and isinstance(X, np.ndarray) and X.size > 0 and _is_number(X.flat[0])
 
 
 def _is_number_dtype(dtype: Any) -> bool:
     is_numeric = getattr(dtype, "is_numeric", None)  # polars
     if callable(is_numeric):
         return bool(is_numeric())
-    return getattr(dtype, "kind", "O") in "biufc"
+    return getattr(dtype, "kind", "O") in "biuf"
 
 
 def _is_number(value: Any) -> bool:
-    return np.isscalar(value) and not isinstance(value, (str, bytes))
-
-
-def check_weight(sample_weight: Any, n_samples: int) -> np.ndarray:
-    """Return one weight per row as float64; ``None``: ones. Negative ones are an error."""
-    return _check_sample_weight(
-        sample_weight, np.empty((n_samples, 1)), dtype=np.float64, ensure_non_negative=True
-    )
+    """Whether a cell is a number, or a dict that is no ``{"bytes": …, "path": …}`` either."""
+    if isinstance(value, dict):
+        return "bytes" not in value and "path" not in value
+    is_scalar = np.isscalar(value) or (is_tensor(value) and value.ndim == 0)
+    return is_scalar and not isinstance(value, (str, bytes))

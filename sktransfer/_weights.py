@@ -58,12 +58,24 @@ def fetch(url: str, *, name: str = "the network") -> Path:
     return path
 
 
+def warn_of_other_content(path: Path, name: str) -> None:
+    """Warn if a file that stands where a published one belongs is another one."""
+    expected = hash_in_name(path)
+    if expected and not file_digest(path).startswith(expected):
+        warnings.warn(
+            f"{path} is not the published file of {name}: its SHA-256 begins with "
+            f"{file_digest(path)[: len(expected)]}. It is used as it is.",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
 def _download(url: str, path: Path, name: str) -> None:
     part = path.with_name(path.name + ".part")
     reason: Exception | None = None
     for attempt in range(_N_TRIES):
         if attempt:
-            time.sleep(min(0.2 * 2**attempt, 5.0) if _TIMEOUT_S > 1 else 0.01)
+            _wait(attempt)
         had = part.stat().st_size if part.exists() else 0
         try:
             _continue_download(url, part)
@@ -93,6 +105,10 @@ def _download(url: str, path: Path, name: str) -> None:
             f"right file at {path}."
         )
     os.replace(part, path)
+
+
+def _wait(attempt: int) -> None:
+    time.sleep(min(0.25 * 2**attempt, 5.0))
 
 
 def _continue_download(url: str, part: Path) -> None:

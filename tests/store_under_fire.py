@@ -26,10 +26,20 @@ def digests_of(numbers):
     return [int(number).to_bytes(16, "big") for number in numbers]
 
 
-def rows_of(numbers):
+def rows_of(numbers, width=WIDTH, seed=0):
     """A row that its number alone decides, so that any reader can tell whether it is right."""
     start = np.asarray(list(numbers), dtype=np.float32)[:, None]
-    return start * 3 + np.arange(WIDTH, dtype=np.float32) / 7
+    return start * 3 + np.arange(width, dtype=np.float32) / 7 + np.float32(seed / 3)
+
+
+def filled(folder, n_rows=200):
+    store = DiskStore(folder)
+    put(store, range(n_rows))
+    return store
+
+
+def put(store, numbers):
+    store.put_many(FINGERPRINT, digests_of(numbers), rows_of(numbers))
 
 
 def check(store, numbers):
@@ -42,12 +52,26 @@ def check(store, numbers):
     return [number for number, is_found in zip(numbers, found, strict=True) if is_found]
 
 
+def present(store, numbers):
+    """The numbers whose rows are there, of whatever width, under the fingerprint "f"."""
+    rows = store.get_many("f", digests_of(numbers))
+    return [number for number, row in zip(numbers, rows, strict=True) if row is not None]
+
+
+def damaged_names(folder):
+    return [
+        name
+        for name in os.listdir(folder)
+        if ".damaged-" in name and not name.endswith(("-wal", "-shm", "-journal"))
+    ]
+
+
 def write(folder, seed, n_rows):
     store = DiskStore(folder)
     order = np.random.default_rng(seed).permutation(n_rows)
     for start in range(0, n_rows, 25):
         part = order[start : start + 25]
-        store.put_many(FINGERPRINT, digests_of(part), rows_of(part))
+        put(store, part)
         check(store, order[:100])
     store.close()
 
@@ -65,7 +89,7 @@ def share(folder, seed, n_rows):
             time.sleep(0.002 * mine.sum())  # the network
             numbers = [n for n, is_mine in zip(missing, mine, strict=True) if is_mine]
             if numbers:
-                store.put_many(FINGERPRINT, digests_of(numbers), rows_of(numbers))
+                put(store, numbers)
             n_computed += len(numbers)
             later += [n for n, is_mine in zip(missing, mine, strict=True) if not is_mine]
         if len(later) == len(left):
@@ -80,7 +104,7 @@ def write_until_killed(folder, first, acknowledge):
     number = first
     while True:
         part = range(number, number + 10)
-        store.put_many(FINGERPRINT, digests_of(part), rows_of(part))
+        put(store, part)
         number += 10
         os.write(acknowledge, struct.pack("q", number))
 

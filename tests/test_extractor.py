@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 import torch
 from PIL import Image
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer, make_column_transformer
@@ -507,3 +508,30 @@ def test_pixels_lose_to_features_on_disjoint_quarters():
         )
         scores[name] = cross_val_score(model, X, y, cv=folds).mean()
     assert scores["trained"] > scores["random"] + 0.05
+
+
+def test_a_bad_picture_does_not_mark_its_row_in_other_columns(picture_files, tmp_path):
+    missing = str(tmp_path / "missing.png")
+    frame = pd.DataFrame(
+        {"a": [missing, picture_files[0]], "b": [picture_files[1], picture_files[1]]}
+    )
+    extractor = PretrainedFeatureExtractor(on_error="nan")
+    rows = extractor.fit_transform(frame)
+    assert [bad.label for bad in extractor.bad_images_] == [f"row 0, column 'a' ({missing!r})"]
+    width = rows.shape[1] // 2
+    assert np.isfinite(rows[:, width:]).all()
+
+
+def test_image_shape_leaves_other_forms_alone(pictures, picture_files):
+    flat = PretrainedFeatureExtractor(image_shape=(40, 48, 3))
+    expected = flat.fit_transform(pictures.reshape(12, -1))
+    for X in [picture_files, [[path] for path in picture_files], pictures, list(pictures)]:
+        np.testing.assert_array_equal(flat.fit_transform(X), expected)
+
+
+def test_metadata_routing_passes_by(pictures, labels):
+    with config_context(enable_metadata_routing=True):
+        classifier = LogisticRegression().set_fit_request(sample_weight=True)
+        pipe = make_pipeline(PretrainedFeatureExtractor(), classifier)
+        pipe.fit(pictures, labels, sample_weight=np.ones(12))
+        assert pipe.score(pictures, labels) == 1.0

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import signal
 
 import joblib
 import numpy as np
@@ -78,9 +77,10 @@ def test_epoch_zero_is_the_linear_probe(stripes, head, unfreeze):
     coef = probe._tuned.head.linear.weight.detach().numpy() * rows.std(axis=0)
     z = (rows - rows.mean(axis=0)) / rows.std(axis=0)
     error = probe.predict_proba(X) - (y[:, None] == probe.classes_)
-    ratios = (error.T @ z) / coef
-    assert np.median(ratios) < 0
-    np.testing.assert_allclose(ratios, np.median(ratios), rtol=0.05)
+    gradient = error.T @ z
+    strength = -np.median(coef / gradient)
+    assert strength > 0
+    np.testing.assert_allclose(coef, -strength * gradient, atol=0.02 * abs(coef).max())
 
 
 def test_probe_of_two_classes_and_of_numbers(stripes):
@@ -233,7 +233,7 @@ def test_frozen_part_runs_once(stripes, monkeypatch):
 def test_weight_two_is_the_row_twice(stripes, cls):
     X, y = stripes
     y = y if cls is FineTuningClassifier else X.mean(axis=(1, 2, 3))
-    weight = np.arange(len(X)) % 3
+    weight = np.arange(len(X)) // 3 % 3
     twice = np.repeat(np.arange(len(X)), weight)[::-1]
     kwargs = {"batch_size": 8, "early_stopping": True, "lr": 0.01, "validation_fraction": 0.2}
     if cls is FineTuningClassifier:
@@ -256,7 +256,7 @@ def test_class_weight(stripes):
 
 # -- targets ---------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "labels", [["a", "b", "c"], [10, 20, 30], [1.0, 2.0, 3.0], [b"x", b"y", b"z"]]
+    "labels", [["a", "b", "c"], [10, 20, 30], [1.0, 2.0, 3.0], [-1, 0, 1]]
 )
 def test_labels_come_back_as_they_went_in(stripes, labels):
     X, y = stripes
@@ -289,9 +289,7 @@ def test_several_labels_per_row(stripes):
 def test_several_targets(stripes):
     X, _ = stripes
     Y = np.stack([X.mean(axis=(1, 2, 3)), 1000 + X.std(axis=(1, 2, 3))], axis=1)
-    model = small(FineTuningRegressor, unfreeze=1, early_stopping=True, lr=1e-4, max_epochs=1)
-    with pytest.warns(UserWarning) if False else pytest.MonkeyPatch.context():
-        predicted = model.set_params(early_stopping=False).fit(X, Y).predict(X)
+    predicted = small(FineTuningRegressor, unfreeze=1).fit(X, Y).predict(X)
     assert predicted.shape == Y.shape
     np.testing.assert_allclose(predicted.mean(axis=0), Y.mean(axis=0), rtol=0.1)
 
@@ -370,7 +368,7 @@ def test_l2_sp_keeps_near_the_pre_trained_weights(stripes):
     def distance(model):
         own = dict(model._tuned._root.named_parameters())
         old = model.backbone_.network.module.named_parameters()
-        return sum(float((own[name] - value).square().sum()) for name, value in old)
+        return sum(float((own[name].detach() - value).square().sum()) for name, value in old)
 
     # As SGD takes the penalty's gradient as it is, and Adam normalises it.
     kwargs = {"optimizer": Optimizer("sgd", momentum=0.0), "lr": 0.01, "max_epochs": 5}
@@ -419,15 +417,6 @@ def test_infinite_loss_is_an_error_that_names_the_learning_rate(stripes):
         small(lr=1e30, optimizer="sgd", max_epochs=5).fit(*stripes)
 
 
-class Interrupt(Callback):
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_batch_begin(self, net, training=False, **kwargs):
-        if training and len(net.history) == self.epoch:
-            signal.raise_signal(signal.SIGINT)
-
-
 @pytest.mark.filterwarnings("ignore:.*did not improve")
 def test_ctrl_c_keeps_the_best_epoch(stripes, monkeypatch):
     X, y = stripes
@@ -458,8 +447,7 @@ def test_skorch_callbacks_work_and_do_not_break_clone(stripes):
     assert "acc" in model.net_.history[-1]
     assert model.callbacks is callbacks
     assert callbacks[0].__dict__ == EpochScoring("accuracy", name="acc").__dict__
-    clone(model).fit(X, y)
-    clone(small(max_epochs=1).fit(X, y))
+    clone(model).fit(X, y, X_val=X, y_val=y)
 
 
 def test_net_is_skorchs(stripes, capsys):
@@ -485,6 +473,7 @@ def test_grid_search(stripes):
     assert search.predict(X).dtype == y.dtype
 
 
+@pytest.mark.slow
 def test_search_in_two_processes(stripes):
     X, y = stripes
     model = FineTuningClassifier(unfreeze=0, max_epochs=1, random_state=0)
@@ -517,7 +506,9 @@ def test_calibration_stacking_and_cross_validation(stripes):
 
 def test_tuned_network_before_a_classical_model(stripes):
     X, y = stripes
-    pipe = make_pipeline(small(unfreeze=1).set_output(transform="pandas"), LogisticRegression())
+    pipe = make_pipeline(
+        small(unfreeze=1).set_output(transform="pandas"), LogisticRegression(max_iter=10_000)
+    )
     assert pipe.fit(X, y).score(X, y) > 0.6
     assert pipe[:-1].transform(X).columns[0].endswith("tuned_000")
     forest = make_pipeline(small(max_epochs=1), RandomForestClassifier(10, random_state=0))
@@ -552,15 +543,19 @@ def test_several_image_columns(stripes):
 
 
 # -- going on --------------------------------------------------------------------------------
+def n_steps(model):
+    return int(model.net_.optimizer_.state[model.net_.module_.head.linear.weight]["step"])
+
+
 def test_partial_fit(stripes):
     X, y = stripes
     model = small(unfreeze=1, lr=1e-3)
     model.partial_fit(X[:24], y[:24], classes=["across", "down", "other", "plain"])
-    steps = model.net_.optimizer_.state[model.net_.module_.head.linear.weight]["step"]
+    steps = n_steps(model)
     assert model.n_iter_ == 1
     model.partial_fit(X[24:], y[24:])
     assert model.n_iter_ == 2
-    assert model.net_.optimizer_.state[model.net_.module_.head.linear.weight]["step"] > steps
+    assert n_steps(model) > steps
     assert list(model.classes_) == ["across", "down", "other", "plain"]
     assert model.predict_proba(X)[:, 2].max() < 0.3
     assert [row["epoch"] for row in model.history_] == [1, 2]

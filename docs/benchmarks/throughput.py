@@ -49,7 +49,10 @@ def on_cpu(name, paths, rounds):
         ).fit(paths)
         for precision in ("float32", "bfloat16")
     }
-    model = extractors["float32"].backbone_.to_module().eval()
+    model = torchvision.models.get_model(name, weights=None)
+    model.load_state_dict(extractors["float32"].backbone_.network.module.state_dict())
+    model.fc = torch.nn.Identity()
+    model.eval()
     for extractor in extractors.values():
         extractor.transform(paths[:64])
     plain_loop(paths[:32], model, weights.transforms())
