@@ -219,9 +219,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             raise ValueError(f"{given} is given without {missing}: give both, or neither.")
         images = check_images(self, X_val, reset=False)
         target = self._read_target(y_val, images.n_rows, reset=False, name="y_val")
-        return TrainingData(
-            images, target, np.ones(images.n_rows), **options, what="validation"
-        )
+        return TrainingData(images, target, np.ones(images.n_rows), **options, what="validation")
 
     def _new_network(self, backbone, n_columns, lowest, seed):
         import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PARAMETERS = '''\
+PARAMETERS = """\
     backbone : str, torch.nn.Module or callable, default="builtin"
         The network: the name of a torchvision classification builder (``"resnet50"``),
         ``"timm:NAME"`` (needs the extra ``timm``), ``"builtin"`` (small, its weights ship
@@ -138,9 +138,9 @@ PARAMETERS = '''\
 
     verbose : int, default=0
         1 shows skorch's table of epochs and progress bars.
-'''
+"""
 
-ATTRIBUTES = '''\
+ATTRIBUTES = """\
     net_ : skorch net
         The trained net; its ``module_`` is a :class:`torch.nn.Module`.
 
@@ -168,23 +168,23 @@ ATTRIBUTES = '''\
 
     n_features_out_ : int
         Number of columns that `transform` returns.
-'''
+"""
 
-NOTES = '''\
+NOTES = """\
     Rows of the same images and the same target are merged into one of their joint weight, and
     the rows are brought into an order of their own: a weight of 2 is exactly the row twice,
     the order of `X` does not matter, and no row is on both sides of the validation split.
 
     A pickle holds what was trained and how to bring back the rest, see :func:`save`.
-'''
+"""
 
-REFERENCES = '''\
+REFERENCES = """\
     .. [1] A. Kumar, A. Raghunathan, R. Jones, T. Ma, P. Liang. "Fine-tuning can distort
        pretrained features and underperform out-of-distribution." ICLR 2022.
        https://arxiv.org/abs/2202.10054
     .. [2] X. Li, Y. Grandvalet, F. Davoine. "Explicit inductive bias for transfer learning
        with convolutional networks." ICML 2018. https://arxiv.org/abs/1802.01483
-'''
+"""
 
 
 def documented(**parts: str):

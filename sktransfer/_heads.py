@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ class LinearHead(nn.Module):
         if hidden:
             layers: list[nn.Module] = []
             sizes = [n_in, *hidden]
-            for width, next_width in zip(sizes, sizes[1:], strict=False):
+            for width, next_width in itertools.pairwise(sizes):
                 layers += [nn.Linear(width, next_width), nn.ReLU(), nn.Dropout(dropout)]
             last = nn.Linear(sizes[-1], n_out)
             nn.init.zeros_(last.weight)

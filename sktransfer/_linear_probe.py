@@ -78,9 +78,7 @@ def _moments(rows: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return mean, np.maximum(scale, floor)
 
 
-def _ridge(
-    z: np.ndarray, target: np.ndarray, weight: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _ridge(z: np.ndarray, target: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if len(z) < 2:
         return np.zeros((target.shape[1], z.shape[1])), target.mean(axis=0)
     # Leave-one-out errors in closed form choose the strength.

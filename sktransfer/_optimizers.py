@@ -35,9 +35,7 @@ class Optimizer(BaseEstimator):
     Optimizer(momentum=0.8, name='sgd')
     """
 
-    def __init__(
-        self, name="adamw", *, momentum=0.9, nesterov=False, betas=(0.9, 0.999), eps=1e-8
-    ):
+    def __init__(self, name="adamw", *, momentum=0.9, nesterov=False, betas=(0.9, 0.999), eps=1e-8):
         self.name = name
         self.momentum = momentum
         self.nesterov = nesterov

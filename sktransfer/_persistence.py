@@ -122,7 +122,7 @@ def save(estimator: Any, path: str | os.PathLike, *, standalone: bool = False) -
         "parameters": {k: encode(v, f"the parameter {k}") for k, v in parameters.items()},
         "attributes": {k: encode(v, k) for k, v in attributes.items()},
     }
-    contiguous = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+    contiguous = {k: np.array(v, order="C") for k, v in tensors.items()}
     # A file appears as a whole or not at all.
     part = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
     try:
@@ -196,9 +196,7 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray
     if not isinstance(header, dict) or "format" not in header:
         raise _refused(path, "its header names no format")
     if header["format"] != FORMAT:
-        raise _refused(
-            path, f"its format is {header['format']!r}, and this version reads {FORMAT}"
-        )
+        raise _refused(path, f"its format is {header['format']!r}, and this version reads {FORMAT}")
     if set(header) != set(expected):
         raise _refused(path, f"its header holds {sorted(header)}")
     for key, kind in expected.items():

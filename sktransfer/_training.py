@@ -31,7 +31,6 @@ from sktransfer._training_callbacks import (
 from sktransfer._training_rows import Batches, TrainingSet
 from sktransfer._tuned_network import TunedNetwork
 
-
 _OURS = ("unfreezing", "learning_rates", "gradient_rules", "finite_loss", "epoch_log")
 
 

@@ -109,10 +109,11 @@ class FiniteLoss(Callback):
     def on_batch_end(
         self, net: Any, training: bool = False, loss: Any = None, **kwargs: Any
     ) -> None:
-        if training and not math.isfinite(float(loss.detach())):
+        if training and not math.isfinite(value := float(loss.detach())):
+            n_batches = len(net.history[-1, "batches"])
             raise ValueError(
-                f"The training loss became {float(loss.detach())} in epoch {len(net.history)}, batch "
-                f"{len(net.history[-1, 'batches'])}. The likely cause is a learning rate that is "
+                f"The training loss became {value} in epoch {len(net.history)}, batch "
+                f"{n_batches}. The likely cause is a learning rate that is "
                 f"too large: lr={self.lr!r}; try a tenth of it, or gradient_clip=1.0. Other "
                 "causes: precision='bfloat16', very large sample weights or targets, an "
                 "`augment` or `preprocessing` function that returns NaN."
@@ -189,7 +190,9 @@ class EpochLog(Callback):
             scores, weight = y_pred
             parts = (scores.float(), batch[1], weight)
             n = len(weight)
-            self._batches.append((*(part.cpu().numpy() for part in parts), float(loss.detach()) * n, n))
+            self._batches.append(
+                (*(part.cpu().numpy() for part in parts), float(loss.detach()) * n, n)
+            )
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
         self.epoch += 1
@@ -209,9 +212,7 @@ class EpochLog(Callback):
             self._judge(net, row)
 
     def _close(self) -> dict[str, float]:
-        scores, target, weight = (
-            np.concatenate([b[i] for b in self._batches]) for i in range(3)
-        )
+        scores, target, weight = (np.concatenate([b[i] for b in self._batches]) for i in range(3))
         loss = sum(b[3] for b in self._batches) / sum(b[4] for b in self._batches)
         self._batches.clear()
         return {

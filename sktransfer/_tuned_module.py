@@ -36,6 +36,9 @@ class TunedModule(nn.Module):
         How many of the stages are frozen.
     """
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(
         self,
         stages: Sequence[tuple[str, nn.Module]],
@@ -126,7 +129,9 @@ class TunedModule(nn.Module):
 
         What only pools is as far from the head as the stage below it.
         """
-        found, seen, distance = [], set(), 0
+        found: list[tuple[str, int, list[Any]]] = []
+        seen: set[int] = set()
+        distance = 0
         for i in range(len(self.stages) - 1, -1, -1):
             if self.stage_names[i] != "pool":
                 distance += 1

@@ -16,7 +16,7 @@ from torch import nn
 from sktransfer._backbones import Backbone, load_backbone
 from sktransfer._pooling import Pooling
 from sktransfer._preprocessing import Preprocessing
-from sktransfer._sources import Source
+from sktransfer._source import Source
 from sktransfer._stages import split_stages
 from sktransfer._tuned_module import TunedModule
 

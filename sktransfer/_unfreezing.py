@@ -81,12 +81,12 @@ class UnfreezePlan:
     def _count(self, value: Any, name: str) -> int:
         if isinstance(value, str) and value == "all":
             return self.n_stages
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 0:
             raise ValueError(
                 f"{name}={value!r} is not accepted: give a number of stages from 0 to "
                 f"{self.n_stages}, or 'all'."
             )
-        if value > self.n_stages:
+        if int(value) > self.n_stages:
             names = [self.stage_names[i] for i in self._units]
             raise ValueError(
                 f"{name}={value!r}, but this network has {self.n_stages} stages below its head: "

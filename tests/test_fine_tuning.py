@@ -99,7 +99,7 @@ def test_never_below_the_probe_on_the_validation_part(stripes):
     assert [row["epoch"] for row in model.history_] == [0, 1, 2, 3]
     assert model.best_epoch_ == 0
     assert max(scores) == scores[0]
-    for name, value in load_backbone(tiny_network, **{"preprocessing": SMALL["preprocessing"]}
+    for name, value in load_backbone(tiny_network, preprocessing=SMALL["preprocessing"]
                                      ).network.module.state_dict().items():  # fmt: skip
         np.testing.assert_array_equal(model._tuned._root.state_dict()[name], value, err_msg=name)
 
@@ -174,7 +174,9 @@ class Spy(Callback):
     def on_batch_end(self, net, training=False, **kwargs):
         if training:
             head = net.module_.head.linear.weight
-            Spy.seen.append((len(net.optimizer_.param_groups), int(net.optimizer_.state[head]["step"])))
+            Spy.seen.append(
+                (len(net.optimizer_.param_groups), int(net.optimizer_.state[head]["step"]))
+            )
 
 
 @pytest.mark.parametrize("unfreeze", ["gradual", {1: 0, 3: 1, 4: "all"}])
@@ -229,6 +231,7 @@ def test_frozen_part_runs_once(stripes, monkeypatch):
 
 
 # -- weights ---------------------------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore:.*did not improve")
 @pytest.mark.parametrize("cls", [FineTuningClassifier, FineTuningRegressor])
 def test_weight_two_is_the_row_twice(stripes, cls):
     X, y = stripes
@@ -251,13 +254,13 @@ def test_class_weight(stripes):
     plain = small(max_epochs=0).fit(X[rare], y[rare]).predict_proba(X)[:, 1].mean()
     parameters = [{"class_weight": "balanced"}, {"class_weight": {"down": 5}}]
     for more in parameters:
-        assert small(max_epochs=0, **more).fit(X[rare], y[rare]).predict_proba(X)[:, 1].mean() > plain
+        assert (
+            small(max_epochs=0, **more).fit(X[rare], y[rare]).predict_proba(X)[:, 1].mean() > plain
+        )
 
 
 # -- targets ---------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "labels", [["a", "b", "c"], [10, 20, 30], [1.0, 2.0, 3.0], [-1, 0, 1]]
-)
+@pytest.mark.parametrize("labels", [["a", "b", "c"], [10, 20, 30], [1.0, 2.0, 3.0], [-1, 0, 1]])
 def test_labels_come_back_as_they_went_in(stripes, labels):
     X, y = stripes
     y = np.array(labels)[np.unique(y, return_inverse=True)[1]]
@@ -317,11 +320,11 @@ def test_same_seed_same_model_and_global_seeds_left_alone(stripes):
     kwargs = {"augment": "strong", "dropout": 0.3, "mixup": 0.3, "head": (4,), "unfreeze": 1}
     first = small(**kwargs).fit(X, y)
     torch.manual_seed(3)
-    np.random.seed(3)
-    states = torch.get_rng_state(), np.random.get_state()[1]
+    np.random.seed(3)  # noqa: NPY002
+    states = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
     second = small(**kwargs).fit(X, y)
     assert torch.equal(torch.get_rng_state(), states[0])
-    np.testing.assert_array_equal(np.random.get_state()[1], states[1])
+    np.testing.assert_array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
     assert_same_model(first, second, rtol=0, atol=0)
     other = small(**kwargs).set_params(random_state=1).fit(X, y)
     assert not np.allclose(other.predict_proba(X), first.predict_proba(X), rtol=1e-6)
@@ -372,9 +375,8 @@ def test_l2_sp_keeps_near_the_pre_trained_weights(stripes):
 
     # As SGD takes the penalty's gradient as it is, and Adam normalises it.
     kwargs = {"optimizer": Optimizer("sgd", momentum=0.0), "lr": 0.01, "max_epochs": 5}
-    assert distance(small(l2_sp=10.0, **kwargs).fit(X, y)) < 0.7 * distance(
-        small(**kwargs).fit(X, y)
-    )
+    free = distance(small(**kwargs).fit(X, y))
+    assert distance(small(l2_sp=50.0, **kwargs).fit(X, y)) < 0.6 * free
 
 
 def test_augmentation_is_for_training_alone(stripes):
@@ -408,7 +410,9 @@ def test_validation_rows_can_be_given(stripes):
 def test_patience_ends_training(stripes):
     X, y = stripes
     with pytest.warns(UserWarning, match="did not improve"):
-        model = small(lr=1e-12, early_stopping=True, n_iter_no_change=2, max_epochs=9, tol=0.01).fit(X, y)
+        model = small(
+            lr=1e-12, early_stopping=True, n_iter_no_change=2, max_epochs=9, tol=0.01
+        ).fit(X, y)
     assert model.n_iter_ == 2
 
 
@@ -593,7 +597,9 @@ def test_bad_images(stripes, picture_files, tmp_path, unfreeze, head_init):
     with pytest.warns(UserWarning, match=r"left out of prediction"):
         proba = model.predict_proba(X)
     np.testing.assert_allclose(proba[6:], 0.5, atol=1e-3)
-    assert_same_model(model, small(unfreeze=unfreeze, head_init=head_init).fit(X[:6], y[:6]), rtol=0)
+    assert_same_model(
+        model, small(unfreeze=unfreeze, head_init=head_init).fit(X[:6], y[:6]), rtol=0
+    )
 
 
 # -- pickling --------------------------------------------------------------------------------
