@@ -66,6 +66,14 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         "verbose": ["verbose"],
     }
 
+    backbone_: Any
+    bad_images_: list
+    history_: list[dict[str, Any]]
+    n_iter_: int
+    best_epoch_: int
+    _kind: str
+    _blind_scores: np.ndarray
+
     # The "?" of the HTML representation leads to the class's page.
     _doc_link_module = "sktransfer"
     _doc_link_template = (
@@ -96,7 +104,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         from sktransfer._training_data import TrainingData
         from sktransfer._unfreezing import UnfreezePlan
 
-        old = vars(self).get("_tuned")
+        old: Any = vars(self).get("_tuned")
         is_resumed = old is not None and (goes_on or self.warm_start)
         reset = not (goes_on and old is not None)
         images = check_images(self, X, reset=reset)

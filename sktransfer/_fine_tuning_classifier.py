@@ -84,6 +84,8 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         "class_weight": [dict, StrOptions({"balanced"}), None],
     }
 
+    classes_: np.ndarray
+
     def __init__(
         self,
         backbone="builtin",

@@ -9,21 +9,22 @@ from __future__ import annotations
 import copy
 import json
 import os
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sktransfer._jsonable import decode, encode
+from sktransfer._preprocessing import Preprocessing
 from sktransfer._version import __version__
 
 FORMAT = 1
 _KEY = "sktransfer"
 _MAX_HEADER_BYTES = 32 * 2**20
 
-_COMMON = {"n_features_in_": int, "n_features_out_": int, "_n_image_columns": int}
-_TUNED = {
+_COMMON: dict[str, type] = {"n_features_in_": int, "n_features_out_": int, "_n_image_columns": int}
+_TUNED: dict[str, type] = {
     **_COMMON,
     "history_": list,
     "n_iter_": int,
@@ -87,8 +88,9 @@ def save(estimator: Any, path: str | os.PathLike, *, standalone: bool = False) -
     from safetensors.numpy import save_file
     from sklearn.utils.validation import check_is_fitted
 
-    name = type(estimator).__name__
-    if name not in _CLASSES or type(estimator) is not _class(name):
+    kind: Any = type(estimator)
+    name = kind.__name__
+    if name not in _CLASSES or kind is not _class(name):
         raise TypeError(f"save writes {list(_CLASSES)}; got {estimator!r}.")
     check_is_fitted(estimator)
     tensors: dict[str, np.ndarray] = {}
@@ -288,7 +290,6 @@ def _standalone_backbone(
 ) -> Any:
     import torch
 
-    from sktransfer._preprocessing import Preprocessing
     from sktransfer._tuned_network import with_own_weights
 
     state = {k.partition("/")[2]: torch.from_numpy(np.array(v)) for k, v in own.items()}
@@ -302,7 +303,7 @@ def _standalone_backbone(
 
 
 def _settings(preprocessing: Any) -> dict[str, Any]:
-    return asdict(preprocessing) if is_dataclass(preprocessing) else {}
+    return asdict(preprocessing) if isinstance(preprocessing, Preprocessing) else {}
 
 
 def _tuned_network(

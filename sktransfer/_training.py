@@ -122,7 +122,7 @@ def train(
         shuffler, changer = (torch.Generator() for _ in range(2))
         shuffler.manual_seed(settings.seed)
         changer.manual_seed(settings.seed + 1)
-        change = _change(settings, train_set, changer)
+        change = _change(settings, changer)
         valid = None
         if valid_set is not None and len(valid_set):
             valid = Batches(valid_set, max(settings.batch_size, 64), settings.device)
@@ -132,6 +132,7 @@ def train(
             settings.patience, settings.tol,
         )  # fmt: skip
         module.to(settings.device)
+        module.stages.to(memory_format=torch.channels_last)  # as the batches are
         if not (keeps_net and tuned.net is not None):
             module.freeze(min(first_stage(1), len(module.stages)))
         callbacks = [
@@ -163,6 +164,7 @@ def train(
         finally:
             tuned.has_changed()
             module.eval()
+            net.train_split = None  # the rows need not outlive the training
     result.n_iter = log.epoch
     result.best_epoch = log.epoch
     if settings.keeps_best and log.best_epoch is not None:
@@ -171,7 +173,7 @@ def train(
         log.best_state = {}
     if log.valid is not None:
         result.start_score, result.best_score = log.start_score, log.best_score
-        log.valid = None  # its rows need not outlive the training
+        log.valid = None
     return result
 
 
@@ -268,9 +270,7 @@ def _anchors(
     }
 
 
-def _change(
-    settings: TrainingSettings, train_set: TrainingSet, generator: torch.Generator
-) -> Callable | None:
+def _change(settings: TrainingSettings, generator: torch.Generator) -> Callable | None:
     """What augmentation and mixup make of a training batch."""
     augment = resolve_augment(settings.augment, generator)
     if augment is None and not settings.mixup:
@@ -306,7 +306,7 @@ def report(result: TrainingResult, class_name: str, probe_started: bool, trains_
             f"The training of {class_name} was interrupted after {result.n_iter} epochs; the "
             f"weights of epoch {result.best_epoch} are kept, and the estimator is fitted.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     elif result.best_epoch == 0 and result.n_iter and result.start_score is not None:
         start = "linear probe" if probe_started else "network as it was"
@@ -317,7 +317,7 @@ def report(result: TrainingResult, class_name: str, probe_started: bool, trains_
             "(epoch 0) is kept. More data, a smaller lr, fewer unfrozen stages or a stronger "
             "layer_decay may help; or the frozen features are the better model here.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

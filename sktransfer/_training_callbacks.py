@@ -201,7 +201,7 @@ class EpochLog(Callback):
             "epoch": self.epoch,
             "train_loss": float(net.history[-1, "train_loss"]),
             "lr": max(group["lr"] for group in groups),
-            "n_unfrozen": len(net.module_.stages) - net.module_.n_frozen,
+            "n_unfrozen": net.module_.n_unfrozen,
             "seconds": time.perf_counter() - self._since,
         }
         if self._batches:

@@ -276,7 +276,8 @@ class Batches:
         source = self.dataset.source
         with ThreadPoolExecutor(1) as pool:
             # The next batch is fetched while this one is trained on.
-            ahead = 0 if getattr(source, "is_kept_in_memory", True) else 1
+            is_at_hand = getattr(source, "is_kept_in_memory", True)
+            ahead = 0 if is_at_hand and self.device.type == "cpu" else 1
             waiting = [pool.submit(self._fetch, batch) for batch in batches[:ahead]]
             for i, batch in enumerate(batches):
                 if waiting:

@@ -104,6 +104,11 @@ class TunedModule(nn.Module):
     def _is_mixed(self) -> bool:
         return self.precision in _DTYPES
 
+    @property
+    def n_unfrozen(self) -> int:
+        """Stages that are trained; what only pools is none of its own."""
+        return sum(name != "pool" for name in self.stage_names[self.n_frozen :])
+
     def freeze(self, n_frozen: int) -> None:
         """Freeze the first `n_frozen` stages and thaw the others."""
         self.n_frozen = n_frozen

@@ -81,13 +81,15 @@ class TunedNetwork:
         root = copy.deepcopy(self.backbone.network.module)
         stages = split_stages(root, self.backbone._plan_size)[: len(self.stage_names)]
         preprocessing = self.backbone.preprocessing
-        normalise = isinstance(preprocessing, Preprocessing)
+        mean = std = None
+        if isinstance(preprocessing, Preprocessing):
+            mean, std = preprocessing.mean, preprocessing.std
         module = TunedModule(
             [(stage.name, stage.module) for stage in stages],
             kind,
             self.head,
-            preprocessing.mean if normalise else None,
-            preprocessing.std if normalise else None,
+            mean,
+            std,
             self.moves_statistics,
             self.precision,
         )
