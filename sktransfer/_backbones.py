@@ -91,9 +91,12 @@ def load_backbone(
     if not isinstance(pooling, str) or pooling not in POOLINGS:
         raise ValueError(f"pooling={pooling!r} is not accepted: one of {list(POOLINGS)}.")
     source = resolve_source(backbone, weights)
-    return Backbone(
+    loaded = Backbone(
         source, layer, pooling, resolve_preprocessing(preprocessing, source.preprocessing)
     )
+    if source.is_user_file:
+        _ = loaded.network.module  # whether the user's file fits is better said now than later
+    return loaded
 
 
 class Backbone:
@@ -136,7 +139,7 @@ class Backbone:
         self.name = source.name
         self.short_name = re.sub(r"\W+", "_", source.name.removeprefix("timm:")).strip("_")
         self.layer, self.pooling, self.preprocessing = layer, pooling, preprocessing
-        self.input_size = tuple(preprocessing.input_size)
+        self.input_size: tuple[int, int, int] = preprocessing.input_size
         self._plan_size = self._reference_size()
         plan = self.network.plan
         layers = [layer] if layer is None or isinstance(layer, str) else list(layer)
@@ -239,7 +242,7 @@ class Backbone:
     def _reference_size(self) -> tuple[int, int, int]:
         """The input size by which stages are told apart, whatever the crop asked for."""
         if isinstance(self._source, ModuleSource):
-            return self.input_size  # type: ignore[return-value]
+            return self.input_size
         return self._source.preprocessing.input_size
 
 

@@ -44,6 +44,7 @@ class BuiltinSource(FromFile, Source):
             self.path = version.path
         elif path is not None:
             self.path, self.file_digest = path, _weights.file_digest(path)
+            self.is_user_file = True
         self.num_classes = version.num_classes
         self.is_shipped = path is None
         self.digest = random_digest("builtin") if self.is_random else f"sha256:{self.file_digest}"

@@ -6,7 +6,7 @@ import functools
 import html
 from dataclasses import astuple, dataclass, fields
 from fnmatch import fnmatch
-from typing import Any, overload
+from typing import Any
 
 # Columns that a torchvision builder gives -> its names. Looked up here because building all
 # eighty takes seconds; a builder that is not here is measured.
@@ -83,10 +83,6 @@ _HEADINGS = ["name", "input (px)", "columns", "parameters (M)", "multiply-adds (
 class BackboneTable(list[BackboneInfo]):
     """A list of :class:`BackboneInfo` that prints as a table, in a notebook too."""
 
-    @overload
-    def __getitem__(self, index: slice) -> BackboneTable: ...  # type: ignore[override]
-    @overload
-    def __getitem__(self, index: Any) -> BackboneInfo: ...
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, str):
             return next(row for row in self if row.name == index)

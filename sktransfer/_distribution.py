@@ -44,20 +44,23 @@ def embed_anywhere(
     The parameters are those of `embed`, with `memory` for the store it stands for: a folder
     is opened by each worker, so it should be one that all of them see.
     """
-    n_workers = _n_cluster_workers(n_jobs)
-    if n_workers is None:
+    backend, configured = get_active_backend()
+    if not _is_of_cluster(backend):
         store = as_store(memory)
         return embed(
             images, backbone, out=out, store=store, n_jobs=n_jobs, progress=progress, **settings
         )
-    n_tasks = max(n_workers, -(-len(images) // _IMAGES_PER_TASK))
+    # Who chooses a cluster wants all of it, though joblib's own default is one job.
+    n_jobs = next((n for n in (n_jobs, configured) if n is not None), -1)
+    n_tasks = max(_n_workers(backend, n_jobs), -(-len(images) // _IMAGES_PER_TASK))
     parts = [part for part in np.array_split(np.arange(len(images)), n_tasks) if len(part)]
     tasks = (
         joblib.delayed(_embed_part)(images[part], backbone, memory, out.shape[1], settings)
         for part in parts
     )
+    returned = "generator" if backend.supports_return_generator else "list"
     bad: list[BadRow] = []
-    done = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(tasks)
+    done = joblib.Parallel(n_jobs=n_jobs, return_as=returned)(tasks)
     for part, (rows, bad_in_part, notes) in zip(parts, done, strict=True):
         out[part] = rows
         bad += bad_in_part
@@ -66,15 +69,16 @@ def embed_anywhere(
     return bad
 
 
-def _n_cluster_workers(n_jobs: int | None) -> int | None:
-    """Return how many workers the active backend has; None: it is none of a cluster."""
-    backend, config_n_jobs = get_active_backend()
+def _is_of_cluster(backend: Any) -> bool:
     if type(backend).__name__ in _LOCAL_BACKENDS:
-        return None
-    if getattr(backend, "nesting_level", None) or _is_in_dask_task():
-        return None  # within a task of a search that is itself spread over the workers
+        return False
+    # Not within a task of a search that is itself spread over the workers.
+    return not getattr(backend, "nesting_level", None) and not _is_in_dask_task()
+
+
+def _n_workers(backend: Any, n_jobs: int) -> int:
     try:
-        return max(1, backend.effective_n_jobs(n_jobs or config_n_jobs or -1))
+        return max(1, backend.effective_n_jobs(n_jobs))
     except Exception:  # a backend that cannot tell before it is configured
         return 1
 

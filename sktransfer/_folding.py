@@ -20,9 +20,7 @@ class EmbeddingNetwork(nn.Module):
     Parameters
     ----------
     extractor : nn.Module
-        Returns the layers' values as a list; made by :func:`inference_copy`.
-    poolings : sequence of nn.Module
-        One per layer.
+        Returns the layers' pooled values as a list; made by :func:`inference_copy`.
     mean, std : sequence of float, or None
         Of pixels in 0…1; None: the input comes normalised, as floats.
     dtype : torch.dtype
@@ -33,7 +31,6 @@ class EmbeddingNetwork(nn.Module):
     def __init__(
         self,
         extractor: nn.Module,
-        poolings: Sequence[nn.Module],
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
         dtype: torch.dtype,
@@ -41,9 +38,10 @@ class EmbeddingNetwork(nn.Module):
     ):
         super().__init__()
         self.extractor = extractor
-        self.poolings = nn.ModuleList(poolings)
         self.dtype = dtype
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.scale: torch.Tensor
+        self.shift: torch.Tensor
         self.is_normalising = mean is not None
         if mean is not None and std is not None:
             # (x / 255 - mean) / std = x · 1 / (255 std) - mean / std
@@ -57,8 +55,7 @@ class EmbeddingNetwork(nn.Module):
         if self.is_normalising:
             x = torch.addcmul(self.shift, x.float(), self.scale)
         x = x.to(self.dtype).contiguous(memory_format=self.memory_format)
-        values = self.extractor(x)
-        return [pool(value) for pool, value in zip(self.poolings, values, strict=True)]
+        return self.extractor(x)
 
 
 def inference_copy(

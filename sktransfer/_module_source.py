@@ -24,6 +24,8 @@ _snapshots_lock = threading.Lock()
 class ModuleSource(Source):
     """A module of the user's, copied as it is now: what they do to it later changes nothing."""
 
+    is_foreign = True
+
     def __init__(self, module: nn.Module, name: str):
         self.name = name
         self.digest = f"{_architecture_digest(module)}:{_weights.state_digest(module)}"

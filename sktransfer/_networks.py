@@ -35,7 +35,7 @@ class Network:
     def __init__(self, source: Source, input_size: tuple[int, int, int]):
         self.source = source
         self._module = source.build()
-        self.plan = plan_stages(self._module, input_size, source.name)
+        self.plan = plan_stages(self._module, input_size, source.name, is_foreign=source.is_foreign)
         self._lock = threading.RLock()
         self._is_loaded = False
         self._copies: OrderedDict[tuple, EmbeddingNetwork] = OrderedDict()
@@ -58,9 +58,9 @@ class Network:
         precision: str,
     ) -> EmbeddingNetwork:
         """What turns a batch of pixels into rows: made once for each set of arguments."""
-        normalise = isinstance(preprocessing, Preprocessing)
-        mean = preprocessing.mean if normalise else None
-        std = preprocessing.std if normalise else None
+        mean = std = None
+        if isinstance(preprocessing, Preprocessing):
+            mean, std = preprocessing.mean, preprocessing.std
         key = (tuple(keys), tuple(poolings), mean, std, device, precision)
         with self._lock:
             if key in self._copies:
@@ -69,14 +69,12 @@ class Network:
             _ = self.module  # the weights
             dtype = _DTYPES[precision]
             channels_last = device.type in ("cpu", "cuda")
-            extractor = self.plan.extractor(list(keys))
+            extractor = self.plan.extractor(list(keys), [Pooling(*p) for p in poolings])
             if isinstance(extractor, torch.fx.GraphModule):
                 extractor = inference_copy(extractor, device, dtype, channels_last=channels_last)
             else:
                 extractor = extractor.copy_to(device, dtype)
-            made = EmbeddingNetwork(
-                extractor, [Pooling(*p) for p in poolings], mean, std, dtype, channels_last
-            )
+            made = EmbeddingNetwork(extractor, mean, std, dtype, channels_last)
             made = made.to(device).eval()
             self._copies[key] = made
             while len(self._copies) > _MAX_COPIES:

@@ -45,11 +45,11 @@ class Pooling(nn.Module):
         if self.layout == "vector":
             return x.float()
         # Places to one axis, averaged in float32 whatever the network computes in.
-        if self.layout == "map":
-            places, axes = x, (2, 3)
-        elif self.layout == "map_last":
-            places, axes = x, (1, 2)
-        else:
+        places = x
+        axes: tuple[int, ...] = (2, 3)
+        if self.layout == "map_last":
+            axes = (1, 2)
+        elif self.layout == "tokens":
             places, axes = x[:, self.n_prefix :], (1,)
         if self.kind == "max":
             return places.amax(axes).float()

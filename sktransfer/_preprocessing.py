@@ -62,7 +62,7 @@ class Preprocessing:
     def __post_init__(self) -> None:
         for name in ("size", "crop"):
             value = getattr(self, name)
-            pair = (value, value) if isinstance(value, (int, np.integer)) else tuple(value)
+            pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
             if len(pair) != 2 or not all(
                 isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v > 0 for v in pair
             ):
@@ -102,9 +102,14 @@ class Preprocessing:
             )
 
     @property
+    def crop_size(self) -> tuple[int, int]:
+        """Height and width of the crop."""
+        return self.crop if isinstance(self.crop, tuple) else (self.crop, self.crop)
+
+    @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of what the network gets."""
-        height, width = self.crop  # type: ignore[misc]
+        height, width = self.crop_size
         return len(self.mean), height, width
 
     @property
@@ -134,7 +139,7 @@ class Preprocessing:
         """
         height, width = image.shape[:2]
         new_h, new_w = self._resized(height, width)
-        crop_h, crop_w = self.crop  # type: ignore[misc]
+        crop_h, crop_w = self.crop_size
         # Part of the resized image that the crop keeps, as torchvision's center_crop rounds.
         top, left = _offset(new_h, crop_h), _offset(new_w, crop_w)
         kept_h, kept_w = min(new_h, crop_h), min(new_w, crop_w)
@@ -247,12 +252,12 @@ def _without_padding(asked: dict[str, Any], default: Preprocessing) -> dict[str,
         return asked
     merged = replace(default, **asked)
     shape = merged.size if isinstance(merged.size, tuple) else (merged.size, merged.size)
-    crop: tuple[int, int] = merged.crop  # type: ignore[assignment]
+    crop = merged.crop_size
     if isinstance(merged.size, tuple) or isinstance(default.size, tuple):
         # The whole image is squeezed into the network's input: they are one.
         asked["size"], asked["crop"] = (shape, shape) if "size" in asked else (crop, crop)
     elif max(crop) > merged.size:
-        old = max(default.crop)  # type: ignore[type-var]
+        old = max(default.crop_size)
         if "size" in asked:
             asked["crop"] = merged.size
         else:

@@ -35,11 +35,17 @@ class Source(ABC):
         What the weights were trained with.
     digest : str
         Tells its weights and architecture from any others.
+    is_user_file : bool
+        Whether the weights come from a file that the user named.
+    is_foreign : bool
+        Whether the network's code is the user's own.
     """
 
     name: str
     preprocessing: Preprocessing
     digest: str
+    is_user_file: bool = False
+    is_foreign: bool = False
 
     @property
     def key(self) -> tuple:

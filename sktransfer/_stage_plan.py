@@ -137,9 +137,9 @@ class StagePlan:
         """The class token's place behind a layer, if there is one, and how many are no place."""
         return token_use(self.traced, self._node(key), self.embedding)
 
-    def extractor(self, keys: list[str]) -> fx.GraphModule:
-        """The network up to the deepest of the layers, returning a list of their values."""
-        return self.traced.extractor([self._node(key) for key in keys])
+    def extractor(self, keys: list[str], poolings: list[nn.Module]) -> fx.GraphModule:
+        """The network up to the deepest of the layers, returning their pooled values."""
+        return self.traced.extractor([self._node(key) for key in keys], poolings)
 
     def _shapes_to_plan_by(self, size: tuple[int, int, int]) -> dict[fx.Node, tuple[int, ...]]:
         """Shapes for pictures so large that no map shrinks to one place before the pooling."""

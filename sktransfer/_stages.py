@@ -131,11 +131,22 @@ def split_stages(module: nn.Module, input_size: tuple[int, int, int] = (3, 224, 
 
 
 def plan_stages(
-    module: nn.Module, input_size: tuple[int, int, int], name: str = "the network"
+    module: nn.Module,
+    input_size: tuple[int, int, int],
+    name: str = "the network",
+    *,
+    is_foreign: bool = False,
 ) -> StagePlan | HookedPlan:
-    """Find a network's stages without computing anything; see :func:`split_stages`."""
+    """Find a network's stages without computing anything; see :func:`split_stages`.
+
+    With `is_foreign` two random pictures are sent through, as code that nobody here has seen
+    may do what a graph does not tell.
+    """
     try:
         traced = trace(module)
     except TracingError:
         return HookedPlan(module, input_size, name)
-    return StagePlan(traced, input_size, name)
+    plan = StagePlan(traced, input_size, name)
+    if is_foreign and not traced.agrees_with_module(input_size):
+        return HookedPlan(module, input_size, name)
+    return plan

@@ -44,6 +44,7 @@ class TimmSource(FromFile, Source):
         path = file_source(weights)
         if path is not None:
             self.path, self.file_digest = path, _weights.file_digest(path)
+            self.is_user_file = True
             self.digest = f"sha256:{self.file_digest}"
         elif weights is None:
             self.digest = random_digest(name) + f":timm-{timm.__version__}"
@@ -66,7 +67,7 @@ class TimmSource(FromFile, Source):
                 return finish(timm.create_model(self.model_name, pretrained=True))
         except Exception as error:
             config = timm.get_pretrained_cfg(self.model_name)
-            where = getattr(config, "url", "") or f"https://huggingface.co/{config.hf_hub_id}"
+            where = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
             raise OSError(
                 f"The weights of {self.name} are not on this machine and could not be downloaded "
                 f"({type(error).__name__}: {str(error).strip()[:200]}).\n"

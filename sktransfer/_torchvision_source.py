@@ -53,6 +53,7 @@ class TorchvisionSource(FromFile, Source):
             self.digest = random_digest(name)
         else:
             self.path = path
+            self.is_user_file = self.url is None
             self.file_digest = _weights.file_digest(path)
             self.digest = f"sha256:{self.file_digest}"
         self.preprocessing = _published_preprocessing(published)
@@ -95,7 +96,7 @@ def _builder_parameters(name: str) -> set[str]:
 
 
 def _published(name: str, members: Any, weights: Any) -> WeightsEnum:
-    if isinstance(weights, WeightsEnum):
+    if isinstance(weights, members):
         weights = weights.name
     if isinstance(weights, str) and weights in members.__members__:
         return members[weights]

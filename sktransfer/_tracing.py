@@ -182,7 +182,11 @@ class Traced:
     def segment(self, lo: int, hi: int, source: fx.Node, result: fx.Node) -> fx.GraphModule:
         """The operations ``nodes[lo:hi + 1]`` as a module of one input (`source`)."""
         graph = fx.Graph()
-        values: dict[fx.Node, fx.Node] = {source: graph.placeholder("x")}
+        entering = graph.placeholder("x")
+        if any(_writes_over(self, user, source) for user in source.users):
+            # What is handed in may be kept by somebody, for the next epoch.
+            entering = graph.call_method("clone", (entering,))
+        values: dict[fx.Node, fx.Node] = {source: entering}
 
         def copied(node: fx.Node) -> fx.Node:
             if node not in values:
@@ -199,16 +203,56 @@ class Traced:
         _erase_unused_attributes(graph)
         return fx.GraphModule(self.root, graph)
 
-    def extractor(self, nodes: list[fx.Node]) -> fx.GraphModule:
-        """The network up to the deepest of `nodes`, returning all of them as a list."""
+    def extractor(self, nodes: list[fx.Node], poolings: list[nn.Module]) -> fx.GraphModule:
+        """The network up to the deepest of `nodes`, returning a list: each of them, pooled.
+
+        A value is pooled as soon as it is there: a later operation may write over it, and a
+        large map need not be kept.
+        """
         graph = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
-        needed = _ancestors(nodes) | {self.input}
+        needed = self._with_writers(_ancestors(nodes) | {self.input}, nodes)
         for node in self.nodes:
             if node in needed:
                 values[node] = graph.node_copy(node, values.__getitem__)
-        graph.output([values[node] for node in nodes])
-        return fx.GraphModule(self.root, graph)
+        graph.output([])
+        network = fx.GraphModule(self.root, graph)
+        pooled = []
+        for k, (node, pooling) in enumerate(zip(nodes, poolings, strict=True)):
+            network.add_submodule(f"_sktransfer_pooling_{k}", pooling)
+            at = [n for n in network.graph.nodes if n.name == values[node].name]
+            with network.graph.inserting_after(at[0]):
+                pooled.append(network.graph.call_module(f"_sktransfer_pooling_{k}", (at[0],)))
+        output = next(n for n in network.graph.nodes if n.op == "output")
+        output.args = (pooled,)
+        network.recompile()
+        return network
+
+    def _with_writers(self, needed: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
+        """Add operations that write over a value, perhaps a view of a needed one, and no more."""
+        end = max(self.order[node] for node in nodes)
+        for node in self.nodes[:end]:
+            if not node.users and any(
+                _writes_over(self, node, value) for value in node.all_input_nodes
+            ):
+                needed |= _ancestors([node])
+        return needed
+
+    def agrees_with_module(self, input_size: tuple[int, int, int]) -> bool:
+        """Whether the graph computes what the module does, for two random pictures."""
+        shape = (2, *input_size)
+        x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        modes = {name: m.training for name, m in self.modules.items()}
+        self.root.eval()
+        try:
+            with torch.no_grad():
+                expected = self.root(x.clone())
+                got = fx.GraphModule(self.root, self.graph)(x.clone())
+        finally:
+            for name, m in self.modules.items():
+                m.training = modes[name]
+        scale = float(expected.abs().max())
+        return bool(torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * scale, equal_nan=True))
 
     def shapes(self, input_size: tuple[int, int, int]) -> dict[fx.Node, tuple[int, ...]]:
         """Shape of every tensor in the graph for 2 pictures of `input_size`, without computing.
@@ -296,6 +340,25 @@ def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
             found.add(node)
             todo.extend(node.all_input_nodes)
     return found
+
+
+def _writes_over(traced: Traced, user: fx.Node, value: fx.Node) -> bool:
+    """Whether the operation `user` may change `value` in place."""
+    if user.op == "call_module":
+        layer = traced.layer(user)
+        return any(getattr(part, "inplace", False) for part in layer.modules()) if layer else False
+    if not user.args or user.args[0] is not value:
+        return False
+    if user.op == "call_method":
+        name = str(user.target)
+        return name.endswith("_") and not name.endswith("__")
+    name = getattr(user.target, "__name__", "")
+    return (
+        user.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+        or bool(user.kwargs.get("inplace"))
+        or user.target is operator.setitem
+        or (name.endswith("_") and not name.endswith("__"))
+    )
 
 
 def _erase_unused_attributes(graph: fx.Graph) -> None:

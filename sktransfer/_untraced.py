@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import torch
 from torch import nn
 
 from sktransfer._stage_plan import not_accepted, unknown_layer
+
+# Hooks hang on the module itself: two threads' passes must not fill each other's values.
+_one_at_a_time = threading.RLock()
 
 
 class _Reached(Exception):
@@ -45,7 +49,7 @@ class HookedPlan:
             return list(self.module.named_children())
         if self._head is None:
             return [("body", self.module)]
-        body = _Body(HookedExtractor(self.module, [self.embedding_key]))
+        body = _Body(HookedExtractor(self.module, [self.embedding_key], [nn.Identity()]))
         return [("body", body), ("head", self.modules[self._head])]
 
     def head_layers(self) -> set[str]:
@@ -89,9 +93,9 @@ class HookedPlan:
         """Nothing is known of class tokens."""
         return None, 0
 
-    def extractor(self, keys: list[str]) -> HookedExtractor:
-        """The network up to the last of the layers, returning a list of their values."""
-        return HookedExtractor(self.module, keys)
+    def extractor(self, keys: list[str], poolings: list[nn.Module]) -> HookedExtractor:
+        """The network up to the last of the layers, returning their pooled values."""
+        return HookedExtractor(self.module, keys, poolings)
 
     def _run(self, input_size: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
         """Send two black pictures through, and note shapes and the last linear layer."""
@@ -143,40 +147,40 @@ class HookedExtractor(nn.Module):
     module : nn.Module
     keys : list of str
         ``"name"``: what the sub-module returns; ``">name"``: what it gets.
+    poolings : list of nn.Module
+        Applied to the values, one each, before the network goes on.
     """
 
-    def __init__(self, module: nn.Module, keys: list[str]):
+    def __init__(self, module: nn.Module, keys: list[str], poolings: list[nn.Module]):
         super().__init__()
         self.module, self.keys = module, list(keys)
+        self.poolings = nn.ModuleList(poolings)
 
     def copy_to(self, device: torch.device, dtype: torch.dtype) -> HookedExtractor:
         """An independent copy elsewhere or in another type, in eval mode."""
         copied = copy.deepcopy(self.module).to(device=device, dtype=dtype)
-        return HookedExtractor(copied.eval(), self.keys)
+        return HookedExtractor(copied.eval(), self.keys, list(self.poolings))
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        values: dict[str, torch.Tensor] = {}
+        with _one_at_a_time:
+            return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        values: dict[int, torch.Tensor] = {}
         modules = dict(self.module.named_modules())
         hooks = []
 
-        def keep(key: str, value: torch.Tensor) -> None:
-            values[key] = value
-            if len(values) == len(set(self.keys)):
+        def keep(k: int, value: torch.Tensor) -> None:
+            values[k] = self.poolings[k](value)
+            if len(values) == len(self.keys):
                 raise _Reached
 
-        for key in set(self.keys):
+        for k, key in enumerate(self.keys):
+            layer = modules[key.removeprefix(">")]
             if key.startswith(">"):
-                hooks.append(
-                    modules[key[1:]].register_forward_pre_hook(
-                        lambda _, args, key=key: keep(key, args[0])
-                    )
-                )
+                hooks.append(layer.register_forward_pre_hook(lambda _, args, k=k: keep(k, args[0])))
             else:
-                hooks.append(
-                    modules[key].register_forward_hook(
-                        lambda _, args, value, key=key: keep(key, value)
-                    )
-                )
+                hooks.append(layer.register_forward_hook(lambda _, args, out, k=k: keep(k, out)))
         try:
             self.module(x)
         except _Reached:
@@ -184,7 +188,7 @@ class HookedExtractor(nn.Module):
         finally:
             for handle in hooks:
                 handle.remove()
-        return [values[key] for key in self.keys]
+        return [values[k] for k in range(len(self.keys))]
 
 
 class _Body(nn.Module):

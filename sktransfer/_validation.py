@@ -139,7 +139,7 @@ def _is_flat(X: Any) -> bool:
     if hasattr(X, "toarray"):  # scipy sparse
         return True
     if isinstance(X, (list, tuple)):
-        row = X[0] if X else None
+        row: Any = X[0] if X else None
         is_row = isinstance(row, (list, tuple)) or getattr(row, "ndim", 0) == 1
         return _is_number(row[0] if is_row and len(row) else row)
     if is_tensor(X):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import ResNet18_Weights
 
 from sktransfer import list_backbones, load_backbone
 from sktransfer._networks import MAX_NETWORKS, _networks, clear_networks
@@ -144,6 +145,67 @@ def test_several_layers_are_joined_in_order_from_one_pass():
     assert len(convs) == 2
 
 
+class InPlace(nn.Module):
+    """Writes over what it has just computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 5, 1)
+        self.relu, self.fc = nn.ReLU(inplace=True), nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = self.relu(self.conv1(x))
+        y = self.conv2(x)
+        y += x
+        return self.fc(self.relu(y).mean((2, 3)))
+
+
+def test_a_layer_that_is_written_over_is_pooled_before():
+    module = InPlace().eval()
+    layers = ["conv1", "conv2", "add", None]
+    layers[2] = next(n for n in load_backbone(module).network.plan.traced.names if "add" in n)
+    backbone = load_backbone(module, layer=layers, preprocessing=SMALL)
+    alone = [embed(load_backbone(module, layer=k, preprocessing=SMALL)) for k in layers]
+    with torch.no_grad():
+        first = module.conv1(normalised())
+        second = module.conv2(first.relu())
+    close(alone[0], first.mean((2, 3)))
+    close(alone[1], second.mean((2, 3)))
+    close(alone[2], (second + first.relu()).mean((2, 3)))
+    close(embed(backbone), torch.cat(alone, 1))
+
+
+class Statements(InPlace):
+    """Writes over values without using what the operation returns."""
+
+    def forward(self, x):
+        x = self.conv1(x)
+        self.relu(x)
+        y = self.conv2(x)
+        y.mul_(2)
+        return self.fc(y.mean((2, 3)))
+
+
+class Aliases(InPlace):
+    """Writes over a value through a view of it."""
+
+    def forward(self, x):
+        x = self.conv1(x)
+        x[:, :2].mul_(3)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [InPlace, Statements, Aliases])
+def test_networks_that_write_over_their_values(kind):
+    module = kind().eval()
+    caught = []
+    hook = module.fc.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    with torch.no_grad():
+        module(normalised())
+    hook.remove()
+    close(embed(load_backbone(module, preprocessing=SMALL)), caught[0])
+
+
 def test_what_lies_behind_the_layer_is_not_computed():
     backbone = load_backbone("builtin", layer="stage1")
     small = sum(p.numel() for p in backbone.inference_module().parameters())
@@ -254,6 +316,10 @@ def test_networks_that_cannot_be_traced():
             "layer 'stage2' of builtin gives a map with height",
         ),
         ({"weights": "V9"}, r"among the weights of the built-in backbone: \['DEFAULT', 'V1'\]"),
+        (
+            {"backbone": "resnet50", "weights": ResNet18_Weights.DEFAULT},
+            "weights=ResNet18_Weights.IMAGENET1K_V1 is not among the published weights of resnet50",
+        ),
         (
             {"backbone": "resnet50", "weights": "IMAGENET1K_V3"},
             r"published weights of resnet50: \['DEFAULT', 'IMAGENET1K_V1', 'IMAGENET1K_V2'",

@@ -221,7 +221,9 @@ def train(args: argparse.Namespace) -> None:
     decay = [p for p in student.parameters() if p.ndim > 1]
     plain = [p for p in student.parameters() if p.ndim <= 1]
     groups = [{"params": decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(
+        groups, lr=LR, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.99), fused=True
+    )
     average = {k: v.clone() for k, v in student.state_dict().items()}
     first, seconds = 0, 0.0
     checkpoint = work / "checkpoint.pt"
@@ -265,6 +267,7 @@ def train(args: argparse.Namespace) -> None:
         )
         return losses.detach(), torch.autograd.grad(losses.sum(), parameters)
 
+    torch.set_num_threads(1)
     pool = ThreadPoolExecutor(args.views if device == "cpu" else 1)
     n_steps = len(X) // BATCH
     for epoch in range(first, args.epochs):

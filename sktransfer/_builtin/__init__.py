@@ -36,9 +36,9 @@ class Version:
 VERSIONS = {
     "V1": Version(
         file="v1.safetensors",
-        sha256="d3fb110259f4685fe4b3bf34dbbfdaf837f712fce0d86759369a07d5e0f88489",
-        size=(64, 64),
-        crop=(64, 64),
+        sha256="9f365ad73247aff93c66405c8f8c89926f80f6d34b70c5d36f3a2e0b4d33114f",
+        size=(80, 80),
+        crop=(80, 80),
     ),
 }
 DEFAULT = "V1"
