@@ -564,7 +564,7 @@ def test_predictions_share_one_pass(stripes, monkeypatch):
     model = small(unfreeze=1).fit(X, y)
     proba = model.predict_proba(X)
 
-    def refuse(*args):
+    def refuse(*args, **kwargs):
         raise AssertionError("decoded again")
 
     monkeypatch.setattr(sktransfer._images.Images, "decode", refuse)
