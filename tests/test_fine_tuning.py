@@ -29,6 +29,7 @@ from sktransfer import (
     load_backbone,
 )
 from sktransfer import _training_rows as training_rows
+from sktransfer._tuned_network import learnt
 
 SMALL = {"preprocessing": {"size": 16, "crop": 16}, "random_state": 0}
 
@@ -136,8 +137,8 @@ def check_frozen_stages(name):
     assert 0 < module.n_frozen == model._tuned.lowest
     moved = 0
     for i, (stage, old) in enumerate(zip(module.stages, before, strict=False)):
-        state = stage.state_dict()
-        for key, value in old.module.state_dict().items():
+        state = learnt(stage)
+        for key, value in learnt(old.module).items():
             same = torch.equal(state[key], value)
             if i < module.n_frozen:
                 assert same, (old.name, key)
