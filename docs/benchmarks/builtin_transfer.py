@@ -10,6 +10,8 @@ hangs on that choice.
   keep the exposures of a tile together and the score is balanced accuracy.
 * Few-shot: ten images a class drawn to learn from, ten times; the score is on all others
   (on ``magnetic_tile``: on all other tiles, balanced accuracy).
+* "gap closed": how much of the way from HOG to MobileNetV2 the built-in backbone goes, in per cent; on
+  average, of the way between the averages.
 * "random": the same network untrained, ``weights=None``; "calibrated": its batch norm given the
   statistics of the set's images first, which is the stronger of the two.
 * HOG: 9 directions, 16-pixel cells, 2x2 blocks on the grey image at 128x128 (1764 columns).
@@ -26,6 +28,7 @@ import argparse
 import csv
 import statistics
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -107,14 +110,14 @@ def random_twin(paths, is_calibrated, memory):
     return extractor.fit_transform(paths)
 
 
-def all_features(paths, memory):
+def all_features(paths, memory, store):
     def extract(backbone, weights):
         extractor = PretrainedFeatureExtractor(backbone, weights=weights, memory=memory)
         return extractor.fit_transform(paths)
 
     return {
-        "pixels": lambda: pixels(paths),
-        "HOG": lambda: hog(paths),
+        "pixels": lambda: (store.cache(pixels) if store else pixels)(paths),
+        "HOG": lambda: (store.cache(hog) if store else hog)(paths),
         "random": lambda: random_twin(paths, False, memory),
         "calibrated": lambda: random_twin(paths, True, memory),
         "builtin V1": lambda: extract("builtin", "V1"),
@@ -160,7 +163,7 @@ def transfer(names, cache):
     for name in names:
         paths, y, groups, score = load_set(name)
         rows = {title: {} for title in figures}
-        for feature, compute in all_features(paths, memory).items():
+        for feature, compute in all_features(paths, memory, store).items():
             F = compute()
             rows["five folds"][feature] = folds(F, y, groups, score, 0.01)
             rows["five folds, C=1"][feature] = folds(F, y, groups, score, 1.0)
@@ -171,7 +174,11 @@ def transfer(names, cache):
         print(name, len(y), {k: round(v, 1) for k, v in rows["five folds"].items()}, flush=True)
     for rows in figures.values():
         columns = next(iter(rows.values()))
-        rows["average"] = {c: float(np.mean([rows[n][c] for n in names])) for c in columns}
+        average = {c: float(np.mean([rows[n][c] for n in names])) for c in columns}
+        # The share of the average gap; a mean of the shares would hang on the sets with the
+        # narrowest gaps, where HOG is as good as MobileNetV2 or better.
+        average["gap closed"] = 100 * share_of_gap(average)
+        rows["average"] = average
     return figures
 
 
@@ -229,6 +236,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-speed", action="store_true")
     args = parser.parse_args()
+    # Some folds of magnetic_tile lack a class: its tiles are few and stay together.
+    warnings.filterwarnings("ignore", "y_pred contains classes not in y_true")
     figures = transfer(args.sets, args.cache)
     for title, rows in figures.items():
         print_table(title, rows)

@@ -348,9 +348,9 @@ def export(net: nn.Module, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("builtin_work"))
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--epochs-at-48", type=int, default=16)
-    parser.add_argument("--cooldown", type=float, default=0.35, help="last part of the epochs")
+    parser.add_argument("--epochs", type=int, default=28)
+    parser.add_argument("--epochs-at-48", type=int, default=18)
+    parser.add_argument("--cooldown", type=float, default=0.464, help="last part of the epochs")
     parser.add_argument("--views", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -36,7 +36,7 @@ class Version:
 VERSIONS = {
     "V1": Version(
         file="v1.safetensors",
-        sha256="9f365ad73247aff93c66405c8f8c89926f80f6d34b70c5d36f3a2e0b4d33114f",
+        sha256="ea74401889f015ce9a14a7af1d7531ee7865b18146cf81475b90b75c3f8a91bb",
         size=(80, 80),
         crop=(80, 80),
     ),
