@@ -13,15 +13,34 @@ if TYPE_CHECKING:
     from sktransfer._backbones import load_backbone
     from sktransfer._catalog import list_backbones
     from sktransfer._extractor import PretrainedFeatureExtractor
+    from sktransfer._fine_tuning_classifier import FineTuningClassifier
+    from sktransfer._fine_tuning_regressor import FineTuningRegressor
+    from sktransfer._optimizers import Optimizer
+    from sktransfer._persistence import load, save
 
 # Public name -> the module that defines it.
 _HOMES = {
+    "FineTuningClassifier": "sktransfer._fine_tuning_classifier",
+    "FineTuningRegressor": "sktransfer._fine_tuning_regressor",
+    "Optimizer": "sktransfer._optimizers",
     "PretrainedFeatureExtractor": "sktransfer._extractor",
     "list_backbones": "sktransfer._catalog",
+    "load": "sktransfer._persistence",
+    "save": "sktransfer._persistence",
     "load_backbone": "sktransfer._backbones",
 }
 
-__all__ = ["PretrainedFeatureExtractor", "__version__", "list_backbones", "load_backbone"]
+__all__ = [
+    "FineTuningClassifier",
+    "FineTuningRegressor",
+    "Optimizer",
+    "PretrainedFeatureExtractor",
+    "__version__",
+    "list_backbones",
+    "load",
+    "load_backbone",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import (
     _check_feature_names,
     _check_feature_names_in,
+    _check_sample_weight,
     validate_data,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "FitProgress",
     "check_images",
     "check_names_in",
+    "check_weight",
     "keep_index",
     "with_callbacks",
 ]
@@ -72,6 +74,13 @@ def check_images(estimator: Any, X: Any, *, reset: bool) -> Images:
             f"was fitted on {estimator.n_features_in_}. Give the same columns as in fit."
         )
     return images
+
+
+def check_weight(sample_weight: Any, n_samples: int) -> np.ndarray:
+    """Return one weight per row as float64; ``None``: ones. Negative ones are an error."""
+    return _check_sample_weight(
+        sample_weight, np.empty((n_samples, 1)), dtype=np.float64, ensure_non_negative=True
+    )
 
 
 def check_names_in(estimator: Any, input_features: Any) -> list[str] | None:

@@ -1,0 +1,416 @@
+"""What the fine-tuning estimators share: fit, and from images to scores."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
+
+from sktransfer._linear_probe import fit_probe, stratified_part
+from sktransfer._validation import check_images, check_names_in, check_weight, keep_index
+
+# From so many rows on a tenth of them is worth giving away to choose the epoch by.
+_N_ROWS_TO_SPLIT = 1000
+
+
+class BaseFineTuning(TransformerMixin, BaseEstimator):
+    """See the two estimators."""
+
+    _parameter_constraints: dict = {  # noqa: RUF012
+        "backbone": [str, HasMethods(["forward"]), callable],
+        "weights": [str, HasMethods(["__fspath__"]), None],
+        "layer": [str, None],
+        "pooling": [StrOptions({"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"})],
+        "preprocessing": [StrOptions({"auto"}), dict, callable],
+        "image_shape": [tuple, list, None],
+        "unfreeze": [
+            Interval(Integral, 0, None, closed="left"),
+            StrOptions({"all", "gradual"}),
+            Mapping,
+        ],
+        "batch_norm": [StrOptions({"auto", "fixed", "moving"})],
+        "head": [StrOptions({"linear"}), tuple, list, HasMethods(["forward"])],
+        "head_init": [StrOptions({"linear_probe", "random"})],
+        "dropout": [Interval(Real, 0, 1, closed="left")],
+        "max_epochs": [Interval(Integral, 0, None, closed="left")],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "lr": [Interval(Real, 0, None, closed="neither")],
+        "layer_decay": [Interval(Real, 0, 1, closed="right")],
+        "optimizer": [StrOptions({"adamw", "sgd"}), HasMethods(["make"]), callable],
+        "weight_decay": [Interval(Real, 0, None, closed="left")],
+        "lr_schedule": [StrOptions({"one_cycle", "cosine", "constant"}), callable],
+        "gradient_clip": [Interval(Real, 0, None, closed="neither"), None],
+        "augment": [StrOptions({"light", "strong"}), callable, None],
+        "mixup": [Interval(Real, 0, None, closed="left")],
+        "l2_sp": [Interval(Real, 0, None, closed="left")],
+        "early_stopping": [StrOptions({"auto"}), "boolean"],
+        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "n_views": [Interval(Integral, 1, 4, closed="both")],
+        "random_state": ["random_state"],
+        "warm_start": ["boolean"],
+        "callbacks": ["array-like", None],
+        "device": [str],
+        "precision": [StrOptions({"float32", "bfloat16"})],
+        "n_jobs": [Integral, None],
+        "memory": [str, HasMethods(["__fspath__"]), HasMethods(["cache"]), "boolean", None],
+        "on_error": [StrOptions({"raise", "skip"})],
+        "verbose": ["verbose"],
+    }
+
+    backbone_: Any
+    bad_images_: list
+    history_: list[dict[str, Any]]
+    n_iter_: int
+    best_epoch_: int
+    _kind: str
+    _blind_scores: np.ndarray
+
+    # The "?" of the HTML representation leads to the class's page.
+    _doc_link_module = "sktransfer"
+    _doc_link_template = (
+        "https://sktransfer.readthedocs.io/en/stable/api.html#sktransfer.{estimator_name}"
+    )
+
+    # -- what the two do differently --------------------------------------------------------
+    @abstractmethod
+    def _read_target(self, y: Any, n_rows: int, *, reset: bool, name: str = "y") -> np.ndarray:
+        """Numbers for the loss; with `reset` notes the classes, or whatever there is."""
+
+    @abstractmethod
+    def _prepare_target(self, target: np.ndarray, weight: np.ndarray, *, reset: bool) -> np.ndarray:
+        """What the loss gets, once rows are merged; refuses what cannot be trained on."""
+
+    @property
+    @abstractmethod
+    def _n_outputs(self) -> int: ...
+
+    def _training_weight(self, target: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return weight
+
+    # -- fit --------------------------------------------------------------------------------
+    def _fit(self, X, y, sample_weight=None, X_val=None, y_val=None, *, goes_on=False):
+        """Train from the start, from the last fit's weights, or one more epoch (`goes_on`)."""
+        from sktransfer._inference import resolve_device
+        from sktransfer._training import as_random_seed, report, train
+        from sktransfer._training_data import TrainingData
+        from sktransfer._unfreezing import UnfreezePlan
+
+        old: Any = vars(self).get("_tuned")
+        is_resumed = old is not None and (goes_on or self.warm_start)
+        reset = not (goes_on and old is not None)
+        images = check_images(self, X, reset=reset)
+        target = self._read_target(y, images.n_rows, reset=reset)
+        weight = check_weight(sample_weight, images.n_rows)
+        rng, seed = as_random_seed(self.random_state)
+        device = resolve_device(self.device)
+
+        backbone = self._load_backbone() if reset else old.backbone
+        max_epochs = 1 if goes_on else self.max_epochs
+        plan = UnfreezePlan(self.unfreeze, _body_names(backbone), self.max_epochs)
+        lowest = plan.lowest
+        starts_as_probe = self._starts_as_probe and not is_resumed
+        entry = lowest if self.augment is None and not self.mixup else 0
+        n_stages = len(plan.stage_names)
+        options = {
+            "backbone": backbone,
+            "settings": self._embedding_settings(),
+            "wants_embeddings": starts_as_probe or entry == n_stages,
+            "on_error": self.on_error,
+        }
+        data = TrainingData(images, target, weight, **options)
+        self.bad_images_ = data.bad
+        if len(data) == 0:
+            raise ValueError(
+                f"No row is left to train on: {len(data.bad)} of {images.n_rows} could not be "
+                "read, and the others have no weight."
+            )
+        keeps_best = (
+            not goes_on
+            and max_epochs > 0
+            and (
+                (X_val is not None or len(data) >= _N_ROWS_TO_SPLIT)
+                if self.early_stopping == "auto"
+                else bool(self.early_stopping)
+            )
+        )
+        valid_data = self._validation_data(X_val, y_val, options)
+        prepared = self._prepare_target(data.target, data.weight, reset=not is_resumed)
+        train_rows, valid_rows = np.arange(len(data)), np.arange(0)
+        if keeps_best and valid_data is None:
+            codes = prepared if prepared.ndim == 1 else None
+            fraction = self.validation_fraction
+            valid_rows = stratified_part(codes, fraction, rng, len(data))
+            train_rows = np.setdiff1d(train_rows, valid_rows)
+
+        if not is_resumed:
+            tuned = self._new_network(backbone, images.n_columns, lowest, seed)
+            if starts_as_probe:
+                self._start_as_probe(tuned, data, prepared, train_rows, rng)
+        else:
+            tuned = self._resumed_network(old, backbone, images.n_columns, lowest)
+        module = tuned.module(whole=entry < n_stages)
+        parts = [part for part in (data, valid_data) if part is not None]
+        sources = [part.source(module, entry, n_stages, device) for part in parts]
+        if min(found for _, _, found in sources) < entry:  # one of them fits in no bound
+            entry = 0
+            sources = [part.source(module, 0, n_stages, device) for part in parts]
+        train_set = self._training_set(data, sources[0], prepared, train_rows)
+        valid_set = None
+        if len(valid_rows):
+            valid_set = self._training_set(data, sources[0], prepared, valid_rows)
+        elif valid_data is not None:
+            v_target = self._prepare_target(valid_data.target, valid_data.weight, reset=False)
+            v_rows = np.arange(len(valid_data))
+            valid_set = self._training_set(valid_data, sources[1], v_target, v_rows)
+        first_epoch = self.n_iter_ if goes_on and is_resumed else 0
+        result = train(
+            tuned,
+            train_set,
+            valid_set,
+            self._training_settings(seed + first_epoch, device, keeps_best, goes_on),
+            entry=entry,
+            first_stage=lambda epoch: plan.first_stage(epoch + first_epoch),
+            max_epochs=max_epochs,
+            first_epoch=first_epoch,
+            keeps_net=goes_on and is_resumed,
+        )
+        self.backbone_, self._tuned = backbone, tuned
+        self._n_image_columns = images.n_columns
+        self.n_features_out_ = images.n_columns * backbone.n_features
+        self.history_ = [*(self.history_ if first_epoch else []), *result.history]
+        self.n_iter_, self.best_epoch_ = result.n_iter, result.best_epoch
+        report(result, type(self).__name__, starts_as_probe, tuned.has_own_stages)
+        return self
+
+    def _load_backbone(self):
+        import torch
+
+        from sktransfer._backbones import load_backbone
+
+        # A callable that makes a module may draw random weights before it sets others.
+        with torch.random.fork_rng(devices=[]):
+            return load_backbone(
+                self.backbone,
+                weights=self.weights,
+                layer=self.layer,
+                pooling=self.pooling,
+                preprocessing=self.preprocessing,
+            )
+
+    @property
+    def _starts_as_probe(self) -> bool:
+        return self.head_init == "linear_probe" and not hasattr(self.head, "forward")
+
+    def _embedding_settings(self):
+        from sktransfer._training_data import EmbeddingSettings
+
+        return EmbeddingSettings(
+            self.memory, self.device, self.precision, self.n_jobs, self.verbose
+        )
+
+    def _validation_data(self, X_val, y_val, options):
+        from sktransfer._training_data import TrainingData
+
+        if X_val is None and y_val is None:
+            return None
+        if X_val is None or y_val is None:
+            given, missing = ("y_val", "X_val") if X_val is None else ("X_val", "y_val")
+            raise ValueError(f"{given} is given without {missing}: give both, or neither.")
+        images = check_images(self, X_val, reset=False)
+        target = self._read_target(y_val, images.n_rows, reset=False, name="y_val")
+        return TrainingData(images, target, np.ones(images.n_rows), **options, what="validation")
+
+    def _new_network(self, backbone, n_columns, lowest, seed):
+        import torch
+
+        from sktransfer._heads import make_head
+        from sktransfer._tuned_network import TunedNetwork
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            width = n_columns * backbone.n_features
+            head = make_head(self.head, width, self._n_outputs, self.dropout)
+        moves = self.batch_norm == "moving" or (
+            # Statistics of random weights say nothing.
+            self.batch_norm == "auto" and self.weights is None and isinstance(self.backbone, str)
+        )
+        return TunedNetwork(
+            backbone, head, n_columns, lowest, moves_statistics=moves, precision=self.precision
+        )
+
+    def _start_as_probe(self, tuned, data, prepared, rows, rng):
+        coef, intercept = fit_probe(
+            data.embeddings[rows],
+            prepared[rows],
+            self._training_weight(prepared[rows], data.weight[rows]),
+            self._kind,
+            self._n_outputs,
+            rng,
+        )
+        tuned.head.start_from(coef, intercept)
+
+    def _resumed_network(self, old, backbone, n_columns, lowest):
+        from sktransfer._tuned_network import TunedNetwork
+
+        if old.backbone.fingerprint != backbone.fingerprint or old.n_columns != n_columns:
+            raise ValueError(
+                f"warm_start=True goes on with {old.backbone!r} and {old.n_columns} image "
+                f"column(s), but this fit asks for {backbone!r} and {n_columns}. Set "
+                "warm_start=False to start again."
+            )
+        if lowest >= old.lowest:
+            return old
+        # More stages than before are trained now.
+        tuned = TunedNetwork(
+            backbone,
+            old.head.cpu(),
+            n_columns,
+            lowest,
+            moves_statistics=old.moves_statistics,
+            precision=self.precision,
+        )
+        tuned.load_trained_state(old.trained_state())
+        return tuned
+
+    def _training_set(self, data, source, prepared, rows):
+        from sktransfer._training_rows import TrainingSet
+
+        inputs, positions, _ = source
+        weight = self._training_weight(prepared[rows], data.weight[rows])
+        return TrainingSet(inputs, positions[rows], prepared[rows], weight)
+
+    def _training_settings(self, seed=0, device=None, keeps_best=False, goes_on=False):
+        from sktransfer._inference import resolve_device
+        from sktransfer._training import TrainingSettings
+
+        return TrainingSettings(
+            kind=self._kind,
+            n_outputs=self._n_outputs,
+            lr=self.lr,
+            layer_decay=self.layer_decay,
+            optimizer=self.optimizer,
+            weight_decay=self.weight_decay,
+            lr_schedule="constant" if goes_on else self.lr_schedule,
+            gradient_clip=self.gradient_clip,
+            augment=self.augment,
+            mixup=self.mixup,
+            label_smoothing=getattr(self, "label_smoothing", 0.0),
+            l2_sp=self.l2_sp,
+            batch_size=self.batch_size,
+            keeps_best=keeps_best,
+            patience=self.n_iter_no_change,
+            tol=self.tol,
+            callbacks=self.callbacks,
+            device=device or resolve_device(self.device),
+            seed=seed,
+            verbose=self.verbose,
+        )
+
+    # -- from images to scores --------------------------------------------------------------
+    def _embed(self, X) -> np.ndarray:
+        """Tuned embeddings, from the store where it has them; unreadable rows are NaN."""
+        from sktransfer._training_data import _handle, embed_rows
+        from sktransfer._views import ManyViews
+
+        check_is_fitted(self)
+        images = check_images(self, X, reset=False)
+        backbone = self._tuned.tuned_backbone()
+        if self.n_views > 1:
+            backbone = ManyViews(backbone, self.n_views)
+        rows, self.bad_images_ = embed_rows(images, backbone, self._embedding_settings())
+        if assumed := images.take_warnings():
+            warnings.warn(assumed, UserWarning, stacklevel=4)
+        if self.bad_images_:
+            _handle(self.bad_images_, images.n_rows, self.on_error, "prediction")
+        return rows.reshape(images.n_rows, -1)
+
+    def _scores(self, X) -> np.ndarray:
+        """What the head says, float64 (n_rows, n_outputs)."""
+        rows = self._embed(X)
+        unreadable = np.isnan(rows).any(axis=1)
+        scores = self._tuned.scores(np.where(unreadable[:, None], 0, rows))
+        # Of a picture that nobody can read only the training set's average is known.
+        scores[unreadable] = self._blind_scores
+        return scores
+
+    def transform(self, X):
+        """Embed images with the tuned network.
+
+        Parameters
+        ----------
+        X : list, array, Series or data frame of n_samples images
+
+        Returns
+        -------
+        columns : ndarray of shape (n_samples, n_features_out_), float32
+            What enters the head. A row of NaN where an image cannot be read and
+            ``on_error="skip"``.
+        """
+        return keep_index(self, self._embed(X), X)
+
+    def get_feature_names_out(self, input_features=None):
+        """Return the names of the columns of `transform`: ``<column>_<backbone>_tuned_007``.
+
+        Parameters
+        ----------
+        input_features : array-like of str or None, default=None
+            Names of the image columns; ``None``: `feature_names_in_`, where there are.
+
+        Returns
+        -------
+        names : ndarray of str objects of shape (n_features_out_,)
+        """
+        check_is_fitted(self)
+        names = check_names_in(self, input_features)
+        n_columns = self._n_image_columns
+        if names is None or self.n_features_in_ != n_columns:  # pixel columns: one image
+            names = [f"x{j}" for j in range(n_columns)] if n_columns > 1 else [""]
+        width = self.backbone_.n_features
+        digits = max(3, len(str(width - 1)))
+        stem = f"{self.backbone_.short_name}_tuned"
+        return np.asarray(
+            [f"{f'{name}_' if name else ''}{stem}_{i:0{digits}d}" for name in names
+             for i in range(width)],
+            dtype=object,
+        )  # fmt: skip
+
+    @property
+    def net_(self):
+        """The skorch net: made again, without the optimizer's state, after unpickling."""
+        if "_tuned" not in vars(self):
+            raise AttributeError(f"This {type(self).__name__} is not fitted yet: it has no net_.")
+        if self._tuned.net is None:
+            from sktransfer._training import make_net
+
+            module = self._tuned.module()
+            module.freeze(min(self._tuned.lowest, len(module.stages)))
+            self._tuned.net = make_net(module, self._training_settings())
+        return self._tuned.net
+
+    def __sklearn_is_fitted__(self):
+        return "_tuned" in vars(self)
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        # With image_shape X is a table of numbers; without, it may well be a list of paths.
+        tags.input_tags.one_d_array = self.image_shape is None
+        tags.input_tags.string = self.image_shape is None
+        tags.input_tags.three_d_array = True
+        tags.input_tags.allow_nan = self.on_error != "raise"
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+
+def _body_names(backbone):
+    from sktransfer._tuned_network import body_names
+
+    return body_names(backbone)

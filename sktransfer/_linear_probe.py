@@ -1,0 +1,191 @@
+"""The linear probe: what the head starts from, fitted on frozen embeddings by scikit-learn."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, RidgeCV
+
+# Strengths that are tried on a held-out quarter; without enough rows for one the second is taken.
+_C = (0.001, 0.01, 0.1, 1.0)
+_C_FEW_ROWS = 0.1
+_ALPHAS = tuple(10.0**p for p in range(-1, 6))
+_MAX_ITER = 300
+
+
+def fit_probe(
+    rows: np.ndarray,
+    target: np.ndarray,
+    weight: np.ndarray,
+    kind: str,
+    n_outputs: int,
+    rng: np.random.RandomState,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fit a linear model on standardised embeddings and fold the scaling into it.
+
+    With z = (x - μ) / σ, the model w·z + b is (w / σ)·x + b - w·(μ / σ).
+
+    Parameters
+    ----------
+    rows : ndarray of shape (n, n_features)
+    target : ndarray of shape (n,) or (n, n_outputs)
+        Class codes (``"multiclass"``), 0 and 1 (``"multilabel"``), or numbers
+        (``"regression"``).
+    weight : ndarray of shape (n,)
+    kind : {"multiclass", "multilabel", "regression"}
+    n_outputs : int
+        Classes, labels or targets. A class without rows gets a score that is never the best.
+    rng : RandomState
+        Chooses the rows on which the strength of the regularisation is chosen.
+
+    Returns
+    -------
+    coef : ndarray of shape (n_outputs, n_features)
+    intercept : ndarray of shape (n_outputs,)
+    """
+    rows = np.asarray(rows, dtype=np.float32 if rows.size > 5e7 else np.float64)
+    mean, scale = _moments(rows, weight)
+    z = (rows - mean.astype(rows.dtype)) / scale.astype(rows.dtype)
+    basis = None
+    if len(z) < z.shape[1]:
+        # An L2-penalised linear model is a combination of its rows: solve in their span.
+        left, values, basis = np.linalg.svd(z, full_matrices=False)
+        z = left * values
+    if kind == "regression":
+        coef, intercept = _ridge(z, target.reshape(len(z), -1), weight)
+    elif kind == "multiclass":
+        coef, intercept = _logistic(z, target, weight, n_outputs, rng)
+    else:
+        parts = [_one_label(z, target[:, j], weight, rng) for j in range(n_outputs)]
+        coef = np.stack([part[0] for part in parts])
+        intercept = np.array([part[1] for part in parts])
+    if basis is not None:
+        coef = coef @ basis
+    coef = coef / scale
+    return coef, intercept - coef @ mean
+
+
+def _moments(rows: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted mean and standard deviation of each column, the latter never near zero."""
+    share = weight / weight.sum()
+    mean = share @ rows
+    scale = np.sqrt(share @ (rows - mean.astype(rows.dtype)) ** 2)
+    # A column that is all but constant here would otherwise be blown up once the network moves.
+    positive = scale[scale > 1e-12]
+    floor = 0.01 * np.median(positive) if len(positive) else 1.0
+    return mean, np.maximum(scale, floor)
+
+
+def _ridge(z: np.ndarray, target: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if len(z) < 2:
+        return np.zeros((target.shape[1], z.shape[1])), target.mean(axis=0)
+    # Leave-one-out errors in closed form choose the strength.
+    alphas = [alpha * weight.mean() for alpha in _ALPHAS]
+    model = RidgeCV(alphas=alphas).fit(z, target, sample_weight=weight)
+    return np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
+
+
+def _one_label(
+    z: np.ndarray, target: np.ndarray, weight: np.ndarray, rng: np.random.RandomState
+) -> tuple[np.ndarray, float]:
+    target = target.astype(int)
+    if len(np.unique(target)) == 1:
+        # Never, or always, seen: n + 1 to 1 against what was not.
+        odds = np.log(len(z) + 1.0)
+        return np.zeros(z.shape[1]), float(odds if target[0] else -odds)
+    coef, intercept = _logistic(z, target, weight, 2, rng)
+    return coef[1] - coef[0], float(intercept[1] - intercept[0])
+
+
+def _logistic(
+    z: np.ndarray,
+    codes: np.ndarray,
+    weight: np.ndarray,
+    n_classes: int,
+    rng: np.random.RandomState,
+) -> tuple[np.ndarray, np.ndarray]:
+    present = np.unique(codes)
+    coef, intercept = np.zeros((n_classes, z.shape[1])), np.zeros(n_classes)
+    if len(present) < n_classes:
+        intercept -= np.log(len(z) + 1.0)
+    if len(present) == 1:
+        intercept[present] = 0.0
+        return coef, intercept
+    strength = _choose_strength(z, codes, weight, rng)
+    model = _solve(z, codes, weight, strength)
+    if len(present) == 2:
+        # softmax(-s/2, s/2) is the logistic function of s.
+        coef[present] = np.array([[-0.5], [0.5]]) * model.coef_
+        intercept[present] = np.array([-0.5, 0.5]) * model.intercept_
+    else:
+        coef[present], intercept[present] = model.coef_, model.intercept_
+    return coef, intercept
+
+
+def _choose_strength(
+    z: np.ndarray, codes: np.ndarray, weight: np.ndarray, rng: np.random.RandomState
+) -> float:
+    """The C whose model gives a held-out quarter the smallest log loss."""
+    held_out = stratified_part(codes, 0.25, rng)
+    is_in = np.ones(len(z), dtype=bool)
+    is_in[held_out] = False
+    if len(held_out) < 8 or len(np.unique(codes[is_in])) < len(np.unique(codes)):
+        return _C_FEW_ROWS
+    losses = []
+    previous = None
+    for strength in _C:
+        previous = _solve(z[is_in], codes[is_in], weight[is_in], strength, previous)
+        proba = previous.predict_proba(z[held_out])
+        own = proba[np.arange(len(held_out)), np.searchsorted(previous.classes_, codes[held_out])]
+        losses.append(-weight[held_out] @ np.log(own.clip(1e-12)))
+    return _C[int(np.argmin(losses))]
+
+
+def _solve(
+    z: np.ndarray,
+    codes: np.ndarray,
+    weight: np.ndarray,
+    strength: float,
+    start: LogisticRegression | None = None,
+) -> LogisticRegression:
+    model = LogisticRegression(C=strength, max_iter=_MAX_ITER, warm_start=True)
+    if start is not None:
+        model.coef_, model.intercept_ = start.coef_.copy(), start.intercept_.copy()
+        model.classes_ = start.classes_
+    with warnings.catch_warnings():
+        # What it lacks after so many steps fine-tuning has no use for.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(z, codes, sample_weight=weight)
+
+
+def stratified_part(
+    codes: np.ndarray | None, fraction: float, rng: np.random.RandomState, n: int | None = None
+) -> np.ndarray:
+    """Choose about `fraction` of the rows, of each class alike and never all of one.
+
+    Parameters
+    ----------
+    codes : ndarray of int of shape (n,) or None
+        None: the rows have no classes; `n` says how many there are.
+    fraction : float
+    rng : RandomState
+
+    Returns
+    -------
+    part : ndarray of int, ascending
+    """
+    if codes is None:
+        n = int(n or 0)
+        n_part = min(n - 1, max(1, round(fraction * n))) if n > 1 else 0
+        return np.sort(rng.permutation(n)[:n_part])
+    part, carried = [], 0.0
+    for code in np.unique(codes):
+        members = np.flatnonzero(codes == code)
+        # What one class's share was rounded down by goes to the next ones.
+        wanted = fraction * len(members) + carried
+        n_part = min(len(members) - 1, round(wanted))
+        carried = wanted - n_part
+        part.append(rng.permutation(members)[:n_part])
+    return np.sort(np.concatenate(part)).astype(int)

@@ -1,0 +1,329 @@
+"""One training: skorch's loop around the tuned module, and what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
+from skorch.callbacks import Callback
+from skorch.helper import predefined_split
+from torch.nn import functional as F
+
+from sktransfer._augment import mix, resolve_augment
+from sktransfer._losses import WeightedLoss
+from sktransfer._optimizers import make_optimizer, parameter_groups
+from sktransfer._schedules import resolve_schedule
+from sktransfer._training_callbacks import (
+    EpochLog,
+    FiniteLoss,
+    GradientRules,
+    LearningRates,
+    Unfreezing,
+    restore,
+)
+from sktransfer._training_rows import Batches, TrainingSet
+from sktransfer._tuned_network import TunedNetwork
+
+_OURS = ("unfreezing", "learning_rates", "gradient_rules", "finite_loss", "epoch_log")
+
+
+@dataclass
+class TrainingSettings:
+    """How to train; the names are the estimators' own."""
+
+    kind: str
+    n_outputs: int
+    lr: float
+    layer_decay: float
+    optimizer: Any
+    weight_decay: float
+    lr_schedule: Any
+    gradient_clip: float | None
+    augment: Any
+    mixup: float
+    label_smoothing: float
+    l2_sp: float
+    batch_size: int
+    keeps_best: bool
+    patience: int
+    tol: float
+    callbacks: Any
+    device: torch.device
+    seed: int
+    verbose: int
+
+
+@dataclass
+class TrainingResult:
+    """What came of it.
+
+    Attributes
+    ----------
+    history : list of dict
+        One row per epoch; epoch 0, before the first step, where there is a validation part.
+    best_epoch : int
+        The epoch whose weights the network has now.
+    n_iter : int
+        Epochs trained.
+    is_interrupted : bool
+        Whether Ctrl-C ended it.
+    start_score, best_score : float or None
+        On the validation part, at epoch 0 and at the best epoch.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    n_iter: int = 0
+    is_interrupted: bool = False
+    start_score: float | None = None
+    best_score: float | None = None
+
+
+def train(
+    tuned: TunedNetwork,
+    train_set: TrainingSet,
+    valid_set: TrainingSet | None,
+    settings: TrainingSettings,
+    *,
+    entry: int,
+    first_stage: Callable[[int], int],
+    max_epochs: int,
+    first_epoch: int = 0,
+    keeps_net: bool = False,
+) -> TrainingResult:
+    """Train in place.
+
+    Parameters
+    ----------
+    tuned : TunedNetwork
+    train_set, valid_set : TrainingSet
+    settings : TrainingSettings
+    entry : int
+        Position of the stage whose inputs the rows hold.
+    first_stage : callable
+        Epoch -> position of the lowest stage trained in it.
+    max_epochs : int
+    first_epoch : int, default=0
+        Epochs trained before.
+    keeps_net : bool, default=False
+        Whether to go on with the optimizer that is there (``partial_fit``).
+    """
+    module = tuned.module(whole=entry < len(tuned.stage_names))
+    module.entry = entry if module.stages else 0
+    n_batches = -(-len(train_set) // settings.batch_size)
+    with _own_random_state(settings):
+        shuffler, changer = (torch.Generator() for _ in range(2))
+        shuffler.manual_seed(settings.seed)
+        changer.manual_seed(settings.seed + 1)
+        change = _change(settings, changer)
+        valid = None
+        if valid_set is not None and len(valid_set):
+            valid = Batches(valid_set, max(settings.batch_size, 64), settings.device)
+        result = TrainingResult()
+        log = EpochLog(
+            settings.kind, result.history, first_epoch, valid, settings.keeps_best,
+            settings.patience, settings.tol,
+        )  # fmt: skip
+        module.to(settings.device)
+        module.stages.to(memory_format=torch.channels_last)  # as the batches are
+        if not (keeps_net and tuned.net is not None):
+            module.freeze(min(first_stage(1), len(module.stages)))
+        callbacks = [
+            ("unfreezing", Unfreezing(first_stage, _groups_of(module, settings))),
+            ("learning_rates", LearningRates(
+                resolve_schedule(settings.lr_schedule), max(1, max_epochs * n_batches))),
+            ("gradient_rules", GradientRules(
+                settings.l2_sp, settings.gradient_clip, _anchors(tuned, module, settings))),
+            ("finite_loss", FiniteLoss(settings.lr)),
+            ("epoch_log", log),
+        ]  # fmt: skip
+        iterators = {
+            "iterator_train__device": settings.device,
+            "iterator_train__generator": shuffler,
+            "iterator_train__change": change,
+            "iterator_valid__device": settings.device,
+            "train_split": None if valid is None else predefined_split(valid_set),
+        }
+        net = tuned.net if keeps_net else None
+        if net is None:
+            net = make_net(module, settings, callbacks, iterators)
+        else:
+            fresh = dict(callbacks)
+            net.callbacks_ = [(name, fresh.get(name, cb)) for name, cb in net.callbacks_]
+            vars(net).update(iterators)
+        tuned.net = net
+        try:
+            result.is_interrupted = _run(net, train_set, max_epochs)
+        finally:
+            tuned.has_changed()
+            module.eval()
+            net.train_split = None  # the rows need not outlive the training
+    result.n_iter = log.epoch
+    result.best_epoch = log.epoch
+    if settings.keeps_best and log.best_epoch is not None:
+        result.best_epoch = log.best_epoch
+        restore(module, log.best_state)
+        log.best_state = {}
+    if log.valid is not None:
+        result.start_score, result.best_score = log.start_score, log.best_score
+        log.valid = None
+    return result
+
+
+def make_net(
+    module: Any,
+    settings: TrainingSettings,
+    callbacks: list | None = None,
+    iterators: dict[str, Any] | None = None,
+) -> NeuralNet:
+    """skorch's net around the module, initialised."""
+    kinds = {"multiclass": NeuralNetClassifier, "regression": NeuralNetRegressor}
+    # Places are kept for ours, should training go on later.
+    own: list[Any] = list(callbacks or [(name, Callback()) for name in _OURS])
+    # The user's stay as they are, so that the estimator can be cloned.
+    own += copy.deepcopy(list(settings.callbacks or []))
+
+    def optimizer(_: Any, **kwargs: Any) -> Any:
+        groups = _groups_of(module, settings)(module.n_frozen, len(module.stages))
+        head = parameter_groups(
+            "head", module.head.parameters(), settings.lr, settings.weight_decay
+        )
+        return make_optimizer(settings.optimizer, head + groups, settings.lr)
+
+    arguments: dict[str, Any] = {
+        "criterion": WeightedLoss(settings.kind, settings.label_smoothing),
+        "optimizer": optimizer,
+        "lr": settings.lr,
+        "batch_size": settings.batch_size,
+        "iterator_train": Batches,
+        "iterator_valid": Batches,
+        "train_split": None,
+        "callbacks": own,
+        "verbose": settings.verbose,
+        "device": str(settings.device),
+        **(iterators or {}),
+    }
+    if settings.kind == "multiclass":
+        arguments["classes"] = list(range(settings.n_outputs))
+        arguments["callbacks__valid_acc"] = None  # ours is weighted
+        arguments["predict_nonlinearity"] = _softmax
+    elif settings.kind == "multilabel":
+        arguments["predict_nonlinearity"] = torch.sigmoid
+    net = kinds.get(settings.kind, NeuralNet)(module, **arguments)
+    return net.initialize()
+
+
+def _softmax(scores: torch.Tensor) -> torch.Tensor:
+    return scores.softmax(-1)
+
+
+def _run(net: NeuralNet, train_set: TrainingSet, max_epochs: int) -> bool:
+    """Run skorch's loop; True if Ctrl-C ended it."""
+    is_interrupted = False
+    try:
+        net.notify("on_train_begin", X=train_set, y=None)
+        net.fit_loop(train_set, epochs=max_epochs)
+    except KeyboardInterrupt as interrupt:
+        # A callback's way to end a training is the same exception: see who raised it.
+        trace = interrupt.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = trace.tb_frame if trace is not None else None
+        is_callback = where is not None and isinstance(where.f_locals.get("self"), Callback)
+        is_interrupted = not is_callback
+    finally:
+        net.notify("on_train_end", X=train_set, y=None)
+    return is_interrupted
+
+
+def _groups_of(module: Any, settings: TrainingSettings) -> Callable[[int, int], list]:
+    """(start, stop) -> optimizer groups of these stages, each with its learning rate."""
+
+    def groups(start: int, stop: int) -> list[dict[str, Any]]:
+        made = []
+        for name, distance, parameters in module.groups(start, stop):
+            lr = settings.lr * settings.layer_decay**distance
+            made += parameter_groups(name, parameters, lr, settings.weight_decay)
+        return made
+
+    return groups
+
+
+def _anchors(
+    tuned: TunedNetwork, module: Any, settings: TrainingSettings
+) -> dict[int, torch.Tensor]:
+    """The pre-trained value of each parameter that is pulled towards it."""
+    if not settings.l2_sp or not module.stages:
+        return {}
+    own = dict(tuned._root.named_parameters()) if tuned._root is not None else {}
+    origin = dict(tuned.backbone.network.module.named_parameters())
+    return {
+        id(parameter): origin[name].detach().to(settings.device, copy=True)
+        for name, parameter in own.items()
+    }
+
+
+def _change(settings: TrainingSettings, generator: torch.Generator) -> Callable | None:
+    """What augmentation and mixup make of a training batch."""
+    augment = resolve_augment(settings.augment, generator)
+    if augment is None and not settings.mixup:
+        return None
+
+    def change(x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> tuple:
+        if augment is not None:
+            n_columns = x.shape[1]
+            x = augment(x.flatten(0, 1)).unflatten(0, (-1, n_columns))
+        if settings.mixup:
+            if settings.kind == "multiclass":
+                target = F.one_hot(target, settings.n_outputs).float()
+            x, target, weight = mix(x, target, weight, settings.mixup, generator)
+        return x, target, weight
+
+    return change
+
+
+@contextlib.contextmanager
+def _own_random_state(settings: TrainingSettings) -> Iterator[None]:
+    """Draw from the seed (dropout does) and leave the caller's random state alone."""
+    devices = [settings.device] if settings.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(settings.seed)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            yield
+
+
+def report(result: TrainingResult, class_name: str, probe_started: bool, trains_more: bool) -> None:
+    """Warn of what the user should know about how the training ended."""
+    if result.is_interrupted:
+        warnings.warn(
+            f"The training of {class_name} was interrupted after {result.n_iter} epochs; the "
+            f"weights of epoch {result.best_epoch} are kept, and the estimator is fitted.",
+            UserWarning,
+            stacklevel=5,
+        )
+    elif result.best_epoch == 0 and result.n_iter and result.start_score is not None:
+        start = "linear probe" if probe_started else "network as it was"
+        what = "Fine-tuning" if trains_more else "Training the head"
+        warnings.warn(
+            f"{what} did not improve on the {start} (validation score "
+            f"{result.start_score:.3f}, best of {result.n_iter} epochs no better): the {start} "
+            "(epoch 0) is kept. More data, a smaller lr, fewer unfrozen stages or a stronger "
+            "layer_decay may help; or the frozen features are the better model here.",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+def as_random_seed(random_state: Any) -> tuple[np.random.RandomState, int]:
+    """A RandomState and a seed for torch from the parameter ``random_state``."""
+    from sklearn.utils import check_random_state
+
+    rng = check_random_state(random_state)
+    return rng, int(rng.randint(np.iinfo(np.int32).max))

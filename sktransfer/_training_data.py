@@ -1,0 +1,174 @@
+"""From images and targets to rows that can be trained on: merged, checked, embedded, decoded."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sktransfer._backbones import Backbone
+from sktransfer._cache import as_store
+from sktransfer._distribution import embed_anywhere
+from sktransfer._images import Images
+from sktransfer._inference import BadRow
+from sktransfer._training_rows import (
+    Kept,
+    Pixels,
+    digest_rows,
+    keep_activations,
+    merge_rows,
+    rows_of,
+)
+
+_N_REPORTED = 10
+
+
+@dataclass
+class EmbeddingSettings:
+    """How images are embedded; the names are the estimators' own."""
+
+    memory: Any
+    device: str
+    precision: str
+    n_jobs: int | None
+    verbose: int
+
+
+def embed_rows(
+    images: Images, backbone: Any, settings: EmbeddingSettings
+) -> tuple[np.ndarray, list[BadRow]]:
+    """One row per image (not per row of images), and those that could not be read."""
+    from sktransfer._progress import progress_bar
+
+    out = np.empty((len(images), backbone.n_features), dtype=np.float32)
+    with progress_bar(len(images), settings.verbose) as tick:
+        bad = embed_anywhere(
+            images,
+            backbone,
+            out=out,
+            memory=settings.memory,
+            device=settings.device,
+            precision=settings.precision,
+            n_jobs=settings.n_jobs,
+            progress=tick,
+        )
+    return out, bad
+
+
+class TrainingData:
+    """Rows for training or validation.
+
+    Parameters
+    ----------
+    images : Images
+    target : ndarray of shape (n_rows,) or (n_rows, n_outputs)
+    weight : ndarray of shape (n_rows,)
+    backbone : Backbone
+    settings : EmbeddingSettings
+    wants_embeddings : bool
+    on_error : {"raise", "skip"}
+    what : str
+        What the rows are, for messages.
+
+    Attributes
+    ----------
+    target, weight : ndarray
+        Of the rows that are left: each once, those without weight and unreadable ones gone.
+    embeddings : ndarray of shape (n_rows, n_columns · n_features) or None
+        Of the same rows.
+    bad : list of BadRow
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        target: np.ndarray,
+        weight: np.ndarray,
+        backbone: Backbone,
+        settings: EmbeddingSettings,
+        *,
+        wants_embeddings: bool,
+        on_error: str,
+        what: str = "training",
+    ):
+        self._backbone, self._n_columns = backbone, images.n_columns
+        n_threads = n_decoding_threads(settings.n_jobs)
+        keys, bad = digest_rows(images, as_store(settings.memory), n_threads)
+        index, weight = merge_rows(keys, target, weight)
+        view = rows_of(images, index)
+        self._pixels = Pixels(view, images.n_columns, backbone.preprocessing, n_threads)
+        rows = None
+        if wants_embeddings and len(index):
+            flat, more = embed_rows(view, backbone, settings)
+            rows = flat.reshape(len(index), -1)
+            bad += more
+        elif len(index):
+            self._pixels.read_all()
+            bad += self._pixels.bad
+        self.bad = sorted({b.label: b for b in bad}.values(), key=lambda b: b.row)
+        if self.bad:
+            _handle(self.bad, images.n_rows, on_error, what)
+        if assumed := images.take_warnings():
+            warnings.warn(assumed, UserWarning, stacklevel=5)
+        unreadable = {b.row for b in self.bad}
+        self._positions = np.array(
+            [k for k, i in enumerate(index) if int(i) not in unreadable], dtype=int
+        )
+        self.target = target[index][self._positions]
+        self.weight = weight[self._positions]
+        self.embeddings = None if rows is None else rows[self._positions]
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def source(
+        self, module: Any, entry: int, n_stages: int, device: torch.device
+    ) -> tuple[Any, np.ndarray, int]:
+        """Inputs from the stage `entry` on, as they can be had.
+
+        Returns
+        -------
+        source : Pixels or Kept
+        positions : ndarray of int
+            Where each of our rows stands in it.
+        entry : int
+            0 where what was asked for fits in no bound.
+        """
+        if entry == n_stages and self.embeddings is not None:
+            shape = (len(self.embeddings), self._n_columns, -1)
+            return Kept(self.embeddings.reshape(shape)), np.arange(len(self)), entry
+        if entry > 0:
+            module.to(device)
+            kept = keep_activations(self._pixels, module, entry, device)
+            if kept is not None:
+                return kept, self._positions, entry
+        return self._pixels, self._positions, 0
+
+
+def n_decoding_threads(n_jobs: int | None) -> int:
+    """As many threads as the inference loop would use."""
+    available = torch.get_num_threads()
+    if n_jobs is None:
+        return available
+    return max(1, available + 1 + n_jobs) if n_jobs < 0 else n_jobs
+
+
+def _handle(bad: list[BadRow], n_rows: int, on_error: str, what: str) -> None:
+    lines = [f"  {row}" for row in bad[:_N_REPORTED]]
+    if len(bad) > _N_REPORTED:
+        lines.append(f"  … and {len(bad) - _N_REPORTED} more")
+    listed = "\n".join(lines)
+    if on_error == "raise":
+        raise ValueError(
+            f"{len(bad)} of {n_rows} rows cannot be used for {what}, as an image could not be "
+            f'read:\n{listed}\nMend or drop these rows, or set on_error="skip" to leave them out.'
+        )
+    warnings.warn(
+        f"{len(bad)} of {n_rows} rows are left out of {what}, as an image could not be read:\n"
+        f"{listed}",
+        UserWarning,
+        stacklevel=6,
+    )

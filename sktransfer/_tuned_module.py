@@ -1,0 +1,147 @@
+"""The module that is trained: stages below, pooling, a head; what is frozen stands still."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+_DTYPES = {"bfloat16": torch.bfloat16}
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+class TunedModule(nn.Module):
+    """A network's stages, its pooling, and a new head, from any stage's input on.
+
+    Parameters
+    ----------
+    stages : sequence of (str, nn.Module)
+        Those below the head, or none: what comes in are embeddings.
+    pooling : nn.Module
+    head : nn.Module
+    mean, std : sequence of float, or None
+        Of pixels in 0…1; None: the input comes normalised.
+    moves_statistics : bool
+        Whether unfrozen batch norms go on with their running statistics. Otherwise they use
+        those of pre-training, as frozen ones always do.
+    precision : {"float32", "bfloat16"}
+
+    Attributes
+    ----------
+    entry : int
+        Position of the stage whose input :meth:`forward` takes: 0 for pixels.
+    n_frozen : int
+        How many of the stages are frozen.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(
+        self,
+        stages: Sequence[tuple[str, nn.Module]],
+        pooling: nn.Module,
+        head: nn.Module,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        moves_statistics: bool = False,
+        precision: str = "float32",
+    ):
+        super().__init__()
+        self.stage_names = [name for name, _ in stages]
+        self.stages = nn.ModuleList([module for _, module in stages])
+        self.pooling, self.head = pooling, head
+        self.moves_statistics, self.precision = moves_statistics, precision
+        self.entry = 0
+        self.n_frozen = len(self.stages)
+        self.is_normalising = mean is not None
+        if mean is not None and std is not None:
+            spread = torch.tensor(std, dtype=torch.float64).view(1, -1, 1, 1)
+            centre = torch.tensor(mean, dtype=torch.float64).view(1, -1, 1, 1)
+            # (x / 255 - mean) / std = x · 1 / (255 std) - mean / std
+            self.register_buffer("scale", (1 / (255 * spread)).float(), persistent=False)
+            self.register_buffer("shift", (-centre / spread).float(), persistent=False)
+        self.freeze(self.n_frozen)
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> Any:
+        """Scores (n, n_outputs) of rows (n, n_columns, …): each image column goes the same way.
+
+        The rows' weights, where they are given, are handed on to the loss.
+        """
+        scores = self.head(self.embed(x))
+        return scores if weight is None else (scores, weight)
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Embeddings (n, n_columns · width), float32."""
+        n_rows = len(x)
+        x = x.flatten(0, 1)
+        if self.stages:
+            with torch.autocast(x.device.type, _DTYPES.get(self.precision), self._is_mixed):
+                x = self._run(x, self.entry, len(self.stages))
+                x = self.pooling(x)
+        return x.float().reshape(n_rows, -1)
+
+    @torch.no_grad()
+    def run_frozen(self, x: torch.Tensor, stop: int) -> torch.Tensor:
+        """What the stages before `stop` make of pixels, (n, n_columns, …) to the same."""
+        n_rows, n_columns = x.shape[:2]
+        with torch.autocast(x.device.type, _DTYPES.get(self.precision), self._is_mixed):
+            x = self._run(x.flatten(0, 1), 0, stop)
+        return x.float().unflatten(0, (n_rows, n_columns))
+
+    def _run(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        if start == 0 and self.is_normalising:
+            x = torch.addcmul(self.shift, x.float(), self.scale)
+        if x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        for stage in self.stages[start:stop]:
+            x = stage(x)
+        return x
+
+    @property
+    def _is_mixed(self) -> bool:
+        return self.precision in _DTYPES
+
+    @property
+    def n_unfrozen(self) -> int:
+        """Stages that are trained; what only pools is none of its own."""
+        return sum(name != "pool" for name in self.stage_names[self.n_frozen :])
+
+    def freeze(self, n_frozen: int) -> None:
+        """Freeze the first `n_frozen` stages and thaw the others."""
+        self.n_frozen = n_frozen
+        for i, stage in enumerate(self.stages):
+            stage.requires_grad_(i >= n_frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> TunedModule:
+        super().train(mode)
+        # requires_grad=False does not stop batch norm from moving its running
+        # statistics; only eval mode does.
+        for stage in self.stages[: self.n_frozen]:
+            stage.eval()
+        if not self.moves_statistics:
+            for stage in self.stages[self.n_frozen :]:
+                for part in stage.modules():
+                    if isinstance(part, _BATCH_NORMS):
+                        part.eval()
+        return self
+
+    def groups(self, start: int, stop: int | None = None) -> list[tuple[str, int, list[Any]]]:
+        """(stage, distance from the head, parameters) of the stages from `start` to `stop`.
+
+        What only pools is as far from the head as the stage below it.
+        """
+        found: list[tuple[str, int, list[Any]]] = []
+        seen: set[int] = set()
+        distance = 0
+        for i in range(len(self.stages) - 1, -1, -1):
+            if self.stage_names[i] != "pool":
+                distance += 1
+            own = [p for p in self.stages[i].parameters() if id(p) not in seen]
+            seen.update(map(id, own))
+            if start <= i < (len(self.stages) if stop is None else stop) and own:
+                found.append((self.stage_names[i], max(1, distance), own))
+        return found

@@ -1,0 +1,250 @@
+"""A fine-tuned network: the pre-trained one, what was trained of it, and its head.
+
+It pickles as what was trained and the backbone's own recipe for the rest.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sktransfer._backbones import Backbone, load_backbone
+from sktransfer._pooling import Pooling
+from sktransfer._preprocessing import Preprocessing
+from sktransfer._source import Source
+from sktransfer._stages import split_stages
+from sktransfer._tuned_module import TunedModule
+
+
+class TunedNetwork:
+    """A backbone with a head of its own and, from some stage on, weights of its own.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Pre-trained; it is not altered.
+    head : nn.Module
+    n_columns : int
+        Image columns of a row.
+    lowest : int
+        Position of the lowest stage that is trained.
+    moves_statistics : bool
+    precision : str
+
+    Attributes
+    ----------
+    net : NeuralNet or None
+        skorch's, while this process trains or has trained.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: nn.Module,
+        n_columns: int,
+        lowest: int,
+        *,
+        moves_statistics: bool = False,
+        precision: str = "float32",
+    ):
+        self.backbone, self.head = backbone, head
+        self.n_columns, self.lowest = n_columns, lowest
+        self.moves_statistics, self.precision = moves_statistics, precision
+        self.stage_names = body_names(backbone)
+        self.net: Any = None
+        self._root: nn.Module | None = None
+        self._module: TunedModule | None = None
+        self._kept: dict[str, np.ndarray] | None = None
+        self._tuned: Backbone | None = None
+
+    @property
+    def has_own_stages(self) -> bool:
+        """Whether more than the head is trained."""
+        return self.lowest < len(self.stage_names)
+
+    # -- the module -------------------------------------------------------------------------
+    def module(self, *, whole: bool = False) -> TunedModule:
+        """What is trained. A head alone comes without stages, unless the `whole` is asked for."""
+        if self._module is None or (whole and not self._module.stages):
+            self._module = self._build(whole or self.has_own_stages)
+        return self._module
+
+    def _build(self, with_stages: bool) -> TunedModule:
+        kind = Pooling(*self.backbone._poolings[0])
+        if not with_stages:
+            return TunedModule([], kind, self.head, precision=self.precision)
+        root = copy.deepcopy(self.backbone.network.module)
+        stages = split_stages(root, self.backbone._plan_size)[: len(self.stage_names)]
+        preprocessing = self.backbone.preprocessing
+        mean = std = None
+        if isinstance(preprocessing, Preprocessing):
+            mean, std = preprocessing.mean, preprocessing.std
+        module = TunedModule(
+            [(stage.name, stage.module) for stage in stages],
+            kind,
+            self.head,
+            mean,
+            std,
+            self.moves_statistics,
+            self.precision,
+        )
+        self._root = root
+        if self._kept is not None:
+            _load(module, self._kept, self.lowest)
+        return module
+
+    # -- what was trained -------------------------------------------------------------------
+    def trained_state(self) -> dict[str, np.ndarray]:
+        """Parameters and buffers of the trained stages, ``"<position>.<name>"`` -> array."""
+        if self._module is None or not self._module.stages:
+            return dict(self._kept or {})
+        return {
+            f"{i}.{name}": tensor.detach().cpu().numpy().copy()
+            for i in range(self.lowest, len(self.stage_names))
+            for name, tensor in learnt(self._module.stages[i]).items()
+        }
+
+    def load_trained_state(self, state: dict[str, np.ndarray]) -> None:
+        """Take over the trained stages' parameters and buffers."""
+        self._kept = dict(state)
+        self._module = self._root = self._tuned = None
+        if self.has_own_stages:
+            self.module()  # checks names and shapes
+
+    def expected_state(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what :meth:`trained_state` gives."""
+        if not self.has_own_stages:
+            return {}
+        pieces = self.backbone.stages
+        return {
+            f"{i}.{name}": tuple(tensor.shape)
+            for i in range(self.lowest, len(self.stage_names))
+            for name, tensor in learnt(pieces[i].module).items()
+        }
+
+    def has_changed(self) -> None:
+        """Say that training went on: what was made from the weights is out of date."""
+        self._tuned = None
+
+    # -- embedding and scores ---------------------------------------------------------------
+    def tuned_backbone(self) -> Backbone:
+        """The backbone with the trained weights, for the inference loop and the store."""
+        if not self.has_own_stages:
+            return self.backbone
+        if self._tuned is None:
+            self.module()
+            assert self._root is not None
+            # Nobody trains the copy, and inference on another device leaves it alone.
+            root = copy.deepcopy(self._root).cpu().eval().requires_grad_(False)
+            digest = hashlib.sha256(self.backbone.fingerprint.encode())
+            for name, array in sorted(self.trained_state().items()):
+                digest.update(f"{name}{array.dtype}{array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            tuned = copy.copy(self.backbone)
+            tuned._source = _TunedSource(self.backbone, root, digest.hexdigest())
+            tuned.fingerprint = f"tuned-{digest.hexdigest()}"
+            tuned.group_fingerprints = [tuned.fingerprint]
+            self._tuned = tuned
+        return self._tuned
+
+    def scores(self, embeddings: np.ndarray) -> np.ndarray:
+        """What the head says to embeddings, in float64 so that no batch size shows."""
+        head = copy.deepcopy(self.head).cpu().double().eval().requires_grad_(False)
+        with torch.inference_mode():
+            return head(torch.from_numpy(np.asarray(embeddings, dtype=np.float64))).numpy()
+
+    # -- pickling ---------------------------------------------------------------------------
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state["_kept"] = self.trained_state()
+        state["head"] = copy.deepcopy(self.head).cpu()
+        for name in ("net", "_root", "_module", "_tuned"):
+            state[name] = None
+        return state
+
+    def __deepcopy__(self, memo: dict) -> TunedNetwork:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__getstate__())
+        return copied
+
+
+class _TunedSource(Source):
+    """A network whose weights are at hand."""
+
+    def __init__(self, base: Backbone, module: nn.Module, digest: str):
+        self.name, self.digest, self.module = base.name, digest, module
+        self.preprocessing = base._source.preprocessing
+
+    def build(self) -> nn.Module:
+        return self.module
+
+    def load(self, module: nn.Module, head_layers: set[str]) -> None:
+        return
+
+
+def body_names(backbone: Backbone) -> list[str]:
+    """Names of the stages that make the embedding, in order."""
+    names = backbone.stage_names
+    plan, key = backbone.network.plan, backbone._keys[0]
+    if key == plan.embedding_key:
+        return names[:-1] if plan.head_layers() and len(names) > 1 else names
+    for i, name in enumerate(names):
+        if plan.resolve(name) == key:
+            return names[: i + 1]
+    raise ValueError(
+        f"{backbone!r} ends within a stage, where fine-tuning cannot put a head. Give as `layer` "
+        f"one of the stages {names}, or None; and pooling='auto' if that was changed."
+    )
+
+
+def with_own_weights(
+    name: str,
+    state: dict[str, torch.Tensor],
+    layer: str | list | None,
+    pooling: str,
+    preprocessing: Preprocessing,
+) -> Backbone:
+    """A backbone of a named architecture with these weights; nothing is downloaded.
+
+    Its fingerprint follows from the weights themselves, whatever they claim to be.
+    """
+    base = load_backbone(name, weights=None)
+    module = copy.deepcopy(base.network.module)
+    module.load_state_dict(state)
+    digest = hashlib.sha256(base.fingerprint.encode())
+    for key, tensor in sorted(state.items()):
+        array = tensor.contiguous().numpy()
+        digest.update(f"{key}{array.dtype}{array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    source = _TunedSource(base, module.eval().requires_grad_(False), f"own-{digest.hexdigest()}")
+    return Backbone(source, layer, pooling, preprocessing)
+
+
+def _load(module: TunedModule, state: dict[str, np.ndarray], lowest: int) -> None:
+    for i in range(lowest, len(module.stages)):
+        own = {
+            name.partition(".")[2]: torch.from_numpy(np.array(array))
+            for name, array in state.items()
+            if name.partition(".")[0] == str(i)
+        }
+        if not own:
+            continue  # never trained, or without weights
+        wanted = learnt(module.stages[i])
+        misfits = [k for k in wanted if k not in own or own[k].shape != wanted[k].shape]
+        if misfits := [*misfits, *(k for k in own if k not in wanted)]:
+            raise ValueError(
+                f"The trained weights do not fit stage {module.stage_names[i]!r} of this "
+                f"network: {misfits[:10]}."
+            )
+        module.stages[i].load_state_dict(own, strict=False)
+
+
+def learnt(stage: nn.Module) -> dict[str, torch.Tensor]:
+    """A stage's parameters and buffers, without constants that tracing gave a number."""
+    state = stage.state_dict()
+    return {name: state[name] for name in state if "_tensor_constant" not in name}

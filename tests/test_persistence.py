@@ -1,0 +1,231 @@
+"""save and load: the same predictions, small files, and nothing taken on trust."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+from test_fine_tuning_sklearn import tiny_network
+
+from sktransfer import (
+    FineTuningClassifier,
+    FineTuningRegressor,
+    Optimizer,
+    PretrainedFeatureExtractor,
+    load,
+    save,
+)
+from sktransfer._persistence import _read
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So small a network gains nothing from several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+LABELS = np.array(["a", "b", "c"] * 4)
+ESTIMATORS = {
+    "head": FineTuningClassifier(unfreeze=0, max_epochs=1),
+    "stage": FineTuningClassifier(unfreeze=1, max_epochs=1, head=(4,), optimizer=Optimizer("sgd")),
+    "two columns": FineTuningClassifier(unfreeze=1, max_epochs=1, class_weight={"a": 2.0}),
+    "labels": FineTuningClassifier(unfreeze={1: 0}, max_epochs=1),
+    "numbers": FineTuningRegressor(unfreeze=0, max_epochs=1, preprocessing={"size": (48, 48)}),
+    "extractor": PretrainedFeatureExtractor(layer=["stage1", None]),
+}
+
+
+def fitted(name, pictures, **parameters):
+    from sklearn.base import clone
+
+    X, y = pictures, LABELS
+    if name == "two columns":
+        import pandas as pd
+
+        X = pd.DataFrame({"front": list(pictures), "back": list(pictures[::-1])})
+    if name == "labels":
+        y = np.stack([LABELS == "a", LABELS != "b"], axis=1).astype(int)
+    if name == "numbers":
+        y = np.arange(24.0).reshape(12, 2)
+    model = clone(ESTIMATORS[name]).set_params(memory=False, **parameters)
+    return model.fit(X, y), X
+
+
+def outputs(model, X):
+    return model.predict(X) if hasattr(model, "predict") else model.transform(X)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("standalone", [False, True])
+def test_round_trip(name, standalone, pictures, tmp_path):
+    model, X = fitted(name, pictures)
+    save(model, tmp_path / "model.safetensors", standalone=standalone)
+    loaded = load(tmp_path / "model.safetensors")
+    assert type(loaded) is type(model)
+    if name == "labels":
+        np.testing.assert_allclose(loaded.predict_proba(X), model.predict_proba(X), rtol=1e-5)
+    elif name in ("numbers", "extractor"):
+        np.testing.assert_allclose(outputs(loaded, X), outputs(model, X), rtol=1e-4, atol=1e-5)
+    else:
+        np.testing.assert_array_equal(outputs(loaded, X), outputs(model, X))
+        np.testing.assert_allclose(loaded.predict_proba(X), model.predict_proba(X), rtol=1e-4)
+    ours, theirs = model.get_params(), loaded.get_params()
+    same = {key for key in ours if ours[key] == theirs[key]}
+    assert set(ours) - same <= {"memory", "optimizer"}
+    assert list(loaded.get_feature_names_out()) == list(model.get_feature_names_out())
+    again = pickle.loads(pickle.dumps(loaded))
+    if name == "numbers":
+        np.testing.assert_allclose(outputs(again, X), outputs(model, X), rtol=1e-4)
+    if name == "stage":
+        loaded.partial_fit(X, LABELS)
+        assert loaded.n_iter_ == 2
+
+
+def test_file_is_as_small_as_what_was_trained(pictures, tmp_path):
+    model, _ = fitted("head", pictures)
+    save(model, tmp_path / "head")
+    assert (tmp_path / "head").stat().st_size < 3 * 704 * 4 + 10_000
+    save(model, tmp_path / "whole", standalone=True)
+    assert (tmp_path / "whole").stat().st_size > 5_000_000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["head", "whole"]
+
+
+def test_own_module_is_given_again(pictures, tmp_path):
+    module = tiny_network()
+    model, X = fitted("stage", pictures, backbone=module, preprocessing={"size": 32, "crop": 32})
+    path = tmp_path / "model.safetensors"
+    save(model, path)
+    np.testing.assert_array_equal(load(path, backbone=module).predict(X), model.predict(X))
+    with pytest.raises(ValueError, match="give it as load"):
+        load(path)
+    other = tiny_network()
+    other[0].weight.data.add_(1)
+    with pytest.raises(ValueError, match="written with other weights"):
+        load(path, backbone=other)
+    save(fitted("head", pictures)[0], path)
+    with pytest.raises(ValueError, match="names its own backbone"):
+        load(path, backbone=module)
+
+
+def test_callables_and_strangers_are_refused(pictures, tmp_path):
+    model, _ = fitted("head", pictures)
+    with pytest.raises(TypeError, match="the parameter lr_schedule is"):
+        save(model.set_params(lr_schedule=np.cos), tmp_path / "model")
+    with pytest.raises(TypeError, match="save writes"):
+        save(LogisticRegression(), tmp_path / "model")
+    with pytest.raises(ValueError, match="not fitted"):
+        save(FineTuningClassifier(), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- attacks ---------------------------------------------------------------------------------
+@pytest.fixture
+def saved(pictures, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save(fitted("stage", pictures)[0], path)
+    header, _ = _read(path)
+    return path, header, load_file(path)
+
+
+def write(path, header, tensors):
+    text = header if isinstance(header, str) else json.dumps(header)
+    save_file(tensors, path, metadata={"sktransfer": text})
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path("exploded").touch, ())
+
+
+def change(header, *keys, value):
+    inner = header
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+
+
+HEADERS = {
+    "no JSON": (lambda h: "{", "no JSON"),
+    "deep": (lambda h: "[" * 100_000, "no JSON"),
+    "a list": (lambda h: [], "names no format"),
+    "format": ({("format",): 2}, "its format is 2"),
+    "class": ({("class",): "os.system"}, "its class is 'os.system'"),
+    "class of ours": ({("class",): "load_backbone"}, "its class is 'load_backbone'"),
+    "more": ({("code",): "import os"}, "its header holds"),
+    "no dict": ({("parameters",): [1]}, "'parameters' of its header"),
+    "unknown parameter": ({("parameters", "evil"): 1}, r"no parameters \['evil'\]"),
+    "machine": ({("parameters", "memory"): "/etc"}, r"no parameters \['memory'\]"),
+    "parameter": ({("parameters", "lr"): -1}, "The 'lr' parameter"),
+    "object": ({("parameters", "lr"): {"__kind__": "eval", "items": []}}, "parameter 'lr' is"),
+    "array": (
+        {("attributes", "classes_"): {"__kind__": "array", "dtype": "O", "items": [{}]}},
+        "no value of a known kind",
+    ),
+    "dtype": (
+        {("attributes", "classes_"): {"__kind__": "array", "dtype": "V8", "items": []}},
+        "no value of a known kind",
+    ),
+    "attribute": ({("attributes", "predict"): 1}, "fitted attributes are"),
+    "type": ({("attributes", "n_iter_"): "3"}, "its n_iter_ is of type str"),
+    "sign": ({("attributes", "_lowest"): -2}, "_lowest is -2"),
+    "lowest": ({("attributes", "_lowest"): 99}, "not those of the stages"),
+    "other stage": ({("attributes", "_lowest"): 1}, "not those of the stages"),
+    "kind": ({("attributes", "_kind"): "regression"}, "kind of target"),
+    "columns": ({("attributes", "_n_image_columns"): 7}, "do not agree"),
+    "fingerprint": ({("fingerprint",): "0" * 64}, "written with other weights"),
+    "standalone": ({("standalone",): True}, "wrongly whether it stands alone"),
+    "backbone": ({("parameters", "backbone"): "resnet5"}, "backbone='resnet5' is not known"),
+}
+
+
+@pytest.mark.parametrize("attack", HEADERS)
+def test_bad_headers_are_refused(saved, attack):
+    path, header, tensors = saved
+    edit, message = HEADERS[attack]
+    if callable(edit):
+        header = edit(header)
+    else:
+        for keys, value in edit.items():
+            change(header, *keys, value=value)
+    write(path, header, tensors)
+    with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+def test_bad_tensors_are_refused(saved):
+    path, header, tensors = saved
+    name = next(name for name in tensors if name.startswith("trained/"))
+    for changed, message in (
+        (tensors | {"extra": np.zeros(1)}, "unknown tensors"),
+        (tensors | {"head/extra": np.zeros(1)}, "head does not fit"),
+        (tensors | {"trained/0.extra": np.zeros(1)}, "not those of the stages"),
+        (tensors | {name: np.zeros((1, 2), np.float32)}, "not those of the stages"),
+        (tensors | {"head/linear.bias": np.zeros(99, np.float32)}, "head does not fit"),
+        ({k: v for k, v in tensors.items() if k != name}, "not those of the stages"),
+    ):
+        write(path, header, changed)
+        with pytest.raises(ValueError, match=message):
+            load(path)
+
+
+def test_other_files_are_refused(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = saved[0]
+    content = path.read_bytes()
+    for bad in (content[:200], content[:-10], b"", pickle.dumps(Bomb()), b"\xff" * 1000):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="no safetensors file"):
+            load(path)
+    save_file({"a": np.zeros(1)}, path)
+    with pytest.raises(ValueError, match="no header of ours"):
+        load(path)
+    assert not Path("exploded").exists()
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "missing")
