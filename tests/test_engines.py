@@ -75,7 +75,7 @@ def dying_extractor(frame, folder):
 
 def assert_same_rows(got, frame, expected):
     """Rows may come in another order: their paths tell which they are."""
-    got = got.set_index("image").loc[frame["image"]].to_numpy()
+    got = got.set_index("image").loc[frame["image"]].to_numpy(dtype=float)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
