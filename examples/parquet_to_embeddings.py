@@ -80,9 +80,7 @@ def main() -> None:
     extractor = PretrainedFeatureExtractor(
         options.backbone, memory=options.memory or False, on_error="nan"
     )
-    n = embed_parquet(
-        options.source, options.target, extractor, options.column, options.batch_size
-    )
+    n = embed_parquet(options.source, options.target, extractor, options.column, options.batch_size)
     print(f"{n} rows written to {options.target}")
 
 

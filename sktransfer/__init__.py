@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from sktransfer._extractor import PretrainedFeatureExtractor
     from sktransfer._fine_tuning_classifier import FineTuningClassifier
     from sktransfer._fine_tuning_regressor import FineTuningRegressor
-    from sktransfer._optimizers import Optimizer
+    from sktransfer._learning._optimizers import Optimizer
     from sktransfer._persistence import load, save
 
 # Public name -> the module that defines it.
 _HOMES = {
     "FineTuningClassifier": "sktransfer._fine_tuning_classifier",
     "FineTuningRegressor": "sktransfer._fine_tuning_regressor",
-    "Optimizer": "sktransfer._optimizers",
+    "Optimizer": "sktransfer._learning._optimizers",
     "PretrainedFeatureExtractor": "sktransfer._extractor",
     "list_backbones": "sktransfer._catalog",
     "load": "sktransfer._persistence",

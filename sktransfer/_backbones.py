@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sktransfer._module_source import ModuleSource
-from sktransfer._networks import Network, get_network
-from sktransfer._pooling import POOLINGS, layout_of, pooled_width, resolve_pooling
-from sktransfer._preprocessing import AnyPreprocessing, resolve_preprocessing
-from sktransfer._source import Source
-from sktransfer._sources import resolve_source
 from sktransfer._stages import Stage, Stages, split_stages
+from sktransfer._zoo._module_source import ModuleSource
+from sktransfer._zoo._networks import Network, get_network
+from sktransfer._zoo._pooling import POOLINGS, layout_of, pooled_width, resolve_pooling
+from sktransfer._zoo._preprocessing import AnyPreprocessing, resolve_preprocessing
+from sktransfer._zoo._source import Source
+from sktransfer._zoo._sources import resolve_source
 
 # Part of every fingerprint: a change of how embeddings are computed changes it.
 _FORMAT = "sktransfer-embedding-1"

@@ -12,9 +12,9 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-from ._disk_store import DEFAULT_DISK_BYTES, DiskStore
-from ._memory_store import DEFAULT_MEMORY_BYTES, MemoryStore
-from ._store_contract import FileStat, StoreInfo
+from sktransfer._stores._disk_store import DEFAULT_DISK_BYTES, DiskStore
+from sktransfer._stores._memory_store import DEFAULT_MEMORY_BYTES, MemoryStore
+from sktransfer._stores._store_contract import FileStat, StoreInfo
 
 __all__ = [
     "DEFAULT_DISK_BYTES",

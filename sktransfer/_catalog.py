@@ -181,7 +181,7 @@ def _matching(names: list[str], pattern: str | None) -> list[str]:
 
 
 def _own_names() -> list[str]:
-    from sktransfer._torchvision_source import torchvision_names
+    from sktransfer._zoo._torchvision_source import torchvision_names
 
     return ["builtin", *torchvision_names()]
 
@@ -211,7 +211,7 @@ def _of_torchvision(name: str) -> BackboneInfo:
 
 
 def _of_timm(pattern: str | None) -> list[BackboneInfo]:
-    from sktransfer._timm_source import import_timm
+    from sktransfer._zoo._timm_source import import_timm
 
     timm = import_timm()
     names = _matching([f"timm:{name}" for name in timm.list_models()], pattern)
@@ -235,9 +235,9 @@ def _measure(name: str) -> tuple[Any, Any, Any, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from sktransfer._sources import resolve_source
+    from sktransfer._graphs._tracing import meta_copy
     from sktransfer._stages import plan_stages
-    from sktransfer._tracing import meta_copy
+    from sktransfer._zoo._sources import resolve_source
 
     source = resolve_source(name, None)
     module = source.build()

@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from sktransfer._linear_probe import fit_probe, stratified_part
+from sktransfer._learning._linear_probe import fit_probe, stratified_part
 from sktransfer._validation import check_images, check_names_in, check_weight, keep_index
 
 # From so many rows on a tenth of them is worth giving away to choose the epoch by.
@@ -100,9 +100,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     def _fit(self, X, y, sample_weight=None, X_val=None, y_val=None, *, goes_on=False):
         """Train from the start, from the last fit's weights, or one more epoch (`goes_on`)."""
         from sktransfer._inference import resolve_device
+        from sktransfer._learning._training_data import TrainingData
+        from sktransfer._learning._unfreezing import UnfreezePlan
         from sktransfer._training import as_random_seed, report, train
-        from sktransfer._training_data import TrainingData
-        from sktransfer._unfreezing import UnfreezePlan
 
         old: Any = vars(self).get("_tuned")
         is_resumed = old is not None and (goes_on or self.warm_start)
@@ -211,14 +211,14 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return self.head_init == "linear_probe" and not hasattr(self.head, "forward")
 
     def _embedding_settings(self):
-        from sktransfer._training_data import EmbeddingSettings
+        from sktransfer._learning._training_data import EmbeddingSettings
 
         return EmbeddingSettings(
             self.memory, self.device, self.precision, self.n_jobs, self.verbose
         )
 
     def _validation_data(self, X_val, y_val, options):
-        from sktransfer._training_data import TrainingData
+        from sktransfer._learning._training_data import TrainingData
 
         if X_val is None and y_val is None:
             return None
@@ -232,8 +232,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     def _new_network(self, backbone, n_columns, lowest, seed):
         import torch
 
-        from sktransfer._heads import make_head
-        from sktransfer._tuned_network import TunedNetwork
+        from sktransfer._learning._heads import make_head
+        from sktransfer._learning._tuned_network import TunedNetwork
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -259,7 +259,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         tuned.head.start_from(coef, intercept)
 
     def _resumed_network(self, old, backbone, n_columns, lowest):
-        from sktransfer._tuned_network import TunedNetwork
+        from sktransfer._learning._tuned_network import TunedNetwork
 
         if old.backbone.fingerprint != backbone.fingerprint or old.n_columns != n_columns:
             raise ValueError(
@@ -282,7 +282,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return tuned
 
     def _training_set(self, data, source, prepared, rows):
-        from sktransfer._training_rows import TrainingSet
+        from sktransfer._learning._training_rows import TrainingSet
 
         inputs, positions, _ = source
         weight = self._training_weight(prepared[rows], data.weight[rows])
@@ -318,8 +318,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     # -- from images to scores --------------------------------------------------------------
     def _embed(self, X) -> np.ndarray:
         """Tuned embeddings, from the store where it has them; unreadable rows are NaN."""
-        from sktransfer._training_data import _handle, embed_rows
-        from sktransfer._views import ManyViews
+        from sktransfer._learning._training_data import _handle, embed_rows
+        from sktransfer._learning._views import ManyViews
 
         check_is_fitted(self)
         images = check_images(self, X, reset=False)
@@ -411,6 +411,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
 
 def _body_names(backbone):
-    from sktransfer._tuned_network import body_names
+    from sktransfer._learning._tuned_network import body_names
 
     return body_names(backbone)

@@ -10,7 +10,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 
 from sktransfer._fine_tuning_base import BaseFineTuning
 from sktransfer._fine_tuning_docs import documented
-from sktransfer._targets import (
+from sktransfer._learning._targets import (
     check_y_given,
     class_factors,
     codes_of,

@@ -7,7 +7,7 @@ from sklearn.base import RegressorMixin, _fit_context
 
 from sktransfer._fine_tuning_base import BaseFineTuning
 from sktransfer._fine_tuning_docs import documented
-from sktransfer._targets import check_y_given, read_numbers
+from sktransfer._learning._targets import check_y_given, read_numbers
 
 
 @documented(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sktransfer._decode import (
+from sktransfer._pictures._decode import (
     decode_encoded,
     decode_pil,
     encoded_of,
@@ -23,8 +23,8 @@ from sktransfer._decode import (
     read_stream,
     read_text,
 )
-from sktransfer._forms import as_columns, is_missing, is_tensor, read_image_shape
-from sktransfer._pixels import BadImage, Note, Notes, check_values, to_rgb
+from sktransfer._pictures._forms import as_columns, is_missing, is_tensor, read_image_shape
+from sktransfer._pictures._pixels import BadImage, Note, Notes, check_values, to_rgb
 
 __all__ = ["BadImage", "Images", "as_images"]
 
@@ -53,7 +53,7 @@ def as_images(X: Any, image_shape: tuple[int, ...] | None = None) -> Images:
           arrays of shape (N, H * W) or (N, H * W * C).
 
         Arrays have 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels.
-        What their numbers mean is told in :func:`sktransfer._pixels.to_rgb`.
+        What their numbers mean is told in :func:`sktransfer._pictures._pixels.to_rgb`.
 
     image_shape : (H, W) or (H, W, C), default=None
         Shape of one picture where X holds flat rows; one of the numbers may be -1.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sktransfer._optimizers import Optimizer
+from sktransfer._learning._optimizers import Optimizer
 
 _KIND = "__kind__"
 _DTYPE_KINDS = "biufUS"

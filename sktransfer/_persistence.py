@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from sktransfer._jsonable import decode, encode
-from sktransfer._preprocessing import Preprocessing
 from sktransfer._version import __version__
+from sktransfer._zoo._preprocessing import Preprocessing
 
 FORMAT = 1
 _KEY = "sktransfer"
@@ -290,7 +290,7 @@ def _standalone_backbone(
 ) -> Any:
     import torch
 
-    from sktransfer._tuned_network import with_own_weights
+    from sktransfer._learning._tuned_network import with_own_weights
 
     state = {k.partition("/")[2]: torch.from_numpy(np.array(v)) for k, v in own.items()}
     try:
@@ -311,8 +311,8 @@ def _tuned_network(
 ) -> Any:
     import torch
 
-    from sktransfer._heads import make_head
-    from sktransfer._tuned_network import TunedNetwork
+    from sktransfer._learning._heads import make_head
+    from sktransfer._learning._tuned_network import TunedNetwork
 
     backbone, n_columns = estimator.backbone_, estimator._n_image_columns
     with torch.random.fork_rng(devices=[]):

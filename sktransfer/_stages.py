@@ -14,9 +14,9 @@ from typing import NamedTuple, overload
 import torch
 from torch import nn
 
-from sktransfer._stage_plan import StagePlan
-from sktransfer._tracing import TracingError, trace
-from sktransfer._untraced import HookedPlan
+from sktransfer._graphs._stage_plan import StagePlan
+from sktransfer._graphs._tracing import TracingError, trace
+from sktransfer._graphs._untraced import HookedPlan
 
 
 class Stage(NamedTuple):

@@ -16,11 +16,11 @@ from skorch.callbacks import Callback
 from skorch.helper import predefined_split
 from torch.nn import functional as F
 
-from sktransfer._augment import mix, resolve_augment
-from sktransfer._losses import WeightedLoss
-from sktransfer._optimizers import make_optimizer, parameter_groups
-from sktransfer._schedules import resolve_schedule
-from sktransfer._training_callbacks import (
+from sktransfer._learning._augment import mix, resolve_augment
+from sktransfer._learning._losses import WeightedLoss
+from sktransfer._learning._optimizers import make_optimizer, parameter_groups
+from sktransfer._learning._schedules import resolve_schedule
+from sktransfer._learning._training_callbacks import (
     EpochLog,
     FiniteLoss,
     GradientRules,
@@ -28,8 +28,8 @@ from sktransfer._training_callbacks import (
     Unfreezing,
     restore,
 )
-from sktransfer._training_rows import Batches, TrainingSet
-from sktransfer._tuned_network import TunedNetwork
+from sktransfer._learning._training_rows import Batches, TrainingSet
+from sktransfer._learning._tuned_network import TunedNetwork
 
 _OURS = ("unfreezing", "learning_rates", "gradient_rules", "finite_loss", "epoch_log")
 

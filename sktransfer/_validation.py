@@ -17,8 +17,8 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from sktransfer._forms import is_tensor
 from sktransfer._images import Images, as_images
+from sktransfer._pictures._forms import is_tensor
 
 try:  # scikit-learn >= 1.9
     from sklearn.callback import CallbackSupportMixin, with_callbacks

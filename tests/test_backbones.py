@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.models import ResNet18_Weights
 
 from sktransfer import list_backbones, load_backbone
-from sktransfer._networks import MAX_NETWORKS, _networks, clear_networks
+from sktransfer._zoo._networks import MAX_NETWORKS, _networks, clear_networks
 
 PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 64, 64), np.uint8))
 
@@ -484,7 +484,7 @@ def test_own_modules_pickle_and_copy_whole():
 
 # -- one network per process -----------------------------------------------------------------
 def test_clones_share_one_network(monkeypatch):
-    from sktransfer import _weights
+    from sktransfer._zoo import _weights
 
     clear_networks()
     n_read = []

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from joblib import Memory
 from store_under_fire import WIDTH, digests_of, present, rows_of
 
-from sktransfer import _store_contract
 from sktransfer._cache import DiskStore, MemoryStore, as_store
+from sktransfer._stores import _store_contract
 
 NOW_NS = 1_900_000_000 * 10**9
 OLD_NS = NOW_NS - 3600 * 10**9

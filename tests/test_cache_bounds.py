@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from store_under_fire import WIDTH, digests_of, present, rows_of
 
-from sktransfer import _disk_store
 from sktransfer._cache import DiskStore, MemoryStore
+from sktransfer._stores import _disk_store
 
 NOW_NS = 1_900_000_000 * 10**9
 OLD_NS = NOW_NS - 3600 * 10**9

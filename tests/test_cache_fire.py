@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from store_under_fire import FINGERPRINT, check, damaged_names, digests_of, filled, put
 
-from sktransfer import _disk_store, _sqlite_file
 from sktransfer._cache import DiskStore
+from sktransfer._stores import _disk_store, _sqlite_file
 
 SCRIPT = Path(__file__).with_name("store_under_fire.py")
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="needs signals and fork")

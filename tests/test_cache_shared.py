@@ -16,9 +16,9 @@ import pytest
 from store_under_fire import digests_of, present, rows_of
 
 from sktransfer._cache import DiskStore, MemoryStore
-from sktransfer._claims import is_gone, this_worker
-from sktransfer._embedding_tables import APPLICATION_ID
-from sktransfer._network_folder import is_network_folder
+from sktransfer._stores._claims import is_gone, this_worker
+from sktransfer._stores._embedding_tables import APPLICATION_ID
+from sktransfer._stores._network_folder import is_network_folder
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -230,7 +230,7 @@ def test_network_folders_are_recognised(folder, is_network, tmp_path):
 
 
 def test_a_network_folder_is_written_without_a_write_ahead_log(tmp_path, monkeypatch):
-    monkeypatch.setattr("sktransfer._sqlite_file.is_network_folder", lambda folder: True)
+    monkeypatch.setattr("sktransfer._stores._sqlite_file.is_network_folder", lambda folder: True)
     store = DiskStore(tmp_path)
     store.put_many("f", digests_of([1]), rows_of([1]))
     assert sorted(path.name for path in tmp_path.iterdir()) == [

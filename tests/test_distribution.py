@@ -75,7 +75,7 @@ def test_the_workers_do_the_work(client, files, tmp_path):
 
 
 def _n_networks():
-    from sktransfer import _networks
+    from sktransfer._zoo import _networks
 
     return len(_networks._networks)
 
@@ -99,9 +99,9 @@ def test_bad_images_are_reported_with_their_rows(client, files, tmp_path):
 def test_assumptions_come_home_as_one_warning(client, pictures):
     X = [*(picture / 1.0 for picture in pictures[:8])]
     extractor = PretrainedFeatureExtractor(memory=False).fit(X)
-    with pytest.warns(UserWarning) as local:
+    with pytest.warns(UserWarning, match="0…255") as local:
         expected = extractor.transform(X)
-    with joblib.parallel_config("dask"), pytest.warns(UserWarning) as caught:
+    with joblib.parallel_config("dask"), pytest.warns(UserWarning, match="0…255") as caught:
         assert_same_rows(extractor.transform(X), expected)
     texts = [str(w.message) for w in caught if "row" in str(w.message)]
     assert texts == [str(w.message) for w in local]

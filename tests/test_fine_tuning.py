@@ -28,8 +28,8 @@ from sktransfer import (
     PretrainedFeatureExtractor,
     load_backbone,
 )
-from sktransfer import _training_rows as training_rows
-from sktransfer._tuned_network import learnt
+from sktransfer._learning import _training_rows as training_rows
+from sktransfer._learning._tuned_network import learnt
 
 SMALL = {"preprocessing": {"size": 16, "crop": 16}, "random_state": 0}
 
@@ -240,9 +240,9 @@ def test_fast_and_slow_ways_agree(stripes, unfreeze, monkeypatch):
 def test_frozen_part_runs_once(stripes, monkeypatch):
     X, y = stripes
     runs = []
-    run_frozen = sktransfer._tuned_module.TunedModule.run_frozen
+    run_frozen = sktransfer._learning._tuned_module.TunedModule.run_frozen
     monkeypatch.setattr(
-        sktransfer._tuned_module.TunedModule, "run_frozen",
+        sktransfer._learning._tuned_module.TunedModule, "run_frozen",
         lambda self, x, stop: runs.append(len(x)) or run_frozen(self, x, stop),
     )  # fmt: skip
     small(unfreeze=1, max_epochs=4).fit(X, y)
@@ -443,7 +443,7 @@ def test_infinite_loss_is_an_error_that_names_the_learning_rate(stripes):
 @pytest.mark.filterwarnings("ignore:.*did not improve")
 def test_ctrl_c_keeps_the_best_epoch(stripes, monkeypatch):
     X, y = stripes
-    real = sktransfer._training_rows.Batches._fetch
+    real = sktransfer._learning._training_rows.Batches._fetch
     n_calls = []
 
     def fetch(self, batch):
@@ -452,7 +452,7 @@ def test_ctrl_c_keeps_the_best_epoch(stripes, monkeypatch):
             raise KeyboardInterrupt
         return real(self, batch)
 
-    monkeypatch.setattr(sktransfer._training_rows.Batches, "_fetch", fetch)
+    monkeypatch.setattr(sktransfer._learning._training_rows.Batches, "_fetch", fetch)
     model = small(max_epochs=50, early_stopping=True)
     with pytest.warns(UserWarning, match="was interrupted after"):
         model.fit(X, y)

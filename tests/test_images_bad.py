@@ -188,7 +188,7 @@ def test_pillow_is_left_as_it_was(picture):
 
 
 def test_programming_errors_are_not_bad_images(monkeypatch, picture):
-    monkeypatch.setattr("sktransfer._decode.over_white", None)
+    monkeypatch.setattr("sktransfer._pictures._decode.over_white", None)
     image = Image.fromarray(picture).convert("RGBA")
     with pytest.raises(TypeError, match="not callable"):
         as_images([encode(image, "PNG")]).decode(0)

@@ -9,7 +9,7 @@ from torchvision.models import get_model_weights
 from torchvision.transforms import functional as F
 
 from sktransfer import load_backbone
-from sktransfer._preprocessing import (
+from sktransfer._zoo._preprocessing import (
     CallablePreprocessing,
     Preprocessing,
     resolve_preprocessing,

@@ -11,10 +11,10 @@ from torch import nn
 from torchvision.models import get_model_builder, get_model_weights, list_models
 
 from sktransfer._backbones import Backbone
-from sktransfer._networks import clear_networks
-from sktransfer._preprocessing import Preprocessing
-from sktransfer._source import Source, skeleton
 from sktransfer._stages import split_stages
+from sktransfer._zoo._networks import clear_networks
+from sktransfer._zoo._preprocessing import Preprocessing
+from sktransfer._zoo._source import Source, skeleton
 
 BUILDERS = list_models(module=torchvision.models)
 # Where each family keeps its classification head. The reference knows nothing of tracing.

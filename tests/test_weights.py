@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torchvision.models import shufflenet_v2_x0_5
 
-from sktransfer import _weights, load_backbone
+from sktransfer import load_backbone
+from sktransfer._zoo import _weights
 
 CONTENT = bytes(range(256)) * 4000  # about a megabyte
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -321,7 +322,7 @@ def test_tensors_of_other_things(tmp_path):
 
 
 def test_a_file_that_changes_under_a_fitted_object(network, tmp_path):
-    from sktransfer._networks import clear_networks
+    from sktransfer._zoo._networks import clear_networks
 
     path = saved(tmp_path / "w.pth", network.state_dict())
     backbone = load_backbone("shufflenet_v2_x0_5", weights=path)

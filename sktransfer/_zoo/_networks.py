@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sktransfer._folding import EmbeddingNetwork, inference_copy
-from sktransfer._pooling import Pooling
-from sktransfer._preprocessing import AnyPreprocessing, Preprocessing
-from sktransfer._source import Source
 from sktransfer._stages import plan_stages
+from sktransfer._zoo._folding import EmbeddingNetwork, inference_copy
+from sktransfer._zoo._pooling import Pooling
+from sktransfer._zoo._preprocessing import AnyPreprocessing, Preprocessing
+from sktransfer._zoo._source import Source
 
 # Networks kept at once, and inference copies of each (device, precision, layers, ...).
 MAX_NETWORKS = 4

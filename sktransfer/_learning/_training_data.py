@@ -14,7 +14,7 @@ from sktransfer._cache import as_store
 from sktransfer._distribution import embed_anywhere
 from sktransfer._images import Images
 from sktransfer._inference import BadRow
-from sktransfer._training_rows import (
+from sktransfer._learning._training_rows import (
     Kept,
     Pixels,
     digest_rows,

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from sktransfer._backbones import Backbone, load_backbone
-from sktransfer._pooling import Pooling
-from sktransfer._preprocessing import Preprocessing
-from sktransfer._source import Source
+from sktransfer._learning._tuned_module import TunedModule
 from sktransfer._stages import split_stages
-from sktransfer._tuned_module import TunedModule
+from sktransfer._zoo._pooling import Pooling
+from sktransfer._zoo._preprocessing import Preprocessing
+from sktransfer._zoo._source import Source
 
 
 class TunedNetwork:

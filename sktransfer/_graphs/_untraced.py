@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sktransfer._stage_plan import not_accepted, unknown_layer
+from sktransfer._graphs._stage_plan import not_accepted, unknown_layer
 
 # Hooks hang on the module itself: two threads' passes must not fill each other's values.
 _one_at_a_time = threading.RLock()

@@ -9,9 +9,9 @@ import torchvision
 from torch import nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights, list_models
 
-from sktransfer import _weights
-from sktransfer._preprocessing import Preprocessing
-from sktransfer._source import (
+from sktransfer._zoo import _weights
+from sktransfer._zoo._preprocessing import Preprocessing
+from sktransfer._zoo._source import (
     RANDOM_SEED,
     FromFile,
     Source,

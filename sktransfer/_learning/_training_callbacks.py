@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from skorch.callbacks import Callback
 
-from sktransfer._losses import validation_score
-from sktransfer._schedules import Schedule
+from sktransfer._learning._losses import validation_score
+from sktransfer._learning._schedules import Schedule
 
 
 class Unfreezing(Callback):

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ._claims import Refusals
-from ._fork_safety import hold_across_fork
-from ._store_contract import FileStat, StoreInfo, as_bytes, in_words, is_settled
+from sktransfer._stores._claims import Refusals
+from sktransfer._stores._fork_safety import hold_across_fork
+from sktransfer._stores._store_contract import FileStat, StoreInfo, as_bytes, in_words, is_settled
 
 DEFAULT_MEMORY_BYTES = 512 * 2**20
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ._claims import is_gone, this_worker
-from ._sqlite_file import transaction
-from ._store_contract import FileStat
+from sktransfer._stores._claims import is_gone, this_worker
+from sktransfer._stores._sqlite_file import transaction
+from sktransfer._stores._store_contract import FileStat
 
 FORMAT_VERSION = 1
 APPLICATION_ID = 0x736B7466  # "sktf"

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from sktransfer import _weights
-from sktransfer._preprocessing import Preprocessing
-from sktransfer._source import (
+from sktransfer._zoo import _weights
+from sktransfer._zoo._preprocessing import Preprocessing
+from sktransfer._zoo._source import (
     RANDOM_SEED,
     FromFile,
     Source,

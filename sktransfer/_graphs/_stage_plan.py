@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sktransfer._tracing import Traced, token_use
+from sktransfer._graphs._tracing import Traced, token_use
 
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, nn.Bilinear)
 _DROPOUTS = (nn.modules.dropout._DropoutNd,)

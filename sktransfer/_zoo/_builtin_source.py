@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from sktransfer import _builtin, _weights
+from sktransfer import _builtin
 from sktransfer._builtin._network import BuiltinNet
-from sktransfer._preprocessing import Preprocessing
-from sktransfer._source import (
+from sktransfer._zoo import _weights
+from sktransfer._zoo._preprocessing import Preprocessing
+from sktransfer._zoo._source import (
     RANDOM_SEED,
     FromFile,
     Source,

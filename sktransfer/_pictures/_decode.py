@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
-from sktransfer._pixels import BadImage, Note, over_white, read_only, to_rgb
+from sktransfer._pictures._pixels import BadImage, Note, over_white, read_only, to_rgb
 
 # Also chained ones, "simplecache::s3://…"; "C:" is a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+(::[A-Za-z0-9+.\-]+)*://")

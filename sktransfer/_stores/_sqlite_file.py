@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ._fork_safety import hold_across_fork
-from ._network_folder import is_network_folder
+from sktransfer._stores._fork_safety import hold_across_fork
+from sktransfer._stores._network_folder import is_network_folder
 
 try:
     import fcntl

@@ -11,10 +11,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from sktransfer._stores._claims import Refusals
+from sktransfer._stores._sqlite_file import SQLiteFile, transaction
+from sktransfer._stores._store_contract import FileStat, StoreInfo, as_bytes, in_words, is_settled
+
 from . import _embedding_tables as tables
-from ._claims import Refusals
-from ._sqlite_file import SQLiteFile, transaction
-from ._store_contract import FileStat, StoreInfo, as_bytes, in_words, is_settled
 
 DEFAULT_DISK_BYTES = 10 * 2**30
 

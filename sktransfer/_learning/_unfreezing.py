@@ -24,7 +24,7 @@ class UnfreezePlan:
 
     Examples
     --------
-    >>> from sktransfer._unfreezing import UnfreezePlan
+    >>> from sktransfer._learning._unfreezing import UnfreezePlan
     >>> plan = UnfreezePlan({1: 0, 3: 2}, ["stem", "layer1", "layer2", "pool"], max_epochs=5)
     >>> [plan.first_stage(epoch) for epoch in range(1, 6)]
     [4, 4, 1, 1, 1]

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from sktransfer import _weights
-from sktransfer._preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from sktransfer._source import RANDOM_SEED, Source, building, file_source, finish
+from sktransfer._graphs._tracing import TracingError, trace
 from sktransfer._stages import plan_stages
-from sktransfer._timm_source import timm_preprocessing
-from sktransfer._tracing import TracingError, trace
+from sktransfer._zoo import _weights
+from sktransfer._zoo._preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from sktransfer._zoo._source import RANDOM_SEED, Source, building, file_source, finish
+from sktransfer._zoo._timm_source import timm_preprocessing
 
 _snapshots: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 _snapshots_lock = threading.Lock()

@@ -17,8 +17,8 @@ import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from sktransfer import _weights
-from sktransfer._preprocessing import Preprocessing
+from sktransfer._zoo import _weights
+from sktransfer._zoo._preprocessing import Preprocessing
 
 RANDOM_SEED = 0
 _build_lock = threading.RLock()

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from sktransfer._builtin_source import BuiltinSource
-from sktransfer._module_source import own_source
-from sktransfer._source import Source, did_you_mean
-from sktransfer._timm_source import TimmSource
-from sktransfer._torchvision_source import TorchvisionSource, torchvision_names
+from sktransfer._zoo._builtin_source import BuiltinSource
+from sktransfer._zoo._module_source import own_source
+from sktransfer._zoo._source import Source, did_you_mean
+from sktransfer._zoo._timm_source import TimmSource
+from sktransfer._zoo._torchvision_source import TorchvisionSource, torchvision_names
 
 
 def resolve_source(backbone: Any, weights: Any) -> Source:

@@ -1,0 +1,1 @@
+"""A network's graph, and where it is cut into stages."""

@@ -1,0 +1,1 @@
+"""The parts of fine-tuning: data, heads, losses, schedules, what is frozen."""

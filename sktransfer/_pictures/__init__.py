@@ -1,0 +1,1 @@
+"""From any form of a picture to RGB pixels."""

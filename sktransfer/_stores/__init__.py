@@ -1,0 +1,1 @@
+"""The stores that keep embeddings, in memory and on disk."""

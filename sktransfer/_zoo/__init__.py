@@ -1,0 +1,1 @@
+"""Networks by name: where they come from, their weights, how they run."""
