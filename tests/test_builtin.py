@@ -168,6 +168,6 @@ def test_features_beat_pixels_and_the_untrained_twin(network, version, crops):
     trained = recognised(embed(network, x), y, quarters)
     untrained = recognised(embed(calibrated_twin(x), x), y, quarters)
     pixels = recognised(X[:, ::2, ::2, 0].reshape(len(X), -1) / 255.0, y, quarters)
-    assert trained > untrained + 0.08
+    assert trained > untrained + 0.1
     assert trained > pixels + 0.3
-    assert trained > 0.6
+    assert trained > 0.75
