@@ -41,8 +41,6 @@ def rate(function, n):
 
 def on_cpu(name, paths, rounds):
     weights = torchvision.models.get_model_weights(name).DEFAULT
-    if name.startswith("resnet"):
-        weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     extractors = {
         precision: PretrainedFeatureExtractor(
             name, weights=None, precision=precision, memory=False, device="cpu"
