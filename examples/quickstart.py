@@ -1,4 +1,4 @@
-"""What is transfer worth here? Pixels, HOG and frozen features under one cross-validation.
+"""What is transfer worth here? Pixels, HOG, frozen features and fine-tuning, cross-validated.
 
     python examples/quickstart.py              # real photographs that need no download
     python examples/quickstart.py FOLDER       # yours: FOLDER/CLASS/*.jpg
@@ -26,7 +26,7 @@ from sklearn.model_selection import GroupKFold, StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from sktransfer import PretrainedFeatureExtractor
+from sktransfer import FineTuningClassifier, PretrainedFeatureExtractor
 
 PICTURES = [
     *("astronaut", "brick", "camera", "cat", "clock", "coffee", "coins", "grass"),
@@ -98,21 +98,24 @@ def main():
         folds = list(StratifiedKFold(5, shuffle=True, random_state=0).split(X, y))
         print(f"{len(X)} images of {len(np.unique(y))} classes in {args.folder}")
 
-    extractor = PretrainedFeatureExtractor(args.backbone, weights=args.weights)
-    steps = {
-        "raw pixels": FunctionTransformer(pixels),
-        "HOG": FunctionTransformer(gradients),
-        f"frozen features ({args.backbone})": extractor,
+    def classical(step):
+        return make_pipeline(step, StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+
+    network = {"backbone": args.backbone, "weights": args.weights}
+    models = {
+        "raw pixels": classical(FunctionTransformer(pixels)),
+        "HOG": classical(FunctionTransformer(gradients)),
+        f"frozen features ({args.backbone})": classical(PretrainedFeatureExtractor(**network)),
+        f"fine-tuned ({args.backbone})": FineTuningClassifier(**network, random_state=0),
     }
     scores = {}
-    print(f"\n{'columns':32} accuracy   per fold{'':25} seconds")
-    for name, step in steps.items():
-        model = make_pipeline(step, StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    print(f"\n{'model':32} accuracy   per fold{'':25} seconds")
+    for name, model in models.items():
         start = time.perf_counter()
         scores[name] = fold_scores = cross_val_score(model, X, y, cv=folds, error_score="raise")
         seconds = time.perf_counter() - start
         folds_text = " ".join(f"{score:.2f}" for score in fold_scores)
-        print(f"{name:32} {fold_scores.mean():8.3f}   {folds_text:33} {seconds:7.1f}")
+        print(f"{name:32} {fold_scores.mean():8.3f}   {folds_text:33} {seconds:7.1f}", flush=True)
     print(f"{'chance':32} {np.unique(y, return_counts=True)[1].max() / len(y):8.3f}")
 
     draw(X, y, scores, args.output)
