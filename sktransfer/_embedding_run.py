@@ -67,11 +67,13 @@ class EmbeddingRun:
         store: Any,
         precision: str,
         groups: list[int],
+        fill: float,
         progress: Callable[[int], Any] | None,
     ) -> None:
         self.images, self.backbone, self.rows, self.store = images, backbone, rows, store
-        self.precision, self.groups = precision, groups
-        self.progress = progress or (lambda n: None)
+        self.precision, self.groups, self._fill = precision, groups, fill
+        self._progress = progress or (lambda n: None)
+        self._n_bad_told = 0
         self.fingerprints = [f"{f}-{precision}" for f in backbone.group_fingerprints]
         self._asked_fingerprints = [self.fingerprints[g] for g in groups]
         self._bad: dict[int, str] = {}  # row -> what is wrong with its image
@@ -97,7 +99,7 @@ class EmbeddingRun:
         while left_to_others:
             digests = [self._digests[i] for i in left_to_others]
             found = self._look_up(left_to_others, digests)
-            self.progress(int(found.sum()))
+            self._tell(int(found.sum()))
             left_to_others = [i for i, f in zip(left_to_others, found, strict=True) if not f]
             batch = left_to_others[: limit.size]
             if mine := self._claim(batch):
@@ -124,7 +126,7 @@ class EmbeddingRun:
                 else:
                     self._digests[i] = digest
                     yield i
-            self.progress(n_known)
+            self._tell(n_known)
 
     def _digest(self, chunk: range, pool: ThreadPoolExecutor) -> dict[int, bytes]:
         """Return the digest of each image, from the store's list of files where it knows."""
@@ -255,20 +257,26 @@ class EmbeddingRun:
         for g in sorted(range(len(parts)), key=lambda g: g == first):
             self.store.put_many(self.fingerprints[g], digests, parts[g])
         self._claimed.difference_update(indices)
-        self.progress(len(indices))
+        self._tell(len(indices))
 
     def fail(self, i: int, error: BadImage) -> None:
-        self.rows[i] = np.nan
+        self.rows[i] = self._fill
         self._bad[i] = str(error)
-        self.progress(1)
 
     def bad_rows(self) -> list[BadRow]:
         """List the images that gave no embedding, in their order."""
         images = self.images
         return [BadRow(images.row(i), images.label(i), self._bad[i]) for i in sorted(self._bad)]
 
+    def _tell(self, n_done: int) -> None:
+        """Tell of rows done, and of bad ones that the workers have found: in one thread."""
+        n_bad = len(self._bad)
+        self._progress(n_done + n_bad - self._n_bad_told)
+        self._n_bad_told = n_bad
+
     def copy_to_twins(self) -> None:
         """Give equal images their row, or their error."""
+        self._tell(0)
         for i, first in self._twins:
             self.rows[i] = self.rows[first]
             if first in self._bad:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
-from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils._param_validation import HasMethods, Interval, Options, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._validation import (
@@ -75,7 +75,7 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         Halved, with a warning, as often as the device runs out of memory.
 
     device : str, default="auto"
-        ``"auto"``: ``"cuda"``, then ``"mps"``, then ``"cpu"``; or any torch device.
+        ``"auto"``: ``"cuda"``, then ``"mps"``, then ``"cpu"``; or any torch device by its name.
 
     precision : {"float32", "bfloat16", "float16"}, default="float32"
         What the network computes in. The columns are float32 always.
@@ -87,7 +87,8 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
 
     memory : str, Path, joblib.Memory, False or None, default=None
         Where embeddings are kept, one row per image. ``None``: in this process, within a
-        bound. A folder: on disk, for other processes and later runs. ``False``: nowhere.
+        bound. A folder: on disk, for other processes and later runs; a cluster's workers need
+        one that all of them see. ``False``: nowhere.
 
     keep_layers : list of str or None, default=None
         Layers whose columns are put into the store in the same pass although they are not
@@ -130,7 +131,9 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
     `X` may hold paths, URLs, encoded bytes, PIL images, arrays (H×W or H×W×C) or torch
     tensors (C×H×W), as a list, array, Series or data frame with one or several image
     columns; a 3-D or 4-D array; ``{"bytes": …, "path": …}`` cells of parquet image sets; or
-    flat numeric rows with `image_shape`. All give the same columns for the same picture.
+    flat numeric rows with `image_shape`. All give the same columns for the same picture; only a
+    JPEG file far larger than the network's input, which is decoded at a reduced size, differs
+    slightly from its pixels in an array, and not with ``preprocessing={"fast_decode": False}``.
 
     Floating-point images are read as 0…1. An image whose values leave that range is read as
     0…255 where they fit there, else stretched from its least to its largest value, and a
@@ -168,8 +171,19 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "device": [str],
         "precision": [StrOptions({"float32", "bfloat16", "float16"})],
-        "n_jobs": [Integral, None],
-        "memory": [str, HasMethods(["__fspath__"]), HasMethods(["cache"]), "boolean", None],
+        "n_jobs": [
+            Interval(Integral, 1, None, closed="left"),
+            Interval(Integral, None, -1, closed="right"),
+            None,
+        ],
+        "memory": [
+            str,
+            HasMethods(["__fspath__"]),
+            HasMethods(["cache"]),
+            HasMethods(["get_into", "put_many"]),
+            Options(bool, {False}),
+            None,
+        ],
         "keep_layers": ["array-like", None],
         "on_error": [StrOptions({"raise", "nan", "zero"})],
         "verbose": ["verbose"],
@@ -323,9 +337,14 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
 
     def _fit(self, X):
         from sktransfer._backbones import load_backbone
+        from sktransfer._cache import as_store
+        from sktransfer._inference import resolve_device
 
         images = check_images(self, X, reset=True)
-        layers = self._asked_layers()
+        as_store(self.memory), resolve_device(self.device)  # what cannot be is told before loading
+        layers = (
+            [self.layer] if self.layer is None or isinstance(self.layer, str) else list(self.layer)
+        )
         kept = [] if self.keep_layers is None else list(self.keep_layers)
         extra = [layer for layer in kept if layer not in layers]
         self.backbone_ = load_backbone(
@@ -336,17 +355,15 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
             preprocessing=self.preprocessing,
         )
         self._n_image_columns = images.n_columns
+        self._n_asked_groups = len(layers)
         widths = [self.backbone_.feature_groups[g][1] for g in self._asked_groups()]
         self.n_features_out_ = images.n_columns * sum(widths)
         self.bad_images_: list[BadRow] = []
         return images
 
-    def _asked_layers(self) -> list:
-        return [self.layer] if self.layer is None or isinstance(self.layer, str) else self.layer
-
     def _asked_groups(self) -> range:
         """Return which of the backbone's groups are columns; the rest is for the store."""
-        return range(len(self._asked_layers()))
+        return range(self._n_asked_groups)
 
     def _embed(self, images, advance: Callable[[int], Any] | None = None) -> np.ndarray:
         from sktransfer._distribution import embed_anywhere
@@ -354,7 +371,7 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
 
         columns = np.empty((images.n_rows, self.n_features_out_), dtype=np.float32)
         with progress_bar(len(images), self.verbose, advance) as tick:
-            self.bad_images_ = embed_anywhere(
+            bad = embed_anywhere(
                 images,
                 self.backbone_,
                 out=columns.reshape(len(images), -1),
@@ -364,24 +381,24 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
                 precision=self.precision,
                 n_jobs=self.n_jobs,
                 groups=self._asked_groups(),
+                fill=0.0 if self.on_error == "zero" else np.nan,
                 progress=tick,
             )
         if assumed := images.take_warnings():
             warnings.warn(assumed, UserWarning, stacklevel=3)
-        if self.bad_images_ and self.on_error == "raise":
-            raise ValueError(_report(self.bad_images_, len(images)))
-        if self.bad_images_ and self.on_error == "zero":
-            np.nan_to_num(columns, copy=False, nan=0.0)
+        # Not read back: another thread may be transforming with this object, too.
+        self.bad_images_ = bad
+        if bad and self.on_error == "raise":
+            raise ValueError(_report(bad, len(images), is_kept=self.memory is not False))
         return columns
 
 
-def _report(bad: list[BadRow], n_rows: int) -> str:
+def _report(bad: list[BadRow], n_rows: int, is_kept: bool) -> str:
     lines = [f"{len(bad)} of {n_rows} images could not be read:"]
     lines += [f"  {row}" for row in bad[:_N_REPORTED]]
     if len(bad) > _N_REPORTED:
         lines.append(f"  … and {len(bad) - _N_REPORTED} more, all in bad_images_.")
-    lines.append(
-        "The others are embedded and kept, so nothing is lost: mend or drop these rows, or set "
-        'on_error="nan" or on_error="zero".'
-    )
+    if is_kept:
+        lines.append("The others are embedded and kept, so nothing is lost.")
+    lines.append('Mend or drop these rows, or set on_error="nan" or on_error="zero".')
     return "\n".join(lines)

@@ -39,6 +39,7 @@ def embed(
     precision: str = "float32",
     n_jobs: int | None = None,
     groups: Sequence[int] | None = None,
+    fill: float = np.nan,
     progress: Callable[[int], Any] | None = None,
 ) -> list[BadRow]:
     """Embed images into ``out``.
@@ -49,7 +50,7 @@ def embed(
         Of length n_images = n_rows × n_columns.
     backbone : Backbone
     out : ndarray of shape (n_images, n_features), float32
-        Receives the rows; those of bad images become NaN.
+        Receives the rows.
     store : MemoryStore or DiskStore
         Where rows are looked up and kept.
     batch_size : int or "auto"
@@ -61,6 +62,8 @@ def embed(
     groups : sequence of int or None
         Which of ``backbone.feature_groups`` are returned, in order; the others are
         computed in the same pass and go to the store alone. ``None``: all.
+    fill : float
+        What the rows of bad images hold.
     progress : callable or None
         Called with the number of rows just finished.
 
@@ -69,7 +72,7 @@ def embed(
     bad_rows : list of BadRow
     """
     groups = range(len(backbone.feature_groups)) if groups is None else groups
-    run = EmbeddingRun(images, backbone, out, store, precision, list(groups), progress)
+    run = EmbeddingRun(images, backbone, out, store, precision, list(groups), fill, progress)
     torch_device = resolve_device(device)
     n_threads = _n_threads(n_jobs)
     try:
@@ -86,7 +89,19 @@ def embed(
 def resolve_device(device: str) -> torch.device:
     """Return the torch device that ``device`` names; ``"auto"``: cuda, mps, then cpu."""
     if device != "auto":
-        return torch.device(device)
+        try:
+            named = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"device={device!r} is no torch device: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps' "
+                "are accepted."
+            ) from error
+        if named.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"device={device!r}, but torch finds no CUDA device here: device='auto' takes one "
+                "where there is one and else the CPU."
+            )
+        return named
     if torch.cuda.is_available():
         if torch.cuda._is_in_bad_fork():
             warnings.warn(
@@ -222,8 +237,10 @@ class _BatchLimit:
         try:
             if device is None:
                 return network(batch)
-            parts = network(batch.to(device, non_blocking=True))
-            return [part.to("cpu", non_blocking=True) for part in parts]
+            # Elsewhere than on CUDA nothing keeps or awaits what is still being copied.
+            in_background = device.type == "cuda"
+            parts = network(batch.to(device, non_blocking=in_background))
+            return [part.to("cpu", non_blocking=in_background) for part in parts]
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise

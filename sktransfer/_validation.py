@@ -71,7 +71,8 @@ def check_images(estimator: Any, X: Any, *, reset: bool) -> Images:
     elif images.n_columns != estimator.n_features_in_:
         raise ValueError(
             f"X has {images.n_columns} image column(s), but {type(estimator).__name__} "
-            f"was fitted on {estimator.n_features_in_}. Give the same columns as in fit."
+            f"was fitted on {estimator.n_features_in_} columns. Give X in the form it had in fit: "
+            "the same image columns, or flat rows of as many pixels."
         )
     return images
 

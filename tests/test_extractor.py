@@ -538,3 +538,39 @@ def test_metadata_routing_passes_by(pictures, labels):
         pipe = make_pipeline(PretrainedFeatureExtractor(), classifier)
         pipe.fit(pictures, labels, sample_weight=np.ones(12))
         assert pipe.predict(pictures).shape == (12,)
+
+
+def test_zero_leaves_good_rows_alone(pictures):
+    X = [pictures[0] * 0 + 255, None, pictures[1]]
+    rows = PretrainedFeatureExtractor(on_error="zero", memory=False).fit_transform(X)
+    alone = PretrainedFeatureExtractor(memory=False).fit_transform([X[0], X[2]])
+    np.testing.assert_allclose(rows[[0, 2]], alone, rtol=1e-5, atol=1e-6)
+    assert not rows[1].any()
+
+
+def test_set_params_after_fit_changes_nothing_fitted(pictures):
+    extractor = PretrainedFeatureExtractor(layer="stage1", memory=False).fit(pictures)
+    expected = extractor.transform(pictures)
+    extractor.set_params(layer=["stage1", "stage2"])
+    np.testing.assert_array_equal(extractor.transform(pictures), expected)
+    assert len(extractor.get_feature_names_out()) == expected.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"device": "gpu"}, "device='gpu' is no torch device"),
+        ({"n_jobs": 0}, "The 'n_jobs' parameter"),
+        ({"memory": True}, "The 'memory' parameter"),
+        ({"memory": "s3://bucket"}, "memory must be a local folder"),
+    ],
+)
+def test_what_cannot_be_is_told_by_fit(pictures, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainedFeatureExtractor(**parameters).fit(pictures)
+
+
+def test_bad_images_are_progress_too(tmp_path):
+    pytest.importorskip("sklearn.callback")
+    paths = [str(tmp_path / f"{i}.png") for i in range(120)]
+    PretrainedFeatureExtractor(on_error="zero", n_jobs=4, verbose=1).fit_transform(paths)

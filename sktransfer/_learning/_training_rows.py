@@ -286,7 +286,7 @@ class Batches:
                     x, target, weight = waiting.pop(0).result()
                 else:
                     x, target, weight = self._fetch(batch)
-                x = x.to(self.device, non_blocking=True)
+                x = x.to(self.device, non_blocking=self.device.type == "cuda")
                 target, weight = target.to(self.device), weight.to(self.device)
                 if self.change is not None:
                     x, target, weight = self.change(x, target, weight)
