@@ -246,6 +246,13 @@ class Backbone:
         return self._source.preprocessing.input_size
 
 
+def with_kept_layers(layer: Any, keep_layers: Any) -> Any:
+    """The layers to load: those asked for, then those that are for the store alone."""
+    asked = [layer] if layer is None or isinstance(layer, str) else list(layer)
+    extra = [name for name in ([] if keep_layers is None else keep_layers) if name not in asked]
+    return [*asked, *extra] if extra else layer
+
+
 def _flat(values: Sequence[Any]) -> list[str]:
     return [str(value) for value in values]
 

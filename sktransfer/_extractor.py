@@ -336,34 +336,31 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         return tags
 
     def _fit(self, X):
-        from sktransfer._backbones import load_backbone
+        from sktransfer._backbones import load_backbone, with_kept_layers
         from sktransfer._cache import as_store
         from sktransfer._inference import resolve_device
 
         images = check_images(self, X, reset=True)
         as_store(self.memory), resolve_device(self.device)  # what cannot be is told before loading
-        layers = (
-            [self.layer] if self.layer is None or isinstance(self.layer, str) else list(self.layer)
-        )
-        kept = [] if self.keep_layers is None else list(self.keep_layers)
-        extra = [layer for layer in kept if layer not in layers]
         self.backbone_ = load_backbone(
             self.backbone,
             weights=self.weights,
-            layer=[*layers, *extra] if extra else self.layer,
+            layer=with_kept_layers(self.layer, self.keep_layers),
             pooling=self.pooling,
             preprocessing=self.preprocessing,
         )
         self._n_image_columns = images.n_columns
-        self._n_asked_groups = len(layers)
-        widths = [self.backbone_.feature_groups[g][1] for g in self._asked_groups()]
+        n_asked = 1 if self.layer is None or isinstance(self.layer, str) else len(self.layer)
+        widths = [width for _, width in self.backbone_.feature_groups[:n_asked]]
         self.n_features_out_ = images.n_columns * sum(widths)
         self.bad_images_: list[BadRow] = []
         return images
 
     def _asked_groups(self) -> range:
-        """Return which of the backbone's groups are columns; the rest is for the store."""
-        return range(self._n_asked_groups)
+        """Return which of the backbone's groups are columns: the first; the rest is kept only."""
+        width = self.n_features_out_ // self._n_image_columns
+        widths = np.cumsum([width for _, width in self.backbone_.feature_groups])
+        return range(int(np.searchsorted(widths, width)) + 1)
 
     def _embed(self, images, advance: Callable[[int], Any] | None = None) -> np.ndarray:
         from sktransfer._distribution import embed_anywhere

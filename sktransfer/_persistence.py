@@ -164,9 +164,11 @@ def load(path: str | os.PathLike, *, backbone: Any = None) -> Any:
     for key, value in attributes.items():
         setattr(estimator, key, value)
     estimator.bad_images_ = []
-    width = attributes["_n_image_columns"] * estimator.backbone_.n_features
-    if width != attributes["n_features_out_"]:
-        raise _refused(path, f"{width} columns do not agree with n_features_out_")
+    widths = np.cumsum([width for _, width in estimator.backbone_.feature_groups])
+    widths = widths * attributes["_n_image_columns"]
+    # An extractor's columns may be the first groups alone: keep_layers are for the store.
+    if attributes["n_features_out_"] not in (widths if lowest is None else widths[-1:]):
+        raise _refused(path, f"{widths[-1]} columns do not agree with n_features_out_")
     if lowest is not None:
         estimator._tuned = _tuned_network(estimator, lowest, moves, tensors, path)
     elif tensors:
@@ -265,13 +267,14 @@ def _backbone(
     tensors: dict[str, np.ndarray],
     path: str | os.PathLike,
 ) -> Any:
-    from sktransfer._backbones import load_backbone
+    from sktransfer._backbones import load_backbone, with_kept_layers
 
     own = {k: tensors.pop(k) for k in list(tensors) if k.startswith("backbone/")}
     if header["standalone"] != bool(own):
         raise _refused(path, "it says of itself wrongly whether it stands alone")
     is_named = isinstance(estimator.backbone, str)
-    arguments = {"layer": estimator.layer, "pooling": estimator.pooling}
+    layer = with_kept_layers(estimator.layer, getattr(estimator, "keep_layers", None))
+    arguments = {"layer": layer, "pooling": estimator.pooling}
     arguments["preprocessing"] = estimator.preprocessing
     if not own or not is_named:
         backbone = load_backbone(estimator.backbone, weights=estimator.weights, **arguments)
@@ -290,13 +293,18 @@ def _standalone_backbone(
 ) -> Any:
     import torch
 
+    from sktransfer._backbones import with_kept_layers
     from sktransfer._learning._tuned_network import with_own_weights
 
     state = {k.partition("/")[2]: torch.from_numpy(np.array(v)) for k, v in own.items()}
     try:
         preprocessing = Preprocessing(**decode(header["preprocessing"]))
         return with_own_weights(
-            estimator.backbone, state, estimator.layer, estimator.pooling, preprocessing
+            estimator.backbone,
+            state,
+            with_kept_layers(estimator.layer, getattr(estimator, "keep_layers", None)),
+            estimator.pooling,
+            preprocessing,
         )
     except (RuntimeError, TypeError) as error:
         raise _refused(path, f"its weights do not fit {estimator.backbone!r}: {error}") from error

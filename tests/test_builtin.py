@@ -152,7 +152,7 @@ def crops(version):
 
 def recognised(features, y, quarters):
     """Share of crops whose picture is recognised from the picture's other quarters."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, tol=1e-3, max_iter=2000))
     return cross_val_score(model, features, y, groups=quarters, cv=GroupKFold(4)).mean()
 
 
@@ -167,7 +167,7 @@ def test_features_beat_pixels_and_the_untrained_twin(network, version, crops):
     x = (torch.from_numpy(X).permute(0, 3, 1, 2) / 255 - mean) / std
     trained = recognised(embed(network, x), y, quarters)
     untrained = recognised(embed(calibrated_twin(x), x), y, quarters)
-    pixels = recognised(X[:, ::2, ::2, 0].reshape(len(X), -1) / 255.0, y, quarters)
+    pixels = recognised(X[:, ::4, ::4, 0].reshape(len(X), -1) / 255.0, y, quarters)
     assert trained > untrained + 0.1
     assert trained > pixels + 0.3
     assert trained > 0.75
