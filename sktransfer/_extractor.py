@@ -16,8 +16,9 @@ from sktransfer._validation import (
     CallbackSupportMixin,
     FitProgress,
     check_images,
-    check_names_in,
+    image_column_names,
     keep_index,
+    set_image_tags,
     with_callbacks,
 )
 
@@ -307,10 +308,7 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
             Where several layers are joined their names stand before the number.
         """
         check_is_fitted(self)
-        names = check_names_in(self, input_features)
-        n_columns = self._n_image_columns
-        if names is None or self.n_features_in_ != n_columns:  # pixel columns: one image
-            names = [f"x{j}" for j in range(n_columns)] if n_columns > 1 else [""]
+        names = image_column_names(self, input_features)
         joined = len(self._asked_groups()) > 1
         out = []
         for name in names:
@@ -326,14 +324,7 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         return "backbone_" in vars(self)
 
     def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        # With image_shape X is a table of numbers; without, it may well be a list of paths.
-        tags.input_tags.one_d_array = self.image_shape is None
-        tags.input_tags.string = self.image_shape is None
-        tags.input_tags.three_d_array = True
-        tags.input_tags.allow_nan = self.on_error != "raise"
-        tags.transformer_tags.preserves_dtype = ["float32"]
-        return tags
+        return set_image_tags(self, super().__sklearn_tags__())
 
     def _fit(self, X):
         from sktransfer._backbones import load_backbone, with_kept_layers

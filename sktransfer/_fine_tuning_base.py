@@ -14,7 +14,13 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._learning._linear_probe import fit_probe, stratified_part
-from sktransfer._validation import check_images, check_names_in, check_weight, keep_index
+from sktransfer._validation import (
+    check_images,
+    check_weight,
+    image_column_names,
+    keep_index,
+    set_image_tags,
+)
 
 # From so many rows on a tenth of them is worth giving away to choose the epoch by.
 _N_ROWS_TO_SPLIT = 1000
@@ -370,10 +376,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         names : ndarray of str objects of shape (n_features_out_,)
         """
         check_is_fitted(self)
-        names = check_names_in(self, input_features)
-        n_columns = self._n_image_columns
-        if names is None or self.n_features_in_ != n_columns:  # pixel columns: one image
-            names = [f"x{j}" for j in range(n_columns)] if n_columns > 1 else [""]
+        names = image_column_names(self, input_features)
         width = self.backbone_.n_features
         digits = max(3, len(str(width - 1)))
         stem = f"{self.backbone_.short_name}_tuned"
@@ -400,14 +403,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return "_tuned" in vars(self)
 
     def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        # With image_shape X is a table of numbers; without, it may well be a list of paths.
-        tags.input_tags.one_d_array = self.image_shape is None
-        tags.input_tags.string = self.image_shape is None
-        tags.input_tags.three_d_array = True
-        tags.input_tags.allow_nan = self.on_error != "raise"
-        tags.transformer_tags.preserves_dtype = ["float32"]
-        return tags
+        return set_image_tags(self, super().__sklearn_tags__())
 
 
 def _body_names(backbone):

@@ -35,9 +35,10 @@ __all__ = [
     "CallbackSupportMixin",
     "FitProgress",
     "check_images",
-    "check_names_in",
     "check_weight",
+    "image_column_names",
     "keep_index",
+    "set_image_tags",
     "with_callbacks",
 ]
 
@@ -84,10 +85,24 @@ def check_weight(sample_weight: Any, n_samples: int) -> np.ndarray:
     )
 
 
-def check_names_in(estimator: Any, input_features: Any) -> list[str] | None:
-    """Return the input names that output names are made of; ``None``: there are none."""
-    checked = _check_feature_names_in(estimator, input_features, generate_names=False)
-    return None if checked is None else [str(name) for name in checked]
+def image_column_names(estimator: Any, input_features: Any) -> list[str]:
+    """Return a name for each image column; a single column without one has the name ""."""
+    names = _check_feature_names_in(estimator, input_features, generate_names=False)
+    n_columns = estimator._n_image_columns
+    if names is None or estimator.n_features_in_ != n_columns:  # pixel columns: one image
+        return [f"x{j}" for j in range(n_columns)] if n_columns > 1 else [""]
+    return [str(name) for name in names]
+
+
+def set_image_tags(estimator: Any, tags: Any) -> Any:
+    """Say in scikit-learn's tags what an estimator of images takes and gives."""
+    # With image_shape X is a table of numbers; without, it may well be a list of paths.
+    tags.input_tags.one_d_array = estimator.image_shape is None
+    tags.input_tags.string = estimator.image_shape is None
+    tags.input_tags.three_d_array = True
+    tags.input_tags.allow_nan = estimator.on_error != "raise"
+    tags.transformer_tags.preserves_dtype = ["float32"]
+    return tags
 
 
 def keep_index(estimator: Any, columns: np.ndarray, X: Any) -> Any:
