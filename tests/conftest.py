@@ -8,6 +8,17 @@ import pytest
 from PIL import Image
 
 
+class Clock:
+    """The wall clock of the stores, moved by hand."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1_800_000_000.0
+        monkeypatch.setattr("time.time", lambda: self.now)
+
+    def advance(self, hours):
+        self.now += 3600 * hours
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """The folder with larger real data; the test skips where it is absent."""
@@ -40,3 +51,40 @@ def empty_store():
     from sktransfer._cache import as_store
 
     as_store(None).clear()
+
+
+@pytest.fixture(scope="session")
+def stripes():
+    """Horizontal, vertical and no stripes, noisy: uint8 (48, 20, 20, 3), and their names."""
+    rng = np.random.default_rng(0)
+    wave = (np.arange(20) // 3 % 2 * 120).astype(float)
+    kinds = [wave[:, None] + 0 * wave, wave[None, :] + 0 * wave[:, None], np.full((20, 20), 60.0)]
+    y = np.tile([0, 1, 2], 16)
+    X = np.stack([kinds[k] for k in y])[..., None] + rng.normal(0, 40, (48, 20, 20, 3)) + 60
+    return X.clip(0, 255).astype(np.uint8), np.array(["across", "down", "plain"])[y]
+
+
+@pytest.fixture
+def one_thread():
+    """One torch thread: what is so small gains nothing from several."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["memory", "disk"])
+def store(request, tmp_path):
+    """An empty store of each kind."""
+    from sktransfer._cache import DiskStore, MemoryStore
+
+    store = MemoryStore() if request.param == "memory" else DiskStore(tmp_path)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)

@@ -22,13 +22,6 @@ NOW_NS = 1_900_000_000 * 10**9
 OLD_NS = NOW_NS - 3600 * 10**9
 
 
-@pytest.fixture(params=["memory", "disk"])
-def store(request, tmp_path):
-    store = MemoryStore() if request.param == "memory" else DiskStore(tmp_path)
-    yield store
-    store.close()
-
-
 # Rows ------------------------------------------------------------------------------------------
 
 

@@ -16,29 +16,6 @@ NOW_NS = 1_900_000_000 * 10**9
 OLD_NS = NOW_NS - 3600 * 10**9
 
 
-@pytest.fixture(params=["memory", "disk"])
-def store(request, tmp_path):
-    store = MemoryStore() if request.param == "memory" else DiskStore(tmp_path)
-    yield store
-    store.close()
-
-
-class Clock:
-    """The wall clock of the stores, moved by hand."""
-
-    def __init__(self, monkeypatch):
-        self.now = 1_800_000_000.0
-        monkeypatch.setattr("time.time", lambda: self.now)
-
-    def advance(self, hours):
-        self.now += 3600 * hours
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return Clock(monkeypatch)
-
-
 def test_the_least_recently_used_goes_first(store, clock):
     for number in range(10):
         store.put_many("f", digests_of([number]), rows_of([number]))

@@ -15,34 +15,10 @@ import numpy as np
 import pytest
 from store_under_fire import digests_of, present, rows_of
 
-from sktransfer._cache import DiskStore, MemoryStore
+from sktransfer._cache import DiskStore
 from sktransfer._stores._claims import is_gone, this_worker
 from sktransfer._stores._embedding_tables import APPLICATION_ID
 from sktransfer._stores._network_folder import is_network_folder
-
-
-@pytest.fixture(params=["memory", "disk"])
-def store(request, tmp_path):
-    store = MemoryStore() if request.param == "memory" else DiskStore(tmp_path)
-    yield store
-    store.close()
-
-
-class Clock:
-    """The wall clock of the stores, moved by hand."""
-
-    def __init__(self, monkeypatch):
-        self.now = 1_800_000_000.0
-        monkeypatch.setattr("time.time", lambda: self.now)
-
-    def advance(self, hours):
-        self.now += 3600 * hours
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return Clock(monkeypatch)
-
 
 # Threads and forks -----------------------------------------------------------------------------
 

@@ -31,27 +31,9 @@ from sktransfer import (
 from sktransfer._learning import _training_rows as training_rows
 from sktransfer._learning._tuned_network import learnt
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {"preprocessing": {"size": 16, "crop": 16}, "random_state": 0}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a network gains nothing from several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def stripes():
-    """Horizontal, vertical and no stripes, noisy: uint8 (48, 20, 20, 3), and their names."""
-    rng = np.random.default_rng(0)
-    wave = (np.arange(20) // 3 % 2 * 120).astype(float)
-    kinds = [wave[:, None] + 0 * wave, wave[None, :] + 0 * wave[:, None], np.full((20, 20), 60.0)]
-    y = np.tile([0, 1, 2], 16)
-    X = np.stack([kinds[k] for k in y])[..., None] + rng.normal(0, 40, (48, 20, 20, 3)) + 60
-    return X.clip(0, 255).astype(np.uint8), np.array(["across", "down", "plain"])[y]
 
 
 def small(cls=FineTuningClassifier, **parameters):

@@ -40,13 +40,7 @@ ESTIMATORS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a network gains nothing from several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # The battery's numbers are drawn from all over the line: pixels out of 0…1 are expected.

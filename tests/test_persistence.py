@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from test_fine_tuning_sklearn import tiny_network
@@ -21,14 +20,7 @@ from sktransfer import (
 )
 from sktransfer._persistence import _read
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a network gains nothing from several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 LABELS = np.array(["a", "b", "c"] * 4)

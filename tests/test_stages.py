@@ -89,12 +89,8 @@ def fill(module, variance=1.0):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Small inputs: threads would wait for each other longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def no_networks_left(one_thread):
     yield
-    torch.set_num_threads(before)
     clear_networks()  # of the test: some hold gigabytes
 
 
