@@ -13,11 +13,12 @@ from typing import Any
 
 import joblib
 import numpy as np
+import torch
 from joblib.parallel import get_active_backend
 
 from sktransfer._cache import as_store
 from sktransfer._images import Images
-from sktransfer._inference import BadRow, embed
+from sktransfer._inference import BadRow, embed, resolve_device
 
 # joblib's own backends: their workers are cores of this machine, which embed() uses as threads.
 _LOCAL_BACKENDS = {
@@ -27,6 +28,12 @@ _LOCAL_BACKENDS = {
     "ThreadingBackend",
 }
 _IMAGES_PER_TASK = 512
+
+
+def check_place(memory: Any, device: str) -> torch.device:
+    """Return the device, or tell before a network is loaded that it or `memory` cannot be used."""
+    as_store(memory)
+    return resolve_device(device)
 
 
 def embed_anywhere(

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
-from sklearn.utils._param_validation import HasMethods, Interval, Options, StrOptions
+from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._validation import (
+    SHARED_CONSTRAINTS,
     CallbackSupportMixin,
     FitProgress,
     check_images,
@@ -163,31 +164,11 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
     """
 
     _parameter_constraints: dict = {  # noqa: RUF012
-        "backbone": [str, HasMethods(["forward"]), callable],
-        "weights": [str, HasMethods(["__fspath__"]), None],
+        **SHARED_CONSTRAINTS,
         "layer": [str, "array-like", None],
-        "pooling": [StrOptions({"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"})],
-        "preprocessing": [StrOptions({"auto"}), dict, callable],
-        "image_shape": [tuple, list, None],
         "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
-        "device": [str],
-        "precision": [StrOptions({"float32", "bfloat16", "float16"})],
-        "n_jobs": [
-            Interval(Integral, 1, None, closed="left"),
-            Interval(Integral, None, -1, closed="right"),
-            None,
-        ],
-        "memory": [
-            str,
-            HasMethods(["__fspath__"]),
-            HasMethods(["cache"]),
-            HasMethods(["get_into", "put_many"]),
-            Options(bool, {False}),
-            None,
-        ],
         "keep_layers": ["array-like", None],
         "on_error": [StrOptions({"raise", "nan", "zero"})],
-        "verbose": ["verbose"],
     }
 
     # The "?" of the HTML representation leads to the class's page.
@@ -328,11 +309,10 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
 
     def _fit(self, X):
         from sktransfer._backbones import load_backbone, with_kept_layers
-        from sktransfer._cache import as_store
-        from sktransfer._inference import resolve_device
+        from sktransfer._distribution import check_place
 
         images = check_images(self, X, reset=True)
-        as_store(self.memory), resolve_device(self.device)  # what cannot be is told before loading
+        check_place(self.memory, self.device)
         self.backbone_ = load_backbone(
             self.backbone,
             weights=self.weights,

@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._learning._linear_probe import fit_probe, stratified_part
 from sktransfer._validation import (
+    SHARED_CONSTRAINTS,
     check_images,
     check_weight,
     image_column_names,
@@ -30,12 +31,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     """See the two estimators."""
 
     _parameter_constraints: dict = {  # noqa: RUF012
-        "backbone": [str, HasMethods(["forward"]), callable],
-        "weights": [str, HasMethods(["__fspath__"]), None],
+        **SHARED_CONSTRAINTS,
+        "precision": [StrOptions({"float32", "bfloat16"})],
         "layer": [str, None],
-        "pooling": [StrOptions({"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"})],
-        "preprocessing": [StrOptions({"auto"}), dict, callable],
-        "image_shape": [tuple, list, None],
         "unfreeze": [
             Interval(Integral, 0, None, closed="left"),
             StrOptions({"all", "gradual"}),
@@ -64,12 +62,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         "random_state": ["random_state"],
         "warm_start": ["boolean"],
         "callbacks": ["array-like", None],
-        "device": [str],
-        "precision": [StrOptions({"float32", "bfloat16"})],
-        "n_jobs": [Integral, None],
-        "memory": [str, HasMethods(["__fspath__"]), HasMethods(["cache"]), "boolean", None],
         "on_error": [StrOptions({"raise", "skip"})],
-        "verbose": ["verbose"],
     }
 
     backbone_: Any
@@ -105,7 +98,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     # -- fit --------------------------------------------------------------------------------
     def _fit(self, X, y, sample_weight=None, X_val=None, y_val=None, *, goes_on=False):
         """Train from the start, from the last fit's weights, or one more epoch (`goes_on`)."""
-        from sktransfer._inference import resolve_device
+        from sktransfer._distribution import check_place
         from sktransfer._learning._training_data import TrainingData
         from sktransfer._learning._unfreezing import UnfreezePlan
         from sktransfer._training import as_random_seed, report, train
@@ -117,7 +110,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         target = self._read_target(y, images.n_rows, reset=reset)
         weight = check_weight(sample_weight, images.n_rows)
         rng, seed = as_random_seed(self.random_state)
-        device = resolve_device(self.device)
+        device = check_place(self.memory, self.device)
 
         backbone = self._load_backbone() if reset else old.backbone
         max_epochs = 1 if goes_on else self.max_epochs

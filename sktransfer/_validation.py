@@ -6,9 +6,11 @@ new release of scikit-learn can break one file only.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
+from sklearn.utils._param_validation import HasMethods, Interval, Options, StrOptions
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import (
     _check_feature_names,
@@ -32,6 +34,7 @@ except ImportError:
 
 
 __all__ = [
+    "SHARED_CONSTRAINTS",
     "CallbackSupportMixin",
     "FitProgress",
     "check_images",
@@ -41,6 +44,31 @@ __all__ = [
     "set_image_tags",
     "with_callbacks",
 ]
+
+# Of the parameters that the extractor and fine-tuning have in common, in scikit-learn's terms.
+SHARED_CONSTRAINTS: dict[str, list[Any]] = {
+    "backbone": [str, HasMethods(["forward"]), callable],
+    "weights": [str, HasMethods(["__fspath__"]), None],
+    "pooling": [StrOptions({"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"})],
+    "preprocessing": [StrOptions({"auto"}), dict, callable],
+    "image_shape": [tuple, list, None],
+    "device": [str],
+    "precision": [StrOptions({"float32", "bfloat16", "float16"})],
+    "n_jobs": [
+        Interval(Integral, 1, None, closed="left"),
+        Interval(Integral, None, -1, closed="right"),
+        None,
+    ],
+    "memory": [
+        str,
+        HasMethods(["__fspath__"]),
+        HasMethods(["cache"]),
+        HasMethods(["get_into", "put_many"]),
+        Options(bool, {False}),
+        None,
+    ],
+    "verbose": ["verbose"],
+}
 
 
 def check_images(estimator: Any, X: Any, *, reset: bool) -> Images:
