@@ -32,7 +32,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     _parameter_constraints: dict = {  # noqa: RUF012
         **SHARED_CONSTRAINTS,
-        "precision": [StrOptions({"float32", "bfloat16"})],
         "layer": [str, None],
         "unfreeze": [
             Interval(Integral, 0, None, closed="left"),
@@ -53,7 +52,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         "gradient_clip": [Interval(Real, 0, None, closed="neither"), None],
         "augment": [StrOptions({"light", "strong"}), callable, None],
         "mixup": [Interval(Real, 0, None, closed="left")],
+        "cutmix": [Interval(Real, 0, None, closed="left")],
         "l2_sp": [Interval(Real, 0, None, closed="left")],
+        "weight_averaging": [StrOptions({"ema", "last"}), None],
         "early_stopping": [StrOptions({"auto"}), "boolean"],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
@@ -117,7 +118,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         plan = UnfreezePlan(self.unfreeze, _body_names(backbone), self.max_epochs)
         lowest = plan.lowest
         starts_as_probe = self._starts_as_probe and not is_resumed
-        entry = lowest if self.augment is None and not self.mixup else 0
+        # New pictures in each epoch leave nothing that could be kept.
+        makes_new = self.augment is not None or self.mixup > 0 or self.cutmix > 0
+        entry = 0 if makes_new else lowest
         n_stages = len(plan.stage_names)
         options = {
             "backbone": backbone,
@@ -302,8 +305,10 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             gradient_clip=self.gradient_clip,
             augment=self.augment,
             mixup=self.mixup,
+            cutmix=self.cutmix,
             label_smoothing=getattr(self, "label_smoothing", 0.0),
             l2_sp=self.l2_sp,
+            weight_averaging=None if goes_on else self.weight_averaging,
             batch_size=self.batch_size,
             keeps_best=keeps_best,
             patience=self.n_iter_no_change,

@@ -110,8 +110,10 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         gradient_clip=None,
         augment=None,
         mixup=0.0,
+        cutmix=0.0,
         label_smoothing=0.0,
         l2_sp=0.0,
+        weight_averaging=None,
         early_stopping="auto",
         validation_fraction=0.1,
         n_iter_no_change=10,
@@ -149,8 +151,10 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         self.gradient_clip = gradient_clip
         self.augment = augment
         self.mixup = mixup
+        self.cutmix = cutmix
         self.label_smoothing = label_smoothing
         self.l2_sp = l2_sp
+        self.weight_averaging = weight_averaging
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change

@@ -84,10 +84,22 @@ PARAMETERS = """\
         tensor (channels, height, width). Validation rows and predictions see none of it.
 
     mixup : float, default=0.0
-        α of mixup; 0: none.
+        α of mixup: each training picture is blended with another of its batch, λ of the one
+        and 1 - λ of the other, λ drawn from Beta(α, α) for the batch; so are their targets.
+        0: none.
+
+    cutmix : float, default=0.0
+        α of cutmix: a box of 1 - λ of the area is pasted from another picture, and the
+        targets are mixed as in mixup. 0: none. With both, one of them is drawn for each batch.
 {more_parameters}
     l2_sp : float, default=0.0
         Strength of the pull of trained stages towards their pre-trained weights [2]_.
+
+    weight_averaging : {"ema", "last"} or None, default=None
+        Whether an average of the trained weights over the steps is validated and kept rather
+        than the weights themselves [3]_. ``"ema"``: an exponential moving average that looks
+        back over a tenth of the training; ``"last"``: the mean over the last quarter of the
+        epochs. `partial_fit` takes no averages.
 
     early_stopping : "auto" or bool, default="auto"
         Whether the epoch with the best score on a validation part is kept, epoch 0
@@ -122,8 +134,9 @@ PARAMETERS = """\
     device : str, default="auto"
         ``"auto"``: ``"cuda"``, then ``"mps"``, then ``"cpu"``; or any torch device.
 
-    precision : {"float32", "bfloat16"}, default="float32"
-        What the network computes in; weights stay float32.
+    precision : {"float32", "bfloat16", "float16"}, default="float32"
+        What the network computes in; weights stay float32. Gradients of ``"float16"`` are
+        scaled. On a CPU it is slower than the others.
 
     n_jobs : int or None, default=None
         Threads for decoding. ``None`` and -1 mean as many as torch uses in this process.
@@ -184,6 +197,9 @@ REFERENCES = """\
        https://arxiv.org/abs/2202.10054
     .. [2] X. Li, Y. Grandvalet, F. Davoine. "Explicit inductive bias for transfer learning
        with convolutional networks." ICML 2018. https://arxiv.org/abs/1802.01483
+    .. [3] P. Izmailov, D. Podoprikhin, T. Garipov, D. Vetrov, A. G. Wilson. "Averaging weights
+       leads to wider optima and better generalization." UAI 2018.
+       https://arxiv.org/abs/1803.05407
 """
 
 

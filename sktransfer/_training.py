@@ -16,8 +16,10 @@ from skorch.callbacks import Callback
 from skorch.helper import predefined_split
 from torch.nn import functional as F
 
-from sktransfer._learning._augment import mix, resolve_augment
+from sktransfer._learning._augment import resolve_augment
+from sktransfer._learning._gradient_scaling import GradientScaling
 from sktransfer._learning._losses import WeightedLoss
+from sktransfer._learning._mixing import mix
 from sktransfer._learning._optimizers import make_optimizer, parameter_groups
 from sktransfer._learning._schedules import resolve_schedule
 from sktransfer._learning._training_callbacks import (
@@ -30,8 +32,12 @@ from sktransfer._learning._training_callbacks import (
 )
 from sktransfer._learning._training_rows import Batches, TrainingSet
 from sktransfer._learning._tuned_network import TunedNetwork
+from sktransfer._learning._weight_average import WeightAverage
 
-_OURS = ("unfreezing", "learning_rates", "gradient_rules", "finite_loss", "epoch_log")
+_OURS = (
+    "weight_average", "unfreezing", "learning_rates", "gradient_scaling", "gradient_rules",
+    "finite_loss", "epoch_log",
+)  # fmt: skip
 
 
 @dataclass
@@ -48,8 +54,10 @@ class TrainingSettings:
     gradient_clip: float | None
     augment: Any
     mixup: float
+    cutmix: float
     label_smoothing: float
     l2_sp: float
+    weight_averaging: str | None
     batch_size: int
     keeps_best: bool
     patience: int
@@ -135,10 +143,16 @@ def train(
         module.stages.to(memory_format=torch.channels_last)  # as the batches are
         if not (keeps_net and tuned.net is not None):
             module.freeze(min(first_stage(1), len(module.stages)))
+        average: Callback | None = None
+        if settings.weight_averaging is not None:
+            average = WeightAverage(settings.weight_averaging, tuned.lowest, max_epochs, n_batches)
+        is_half = bool(module.stages) and module.precision == "float16"
         callbacks = [
+            ("weight_average", average or Callback()),
             ("unfreezing", Unfreezing(first_stage, _groups_of(module, settings))),
             ("learning_rates", LearningRates(
                 resolve_schedule(settings.lr_schedule), max(1, max_epochs * n_batches))),
+            ("gradient_scaling", GradientScaling(settings.device) if is_half else Callback()),
             ("gradient_rules", GradientRules(
                 settings.l2_sp, settings.gradient_clip, _anchors(tuned, module, settings))),
             ("finite_loss", FiniteLoss(settings.lr)),
@@ -271,19 +285,20 @@ def _anchors(
 
 
 def _change(settings: TrainingSettings, generator: torch.Generator) -> Callable | None:
-    """What augmentation and mixup make of a training batch."""
+    """What augmentation, mixup and cutmix make of a training batch."""
     augment = resolve_augment(settings.augment, generator)
-    if augment is None and not settings.mixup:
+    is_mixing = bool(settings.mixup or settings.cutmix)
+    if augment is None and not is_mixing:
         return None
 
     def change(x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> tuple:
         if augment is not None:
             n_columns = x.shape[1]
             x = augment(x.flatten(0, 1)).unflatten(0, (-1, n_columns))
-        if settings.mixup:
+        if is_mixing:
             if settings.kind == "multiclass":
                 target = F.one_hot(target, settings.n_outputs).float()
-            x, target, weight = mix(x, target, weight, settings.mixup, generator)
+            x, target, weight = mix(x, target, weight, settings.mixup, settings.cutmix, generator)
         return x, target, weight
 
     return change

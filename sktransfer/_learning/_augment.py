@@ -107,34 +107,3 @@ def resolve_augment(augment: Any, generator: torch.Generator) -> Augment | None:
     if isinstance(augment, str):
         return RandomViews(augment, generator)
     return EachPicture(augment)
-
-
-def mix(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor,
-    alpha: float,
-    generator: torch.Generator,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mixup [1]_: λ of each picture and 1 - λ of another, and their targets alike.
-
-    Targets are rows of numbers already (one-hot for classes). λ is drawn once for the batch
-    from Beta(α, α).
-
-    References
-    ----------
-    .. [1] H. Zhang, M. Cisse, Y. N. Dauphin, D. Lopez-Paz: "mixup: beyond empirical risk
-       minimization", ICLR 2018. https://arxiv.org/abs/1710.09412
-    """
-    order = torch.randperm(len(x), generator=generator)
-    # Beta(α, α) from two gamma variates; torch's own gamma takes a generator.
-    pair = torch._standard_gamma(torch.full((2,), float(alpha)), generator=generator)
-    share = float(pair[0] / pair.sum().clamp(min=1e-12))
-    mixed = share * x.float() + (1 - share) * x[order.to(x.device)].float()
-    order = order.to(target.device)
-    mixed_weight = share * weight + (1 - share) * weight[order]
-    own, other = share * weight, (1 - share) * weight[order]
-    while own.ndim < target.ndim:
-        own, other = own[..., None], other[..., None]
-    total = (own + other).clamp(min=1e-12)
-    return mixed, (own * target + other * target[order]) / total, mixed_weight

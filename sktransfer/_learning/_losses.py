@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,14 @@ class WeightedLoss(nn.Module):
         targets.
     label_smoothing : float
         In training alone: this share of each target is spread evenly over the classes.
+
+    Attributes
+    ----------
+    scale_gradient : callable or None
+        What is done to the gradient before it flows back.
     """
+
+    scale_gradient: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(self, kind: str, label_smoothing: float = 0.0):
         super().__init__()
@@ -36,7 +44,10 @@ class WeightedLoss(nn.Module):
             losses = F.binary_cross_entropy_with_logits(scores, soft, reduction="none").mean(1)
         else:
             losses = (scores - target).square().mean(1)
-        return (losses * weight).mean()
+        loss = (losses * weight).mean()
+        if self.scale_gradient is not None and loss.requires_grad:
+            loss.register_hook(self.scale_gradient)
+        return loss
 
 
 def validation_score(

@@ -115,8 +115,9 @@ class FiniteLoss(Callback):
                 f"The training loss became {value} in epoch {len(net.history)}, batch "
                 f"{n_batches}. The likely cause is a learning rate that is "
                 f"too large: lr={self.lr!r}; try a tenth of it, or gradient_clip=1.0. Other "
-                "causes: precision='bfloat16', very large sample weights or targets, an "
-                "`augment` or `preprocessing` function that returns NaN."
+                "causes: precision='float16', whose largest number is 65504 ('bfloat16' is not so "
+                "bound), very large sample weights or targets, an `augment` or `preprocessing` "
+                "function that returns NaN."
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_DTYPES = {"bfloat16": torch.bfloat16}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -26,7 +26,7 @@ class TunedModule(nn.Module):
     moves_statistics : bool
         Whether unfrozen batch norms go on with their running statistics. Otherwise they use
         those of pre-training, as frozen ones always do.
-    precision : {"float32", "bfloat16"}
+    precision : {"float32", "bfloat16", "float16"}
 
     Attributes
     ----------

@@ -1,0 +1,98 @@
+"""Averages of the trained weights over the steps of a training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from skorch.callbacks import Callback
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+# Of the whole training: how far back an exponential average looks, what "last" means.
+_EMA_SHARE = 0.1
+_LAST_SHARE = 0.25
+
+
+class WeightAverage(Callback):
+    """Averages the trained weights; between epochs the module holds the average.
+
+    The optimizer steps on from the weights as they are. The average stands in the module from
+    the end of an epoch's training on until the next epoch begins, so that it is what is
+    validated, kept as the best epoch and left behind. This callback stands before all others.
+
+    Parameters
+    ----------
+    kind : {"ema", "last"}
+        ``"ema"``: from the first step on an exponential moving average that looks back over a
+        tenth of the training's steps. ``"last"``: the mean over the steps of the last quarter
+        of the epochs [1]_; before these there is no average.
+    lowest : int
+        Position of the lowest stage that is ever trained.
+    max_epochs, n_batches : int
+        Epochs, and steps of one.
+
+    References
+    ----------
+    .. [1] P. Izmailov et al.: "Averaging weights leads to wider optima and better
+       generalization", UAI 2018. https://arxiv.org/abs/1803.05407
+    """
+
+    def __init__(self, kind: str, lowest: int, max_epochs: int, n_batches: int):
+        self.lowest = lowest
+        n_steps = max(1, max_epochs * n_batches)
+        self.first_step = 1
+        if kind == "last":
+            self.first_step = 1 + int(max_epochs * (1 - _LAST_SHARE)) * n_batches
+            self._average = get_swa_multi_avg_fn()
+        else:
+            self._average = get_ema_multi_avg_fn(max(0.0, 1 - 1 / (_EMA_SHARE * n_steps)))
+        self.step = 0
+        self._trained: list[torch.Tensor] = []
+        self._mean: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor] = []  # as they were, while the average stands there
+
+    def on_train_begin(self, net: Any, **kwargs: Any) -> None:
+        module = net.module_
+        parts = [module.head, *module.stages[self.lowest :]]
+        # Of a stage that joins later its weights until then count as well: the same each step.
+        # Batch norms' statistics go with the weights, their counts of batches do not.
+        self._trained = [
+            tensor
+            for part in parts
+            for tensor in (*part.parameters(), *part.buffers())
+            if tensor.is_floating_point()
+        ]
+
+    @torch.no_grad()
+    def on_epoch_begin(self, net: Any, **kwargs: Any) -> None:
+        if self._weights:
+            torch._foreach_copy_(self._trained, self._weights)
+            self._weights = []
+
+    @torch.no_grad()
+    def on_batch_end(self, net: Any, training: bool = False, **kwargs: Any) -> None:
+        if not training:
+            return
+        self.step += 1
+        n_averaged = self.step - self.first_step
+        if n_averaged == 0:
+            self._mean = [tensor.detach().clone() for tensor in self._trained]
+        elif n_averaged > 0:
+            self._average(self._mean, self._trained, n_averaged)
+
+    def on_batch_begin(self, net: Any, training: bool = False, **kwargs: Any) -> None:
+        if not training:
+            self._put_average()
+
+    def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
+        self._put_average()
+
+    def on_train_end(self, net: Any, **kwargs: Any) -> None:
+        self._put_average()
+        self._mean, self._weights, self._trained = [], [], []
+
+    @torch.no_grad()
+    def _put_average(self) -> None:
+        if self._mean and not self._weights:
+            self._weights = [tensor.detach().clone() for tensor in self._trained]
+            torch._foreach_copy_(self._trained, self._mean)
