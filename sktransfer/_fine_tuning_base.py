@@ -161,10 +161,10 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             tuned = self._resumed_network(old, backbone, images.n_columns, lowest)
         module = tuned.module(whole=entry < n_stages)
         parts = [part for part in (data, valid_data) if part is not None]
-        sources = [part.source(module, entry, n_stages, device) for part in parts]
+        sources = [part.source(module, entry, n_stages, device, tuned.lowest) for part in parts]
         if min(found for _, _, found in sources) < entry:  # one of them fits in no bound
             entry = 0
-            sources = [part.source(module, 0, n_stages, device) for part in parts]
+            sources = [part.source(module, 0, n_stages, device, tuned.lowest) for part in parts]
         train_set = self._training_set(data, sources[0], prepared, train_rows)
         valid_set = None
         if len(valid_rows):

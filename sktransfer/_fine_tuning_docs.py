@@ -142,7 +142,9 @@ PARAMETERS = """\
         Threads for decoding. ``None`` and -1 mean as many as torch uses in this process.
 
     memory : str, Path, joblib.Memory, False or None, default=None
-        Where embeddings are kept, as in :class:`PretrainedFeatureExtractor`.
+        Where embeddings are kept, as in :class:`PretrainedFeatureExtractor`. What other frozen
+        stages make of pictures is kept in this process, within a bound of its own, unless
+        ``False``.
 
     on_error : {"raise", "skip"}, default="raise"
         What an unreadable image does: an error that lists all of them; or its row is left

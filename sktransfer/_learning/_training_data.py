@@ -14,14 +14,8 @@ from sktransfer._cache import as_store
 from sktransfer._distribution import embed_anywhere
 from sktransfer._images import Images
 from sktransfer._inference import BadRow
-from sktransfer._learning._training_rows import (
-    Kept,
-    Pixels,
-    digest_rows,
-    keep_activations,
-    merge_rows,
-    rows_of,
-)
+from sktransfer._learning._boundary import boundary_rows, keeps_anything
+from sktransfer._learning._training_rows import Kept, Pixels, digest_rows, merge_rows, rows_of
 
 _N_REPORTED = 10
 
@@ -95,6 +89,7 @@ class TrainingData:
         what: str = "training",
     ):
         self._backbone, self._n_columns = backbone, images.n_columns
+        self._memory = settings.memory
         n_threads = n_decoding_threads(settings.n_jobs)
         keys, bad = digest_rows(images, as_store(settings.memory), n_threads)
         index, weight = merge_rows(keys, target, weight)
@@ -117,6 +112,7 @@ class TrainingData:
         self._positions = np.array(
             [k for k, i in enumerate(index) if int(i) not in unreadable], dtype=int
         )
+        self._keys = [keys[i] for i in index[self._positions]]
         self.target = target[index][self._positions]
         self.weight = weight[self._positions]
         self.embeddings = None if rows is None else rows[self._positions]
@@ -125,9 +121,17 @@ class TrainingData:
         return len(self._positions)
 
     def source(
-        self, module: Any, entry: int, n_stages: int, device: torch.device
+        self, module: Any, entry: int, n_stages: int, device: torch.device, n_pretrained: int
     ) -> tuple[Any, np.ndarray, int]:
         """Inputs from the stage `entry` on, as they can be had.
+
+        Parameters
+        ----------
+        module : TunedModule
+        entry, n_stages : int
+        device : torch.device
+        n_pretrained : int
+            How many of the module's first stages are as the backbone brought them.
 
         Returns
         -------
@@ -137,14 +141,20 @@ class TrainingData:
         entry : int
             0 where what was asked for fits in no bound.
         """
+        everywhere = np.arange(len(self))
         if entry == n_stages and self.embeddings is not None:
             shape = (len(self.embeddings), self._n_columns, -1)
-            return Kept(self.embeddings.reshape(shape)), np.arange(len(self)), entry
+            return Kept(self.embeddings.reshape(shape)), everywhere, entry
         if entry > 0:
             module.to(device)
-            kept = keep_activations(self._pixels, module, entry, device)
+            fingerprint = None
+            if entry <= n_pretrained and keeps_anything(self._memory):
+                fingerprint = f"{self._backbone.fingerprint}-{module.precision}-until{entry}"
+            kept = boundary_rows(
+                self._pixels, self._positions, self._keys, module, entry, device, fingerprint
+            )
             if kept is not None:
-                return kept, self._positions, entry
+                return kept, everywhere, entry
         return self._pixels, self._positions, 0
 
 

@@ -163,34 +163,24 @@ class Pixels:
 
 
 class Kept:
-    """Rows of numbers that are there already: embeddings, or what frozen stages gave."""
+    """Rows of numbers that are there already: embeddings, or what frozen stages gave.
 
-    def __init__(self, array: np.ndarray):
-        self.array = array
-        self.is_kept_in_memory = not isinstance(array, np.memmap)
+    Parameters
+    ----------
+    rows : ndarray, or list of ndarrays of one shape
+    """
+
+    def __init__(self, rows: Any):
+        self.rows = rows
+        self.is_kept_in_memory = not isinstance(rows, np.memmap)
 
     def __len__(self) -> int:
-        return len(self.array)
+        return len(self.rows)
 
     def take(self, index: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(self.array[index]))
-
-
-def keep_activations(
-    pixels: Pixels, module: Any, stop: int, device: torch.device, batch_size: int = 64
-) -> Kept | None:
-    """What the frozen stages before `stop` make of all pictures; None: it does not fit."""
-    kept: np.ndarray | None = None
-    module.eval()
-    for start in range(0, len(pixels), batch_size):
-        index = np.arange(start, min(start + batch_size, len(pixels)))
-        values = module.run_frozen(pixels.take(index).to(device), stop).cpu().numpy()
-        if kept is None:
-            kept = allocate((len(pixels), *values.shape[1:]), values.dtype)
-            if kept is None:
-                return None
-        kept[index] = values
-    return None if kept is None else Kept(kept)
+        if isinstance(self.rows, list):
+            return torch.from_numpy(np.stack([self.rows[i] for i in index]))
+        return torch.from_numpy(np.asarray(self.rows[index]))
 
 
 def allocate(shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
@@ -250,7 +240,7 @@ class Batches:
     generator : torch.Generator or None
         Shuffles; None: the rows come in order.
     change : callable or None
-        What augmentation and mixup make of a batch, on the device.
+        What augmentation, mixup and cutmix make of a batch, on the device.
     """
 
     def __init__(
