@@ -1,10 +1,13 @@
 """What frozen stages make of pictures: computed once, shared by fits, bounded."""
 
+import os
+
 import numpy as np
 import pytest
 from sklearn.model_selection import GridSearchCV
 from test_fine_tuning import assert_same_model, small
 
+from sktransfer import _fine_tuning_base
 from sktransfer._cache import MemoryStore
 from sktransfer._images import Images
 from sktransfer._learning import _boundary as boundary
@@ -107,3 +110,16 @@ def test_unreadable_pictures_leave_nothing(stripes, picture_files, tmp_path):
         assert boundary.shared_rows.info().n_rows == 6
     again = small(unfreeze=1, head_init="random").fit(X[:6], y[:6])
     np.testing.assert_allclose(again.predict_proba(X[:6]), model.predict_proba(X[:6]), rtol=1e-5)
+
+
+def test_a_picture_that_vanishes_meanwhile_is_an_error(picture_files, monkeypatch):
+    fit_probe = _fine_tuning_base.fit_probe
+
+    def lose_one(*arguments):
+        os.remove(picture_files[3])
+        return fit_probe(*arguments)
+
+    monkeypatch.setattr(_fine_tuning_base, "fit_probe", lose_one)
+    with pytest.raises(ValueError, match=r"row 3.*picture_03[\s\S]*could be read at the start"):
+        small(unfreeze=1).fit(picture_files, ["a", "b"] * 6)
+    assert boundary.shared_rows.info().n_rows == 0

@@ -47,16 +47,28 @@ def boundary_rows(
     -------
     kept : Kept or None
         None where the rows fit neither in memory nor on disk.
+
+    Raises
+    ------
+    ValueError
+        For a picture that can no longer be read.
     """
     rows: list[np.ndarray | None] = [None] * len(keys)
     if fingerprint is not None:
         rows = shared_rows.get_many(fingerprint, keys)
     missing = np.array([i for i, row in enumerate(rows) if row is None], dtype=int)
     own: np.ndarray | None = None
+    n_bad = len(pixels.bad)
     module.eval()
     for start in range(0, len(missing), batch_size):
         index = missing[start : start + batch_size]
-        values = module.run_frozen(pixels.take(positions[index]).to(device), stop).cpu().numpy()
+        batch = pixels.take(positions[index])
+        if len(pixels.bad) > n_bad:  # nothing must be shared that is not of the picture
+            raise ValueError(
+                f"{pixels.bad[-1]}. It could be read at the start of this fit: fit again when "
+                "nobody changes the pictures."
+            )
+        values = module.run_frozen(batch.to(device), stop).cpu().numpy()
         if start == 0 and (fingerprint is None or len(keys) * values[0].nbytes > MAX_SHARED_BYTES):
             own = allocate((len(keys), *values.shape[1:]), values.dtype)
             if own is None:
