@@ -187,20 +187,25 @@ class Images:
     def stat(self, i: int) -> tuple[str, int, int, int] | None:
         """Return (absolute path, size, mtime in ns, inode) of a local file, else None."""
         cell = self._cell(i)
-        if isinstance(cell, dict):
-            if cell.get("bytes") is not None:
-                return None
-            cell = cell.get("path")
-        if isinstance(cell, os.PathLike):
-            cell = os.fspath(cell)
-        if not isinstance(cell, str) or not cell or cell[:5].lower() == "data:" or is_url(cell):
+        if type(cell) is not str:
+            if isinstance(cell, dict):
+                if cell.get("bytes") is not None:
+                    return None
+                cell = cell.get("path")
+            if isinstance(cell, os.PathLike):
+                cell = os.fspath(cell)
+        if not isinstance(cell, str) or not cell:
             return None
-        path = local_path(cell)
+        is_plain = cell[0] == os.sep == "/"  # absolute: the most frequent, and the quickest
+        if not is_plain and (cell[:5].lower() == "data:" or is_url(cell)):
+            return None
+        path = cell if is_plain else local_path(cell)
         try:
             status = os.stat(path)
         except (OSError, ValueError):
             return None
-        return os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ino
+        full = os.path.normpath(path) if is_plain else os.path.abspath(path)
+        return full, status.st_size, status.st_mtime_ns, status.st_ino
 
     def decode(self, i: int, min_size: tuple[int, int] | None = None) -> np.ndarray:
         """Read picture `i` as people see it.

@@ -143,8 +143,8 @@ def _run_on_cpu(run: EmbeddingRun, batch_size: int | str, n_threads: int) -> Non
         good, batch = run.decode(indices)
         return good, [] if batch is None else run.forward(limit, network, good, batch)
 
-    with _new_threads_unchanged:
-        pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(n_inner,))
+    with _new_threads_unchanged as changes:
+        pool = ThreadPoolExecutor(n_workers, initializer=changes.set_number, initargs=(n_inner,))
         try:
             for good, parts in _in_flight(pool, work, run.batches(pool, limit), 2 * n_workers):
                 run.keep(good, parts)
@@ -156,23 +156,31 @@ class _NewThreadsUnchanged:
     """Give threads that start later the number of torch threads that they would have had.
 
     `torch.set_num_threads` is for the calling thread and for all that start after it. The
-    number is put back when the last of several calls at once has ended.
+    number is put back when the last of several calls at once has ended, if any of them set it:
+    a call whose rows are all in the store starts no thread at all.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._n_within = self._number = 0
+        self._is_changed = False
 
-    def __enter__(self) -> None:
+    def set_number(self, number: int) -> None:
+        """Set the number of torch threads of this thread."""
+        self._is_changed = True
+        torch.set_num_threads(number)
+
+    def __enter__(self) -> _NewThreadsUnchanged:
         with self._lock:
             if self._n_within == 0:
-                self._number = torch.get_num_threads()
+                self._number, self._is_changed = torch.get_num_threads(), False
             self._n_within += 1
+        return self
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._n_within -= 1
-            if self._n_within == 0:
+            if self._n_within == 0 and self._is_changed:
                 # In a thread of its own: the caller's own number was never touched.
                 last = threading.Thread(target=torch.set_num_threads, args=(self._number,))
                 last.start()

@@ -97,6 +97,17 @@ def test_the_callers_torch_threads_are_left_alone(numbered):
         torch.set_num_threads(before)
 
 
+def test_known_files_start_no_thread(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for i, path in enumerate(paths):
+        Image.fromarray(np.full((40, 40, 3), 40 * i, np.uint8)).save(path)
+        os.utime(path, (1e9, 1e9))
+    extractor = PretrainedFeatureExtractor(memory=tmp_path / "store").fit(paths)
+    expected = extractor.transform(paths)
+    monkeypatch.setattr(threading.Thread, "start", None)
+    np.testing.assert_array_equal(extractor.transform(paths), expected)
+
+
 @pytest.mark.parametrize("memory", [None, False, "disk"])
 def test_threads_that_share_an_extractor(many_pictures, memory, tmp_path):
     memory = tmp_path if memory == "disk" else memory

@@ -59,6 +59,7 @@ class StagePlan:
         self._cuts = traced.cuts()
         self._expanded = {""}
         self._isotropic: set[str] = set()
+        self._tokens: dict[str, tuple[int | None, int]] = {}
         self.has_head, head = self._find_head()
         body = self._body_units(head)
         groups = self._group(body)
@@ -135,7 +136,9 @@ class StagePlan:
 
     def tokens(self, key: str) -> tuple[int | None, int]:
         """The class token's place behind a layer, if there is one, and how many are no place."""
-        return token_use(self.traced, self._node(key), self.embedding)
+        if key not in self._tokens:  # asked for in every fit
+            self._tokens[key] = token_use(self.traced, self._node(key), self.embedding)
+        return self._tokens[key]
 
     def extractor(self, keys: list[str], poolings: list[nn.Module]) -> fx.GraphModule:
         """The network up to the deepest of the layers, returning their pooled values."""
