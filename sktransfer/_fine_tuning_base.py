@@ -270,6 +270,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
                 "warm_start=False to start again."
             )
         if lowest >= old.lowest:
+            old.compute_in(self.precision)
             return old
         # More stages than before are trained now.
         tuned = TunedNetwork(

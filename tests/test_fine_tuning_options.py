@@ -211,6 +211,16 @@ def test_half_precision_ends_near_float32(stripes, precision):
     np.testing.assert_allclose(half.predict_proba(X), full.predict_proba(X), atol=0.1)
 
 
+def test_precision_may_change_from_fit_to_fit(stripes):
+    model = small(unfreeze=1, warm_start=True).fit(*stripes)
+    model.set_params(precision="float16").fit(*stripes)
+    assert model.net_.module_.precision == "float16"
+    names = [name for name, callback in model.net_.callbacks_ if name == "gradient_scaling"
+             and isinstance(callback, GradientScaling)]  # fmt: skip
+    assert names == ["gradient_scaling"]
+    assert pickle.loads(pickle.dumps(model)).net_.module_.precision == "float16"
+
+
 def test_small_gradients_survive_and_overflowing_steps_are_left_out():
     """Against the loss times the scale by hand, with a network of one float16 weight."""
     loss_of = WeightedLoss("regression")

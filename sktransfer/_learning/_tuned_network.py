@@ -74,6 +74,12 @@ class TunedNetwork:
             self._module = self._build(whole or self.has_own_stages)
         return self._module
 
+    def compute_in(self, precision: str) -> None:
+        """Go on in another precision."""
+        self.precision = precision
+        if self._module is not None:
+            self._module.precision = precision
+
     def _build(self, with_stages: bool) -> TunedModule:
         kind = Pooling(*self.backbone._poolings[0])
         if not with_stages:
