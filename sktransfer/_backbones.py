@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sktransfer._stages import Stage, Stages, split_stages
+from sktransfer._zoo._compiling import CompiledNetwork
 from sktransfer._zoo._module_source import ModuleSource
 from sktransfer._zoo._networks import Network, get_network
 from sktransfer._zoo._pooling import POOLINGS, layout_of, pooled_width, resolve_pooling
@@ -225,6 +226,19 @@ class Backbone:
         """
         return self.network.embedding_network(
             self._keys, self._poolings, self.preprocessing, torch.device(device), precision
+        )
+
+    def compiled_module(
+        self, device: torch.device | str = "cpu", precision: str = "float32"
+    ) -> CompiledNetwork:
+        """What :meth:`inference_module` returns, compiled at its first batch."""
+        return self.network.embedding_network(
+            self._keys,
+            self._poolings,
+            self.preprocessing,
+            torch.device(device),
+            precision,
+            is_compiled=True,
         )
 
     def embed_batch(self, pixels: torch.Tensor, precision: str = "float32") -> list[torch.Tensor]:

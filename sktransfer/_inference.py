@@ -37,6 +37,7 @@ def embed(
     batch_size: int | str = "auto",
     device: str = "auto",
     precision: str = "float32",
+    is_compiled: bool = False,
     n_jobs: int | None = None,
     groups: Sequence[int] | None = None,
     fill: float = np.nan,
@@ -57,6 +58,8 @@ def embed(
     device : str
         ``"auto"`` or a torch device.
     precision : {"float32", "bfloat16", "float16"}
+    is_compiled : bool
+        Whether the network is compiled first.
     n_jobs : int or None
         Threads; ``None`` and -1: as many as torch would use in this process.
     groups : sequence of int or None
@@ -77,9 +80,9 @@ def embed(
     n_threads = _n_threads(n_jobs)
     try:
         if torch_device.type == "cpu":
-            _run_on_cpu(run, batch_size, n_threads)
+            _run_on_cpu(run, batch_size, n_threads, is_compiled)
         else:
-            _run_on_accelerator(run, batch_size, n_threads, torch_device)
+            _run_on_accelerator(run, batch_size, n_threads, torch_device, is_compiled)
     finally:
         run.give_claims_back()
     run.copy_to_twins()
@@ -129,15 +132,18 @@ def _n_threads(n_jobs: int | None) -> int:
     return max(1, available + 1 + n_jobs) if n_jobs < 0 else n_jobs
 
 
-def _run_on_cpu(run: EmbeddingRun, batch_size: int | str, n_threads: int) -> None:
+def _run_on_cpu(
+    run: EmbeddingRun, batch_size: int | str, n_threads: int, is_compiled: bool
+) -> None:
     # A few wide workers rather than many narrow ones where there are many cores.
     n_workers = min(n_threads, 8)
     limit = _BatchLimit(_CPU_BATCH if batch_size == "auto" else int(batch_size))
     # A handful of images is shared out rather than given to one worker.
     limit.size = max(1, min(limit.size, -(-len(run.images) // n_workers)))
-    n_workers = min(n_workers, -(-len(run.images) // limit.size))
+    if not is_compiled:  # what is compiled is compiled for a number of threads
+        n_workers = min(n_workers, -(-len(run.images) // limit.size))
     n_inner = max(1, n_threads // n_workers)
-    network = run.backbone.inference_module(torch.device("cpu"), run.precision)
+    network = _network_of(run, torch.device("cpu"), is_compiled)
 
     def work(indices: list[int]) -> tuple[list[int], list[torch.Tensor]]:
         good, batch = run.decode(indices)
@@ -150,6 +156,12 @@ def _run_on_cpu(run: EmbeddingRun, batch_size: int | str, n_threads: int) -> Non
                 run.keep(good, parts)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _network_of(run: EmbeddingRun, device: torch.device, is_compiled: bool) -> Any:
+    if is_compiled:
+        return run.backbone.compiled_module(device, run.precision)
+    return run.backbone.inference_module(device, run.precision)
 
 
 class _NewThreadsUnchanged:
@@ -193,10 +205,14 @@ if hasattr(os, "register_at_fork"):  # the other threads' calls do not go on in 
 
 
 def _run_on_accelerator(
-    run: EmbeddingRun, batch_size: int | str, n_threads: int, device: torch.device
+    run: EmbeddingRun,
+    batch_size: int | str,
+    n_threads: int,
+    device: torch.device,
+    is_compiled: bool,
 ) -> None:
     limit = _BatchLimit(_ACCELERATOR_BATCH if batch_size == "auto" else int(batch_size))
-    network = run.backbone.inference_module(device, run.precision)
+    network = _network_of(run, device, is_compiled)
     pinned = device.type == "cuda"
 
     def work(indices: list[int]) -> tuple[list[int], Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sktransfer._stages import plan_stages
+from sktransfer._zoo._compiling import CompiledNetwork
 from sktransfer._zoo._folding import EmbeddingNetwork, inference_copy
 from sktransfer._zoo._pooling import Pooling
 from sktransfer._zoo._preprocessing import AnyPreprocessing, Preprocessing
@@ -38,7 +39,7 @@ class Network:
         self.plan = plan_stages(self._module, input_size, source.name, is_foreign=source.is_foreign)
         self._lock = threading.RLock()
         self._is_loaded = False
-        self._copies: OrderedDict[tuple, EmbeddingNetwork] = OrderedDict()
+        self._copies: OrderedDict[tuple, EmbeddingNetwork | CompiledNetwork] = OrderedDict()
 
     @property
     def module(self) -> nn.Module:
@@ -56,12 +57,14 @@ class Network:
         preprocessing: AnyPreprocessing,
         device: torch.device,
         precision: str,
-    ) -> EmbeddingNetwork:
+        *,
+        is_compiled: bool = False,
+    ) -> Any:
         """What turns a batch of pixels into rows: made once for each set of arguments."""
         mean = std = None
         if isinstance(preprocessing, Preprocessing):
             mean, std = preprocessing.mean, preprocessing.std
-        key = (tuple(keys), tuple(poolings), mean, std, device, precision)
+        key = (tuple(keys), tuple(poolings), mean, std, device, precision, is_compiled)
         with self._lock:
             if key in self._copies:
                 self._copies.move_to_end(key)
@@ -74,8 +77,9 @@ class Network:
                 extractor = inference_copy(extractor, device, dtype, channels_last=channels_last)
             else:
                 extractor = extractor.copy_to(device, dtype)
-            made = EmbeddingNetwork(extractor, mean, std, dtype, channels_last)
-            made = made.to(device).eval()
+            network = EmbeddingNetwork(extractor, mean, std, dtype, channels_last)
+            network = network.to(device).eval()
+            made = CompiledNetwork(network) if is_compiled else network
             self._copies[key] = made
             while len(self._copies) > _MAX_COPIES:
                 self._copies.popitem(last=False)
