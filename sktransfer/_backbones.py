@@ -83,7 +83,7 @@ def load_backbone(
     >>> from sktransfer import load_backbone
     >>> backbone = load_backbone("builtin")
     >>> backbone.n_features
-    704
+    1408
     >>> backbone.stages.names
     ['stem', 'stage1', 'stage2', 'stage3', 'stage4', 'pool', 'head']
     >>> load_backbone("builtin", layer=["stage2", "stage4"]).feature_groups

@@ -279,7 +279,7 @@ def test_feature_names(picture_files):
     assert names[0] == "front_builtin_stage1_000"
     assert names[-1].startswith("back_builtin_stage2_")
     assert PretrainedFeatureExtractor().fit(picture_files).get_feature_names_out()[7] == (
-        "builtin_007"
+        "builtin_0007"
     )
 
 
@@ -290,7 +290,7 @@ def test_set_output(picture_files, container):
     extractor = PretrainedFeatureExtractor().set_output(transform=container)
     out = extractor.fit_transform(frame)
     assert isinstance(out, frame_of)
-    assert out.columns[7] == "photo_builtin_007"
+    assert out.columns[7] == "photo_builtin_0007"
     np.testing.assert_array_equal(
         out.to_numpy(), PretrainedFeatureExtractor().fit_transform(picture_files)
     )
@@ -304,7 +304,7 @@ def test_column_transformer(picture_files, selector):
     ).set_output(transform="pandas")
     out = columns.fit_transform(frame)
     assert list(out.index) == list(frame.index)
-    assert out.columns[0] == "image__path_builtin_000"
+    assert out.columns[0] == "image__path_builtin_0000"
     assert not out.isna().any().any()
     expected = PretrainedFeatureExtractor().fit_transform(list(frame["path"]))
     np.testing.assert_array_equal(out.iloc[:, :-1].to_numpy(), expected)

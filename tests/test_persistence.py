@@ -83,7 +83,7 @@ def test_round_trip(name, standalone, pictures, tmp_path):
 def test_file_is_as_small_as_what_was_trained(pictures, tmp_path):
     model, _ = fitted("head", pictures)
     save(model, tmp_path / "head")
-    assert (tmp_path / "head").stat().st_size < 3 * 704 * 4 + 10_000
+    assert (tmp_path / "head").stat().st_size < 3 * 1408 * 4 + 10_000
     save(model, tmp_path / "whole", standalone=True)
     assert (tmp_path / "whole").stat().st_size > 5_000_000
     assert sorted(p.name for p in tmp_path.iterdir()) == ["head", "whole"]

@@ -21,7 +21,7 @@ from PIL import Image
 
 from sktransfer import PretrainedFeatureExtractor
 
-WIDTH = 704
+WIDTH = 1408
 
 
 class Quick(torch.nn.Sequential):

@@ -21,6 +21,7 @@ import argparse
 import copy
 import csv
 import io
+import itertools
 import math
 import os
 import time
@@ -188,7 +189,10 @@ def student_batch(
 
 
 def rate(progress: float, cooldown: float) -> float:
-    """Warm up, stay, then fall as 1 - sqrt: how long to stay may be decided on the way."""
+    """Warm up, stay, then fall as 1 - sqrt: how long to stay may be decided on the way.
+
+    ``progress`` is the part of a cycle that is done.
+    """
     warm = min(1.0, progress / 0.02)
     fall = max(0.0, (progress - 1 + cooldown) / cooldown)
     return warm * (1 - math.sqrt(fall) if fall else 1.0)
@@ -233,15 +237,17 @@ def train(args: argparse.Namespace) -> None:
         optimizer.load_state_dict(state["optimizer"])
         average, first, seconds = state["average"], state["epoch"], state["seconds"]
 
-    # A replica a view: the same parameters, its own batch norm statistics. Replicas work side by
-    # side on one core each, which waits less than all cores on each operation.
-    replicas = [student] + [copy.deepcopy(student) for _ in range(args.views - 1)]
+    # Replicas: the same parameters, their own batch norm statistics. They work side by side on one
+    # core each, which waits less than all cores on each operation.
+    replicas = [student] + [copy.deepcopy(student) for _ in range(args.replicas - 1)]
     for replica in replicas[1:]:
         for module, original in zip(replica.modules(), student.modules(), strict=True):
             module._parameters.update(original._parameters)
     parameters = list(student.parameters())
 
-    def learn(view: int, rows: torch.Tensor, size: int, seed: int) -> tuple[torch.Tensor, tuple]:
+    def learn(
+        replica: int, view: int, rows: torch.Tensor, size: int, seed: int
+    ) -> tuple[torch.Tensor, tuple]:
         torch.set_num_threads(1)
         rng = torch.Generator().manual_seed(seed)
         x = student_batch(X[rows], boxes[view][rows], size, rng, device)
@@ -250,7 +256,7 @@ def train(args: argparse.Namespace) -> None:
             wanted = classify(target[:, :N_EMBEDDING].bfloat16()).float()
             features = ((target - centre) / scale).clamp(-6, 6)
         with torch.autocast(device.split(":")[0], torch.bfloat16):
-            classes, regressed, imagenet = replicas[view](x)
+            classes, regressed, imagenet = replicas[replica](x)
         losses = torch.stack(
             [
                 F.cross_entropy(classes.float(), y[rows].to(device), label_smoothing=0.1),
@@ -268,10 +274,13 @@ def train(args: argparse.Namespace) -> None:
         return losses.detach(), torch.autograd.grad(losses.sum(), parameters)
 
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(args.views if device == "cpu" else 1)
+    pool = ThreadPoolExecutor(args.replicas if device == "cpu" else 1)
     n_steps = len(X) // BATCH
-    for epoch in range(first, args.epochs):
+    ends = list(itertools.accumulate(args.cycles))
+    for epoch in range(first, ends[-1]):
         start = time.perf_counter()
+        end = next(e for e in ends if epoch < e)
+        begin = max((e for e in ends if e <= epoch), default=0)
         size = 48 if epoch < args.epochs_at_48 else 64
         rng = torch.Generator().manual_seed(args.seed * 1000 + epoch)
         order = torch.randperm(len(X), generator=rng)
@@ -279,20 +288,23 @@ def train(args: argparse.Namespace) -> None:
             replica.train()
         totals = torch.zeros(3)
         for step in range(n_steps):
-            lr = LR * rate((epoch + step / n_steps) / args.epochs, args.cooldown)
+            lr = LR * rate((epoch - begin + step / n_steps) / (end - begin), args.cooldown)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             rows = order[step * BATCH : (step + 1) * BATCH].sort().values
-            # One part of a batch from each view; over the epochs every image is seen in all.
-            seeds = torch.randint(2**31, (args.views,), generator=rng).tolist()
+            # Each part of a batch in another view; over the epochs every image is seen in all.
+            seeds = torch.randint(2**31, (args.replicas,), generator=rng).tolist()
             jobs = [
-                pool.submit(learn, view, rows[view :: args.views], size, seeds[view])
-                for view in range(args.views)
-            ]
+                pool.submit(
+                    learn, k, (k + epoch * args.replicas) % args.views,
+                    rows[k :: args.replicas], size, seeds[k],
+                )
+                for k in range(args.replicas)
+            ]  # fmt: skip
             done = [job.result() for job in jobs]
-            losses = sum(job[0] for job in done) / args.views
+            losses = sum(job[0] for job in done) / args.replicas
             for p, *parts in zip(parameters, *(job[1] for job in done), strict=True):
-                p.grad = sum(parts) / args.views
+                p.grad = sum(parts) / args.replicas
             nn.utils.clip_grad_norm_(student.parameters(), 5.0)
             optimizer.step()
             keep = min(0.9985, 1 - 1 / (epoch * n_steps + step + 2))
@@ -348,10 +360,11 @@ def export(net: nn.Module, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("builtin_work"))
-    parser.add_argument("--epochs", type=int, default=28)
+    parser.add_argument("--cycles", type=int, nargs="+", default=[28, 20], help="epochs of each")
     parser.add_argument("--epochs-at-48", type=int, default=18)
-    parser.add_argument("--cooldown", type=float, default=0.464, help="last part of the epochs")
-    parser.add_argument("--views", type=int, default=2)
+    parser.add_argument("--cooldown", type=float, default=0.464, help="last part of a cycle")
+    parser.add_argument("--views", type=int, default=4, help="crops that the teacher saw")
+    parser.add_argument("--replicas", type=int, default=2, help="parts of a batch, one core each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -26,7 +26,7 @@ class Version:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     num_classes: int = 200
-    n_features: int = 704
+    n_features: int = 1408
 
     @property
     def path(self) -> Path:
@@ -36,7 +36,7 @@ class Version:
 VERSIONS = {
     "V1": Version(
         file="v1.safetensors",
-        sha256="ea74401889f015ce9a14a7af1d7531ee7865b18146cf81475b90b75c3f8a91bb",
+        sha256="e9bce5a037e6074900129a29eca5f04557b64887c2e042fdbc0a48f872e94419",
         size=(80, 80),
         crop=(80, 80),
     ),
