@@ -1,0 +1,102 @@
+"""What the fine-tuning benchmarks share: image sets, and the same networks trained by skorch."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+from _report import DATA
+
+SETS = ("hymenoptera", "flowers5", "dtd10", "brain_mri", "magnetic_tile")
+BALANCED = {"magnetic_tile"}  # scored by balanced accuracy
+WEIGHTS = {
+    "builtin": "DEFAULT",
+    "mobilenet_v2": DATA / "weights/mobilenet_v2_imagenet.safetensors",
+    "squeezenet1_1": DATA / "weights/squeezenet1_1_imagenet.safetensors",
+}
+
+
+def read_set(name, per_class, seed, max_test=0):
+    """Paths and labels: `per_class` training images a class (0: all), and the test part."""
+    rng = np.random.default_rng(seed)
+    parts = {}
+    for part, limit in (("train", per_class), ("test", max_test)):
+        X, y = [], []
+        # The test images are the same for every seed.
+        draw = rng if part == "train" else np.random.default_rng(0)
+        for folder in sorted((DATA / "data" / name / part).iterdir()):
+            paths = sorted(map(str, folder.glob("*.jpg")))
+            if limit:
+                paths = [paths[i] for i in draw.permutation(len(paths))[:limit]]
+            X += paths
+            y += [folder.name] * len(paths)
+        parts[part] = X, np.array(y)
+    return *parts["train"], *parts["test"]
+
+
+def score(name, y_test, got):
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score
+
+    metric = balanced_accuracy_score if name in BALANCED else accuracy_score
+    return metric(y_test, got)
+
+
+def module_of(backbone, n_classes=None):
+    """The whole network as its authors wrote it, with its weights; a new head if asked for."""
+    import torch
+
+    from sktransfer import load_backbone
+
+    module = copy.deepcopy(load_backbone(backbone, weights=WEIGHTS[backbone]).network.module)
+    module.requires_grad_(True)
+    if n_classes is not None:
+        path = {"builtin": "head"}.get(backbone, "classifier.1")
+        parent, _, leaf = path.rpartition(".")
+        old = module.get_submodule(path)
+        if isinstance(old, torch.nn.Conv2d):
+            new = torch.nn.Conv2d(old.in_channels, n_classes, 1)
+        else:
+            new = torch.nn.Linear(old.in_features, n_classes)
+        setattr(module.get_submodule(parent), leaf, new)
+    return module
+
+
+def pictures(backbone, paths, targets):
+    """A torch data set that decodes each picture when it is asked for, as tutorials do."""
+    import torch
+    from PIL import Image
+
+    from sktransfer import load_backbone
+
+    preprocessing = load_backbone(backbone, weights=WEIGHTS[backbone]).preprocessing
+    mean = torch.tensor(preprocessing.mean).view(3, 1, 1)
+    std = torch.tensor(preprocessing.std).view(3, 1, 1)
+
+    class Pictures(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(paths)
+
+        def __getitem__(self, i):
+            picture = np.asarray(Image.open(paths[i]).convert("RGB"))
+            x = torch.tensor(preprocessing.resize_crop(picture)).permute(2, 0, 1) / 255
+            return (x - mean) / std, int(targets[i])
+
+    return Pictures()
+
+
+def skorch_net(module, is_frozen, max_epochs, optimizer="sgd", lr=1e-3):
+    """skorch around `module`; `is_frozen` (parameter name -> bool) as its Freezer takes it."""
+    import torch
+    from skorch import NeuralNetClassifier
+    from skorch.callbacks import Freezer, LRScheduler
+
+    settings = {"optimizer": torch.optim.AdamW}
+    if optimizer == "sgd":
+        settings = {"optimizer": torch.optim.SGD, "optimizer__momentum": 0.9}
+    return NeuralNetClassifier(
+        module, criterion=torch.nn.CrossEntropyLoss, lr=lr, batch_size=32, max_epochs=max_epochs,
+        train_split=None, verbose=0, iterator_train__shuffle=True,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        callbacks=[LRScheduler(policy="StepLR", step_size=7, gamma=0.1), Freezer(is_frozen)],
+        **settings,
+    )  # fmt: skip

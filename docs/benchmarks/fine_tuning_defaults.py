@@ -1,0 +1,100 @@
+"""Which settings make good defaults: one change at a time, every set, several seeds.
+
+    python docs/benchmarks/fine_tuning_defaults.py [--backbone mobilenet_v2] [--size 128]
+        [--per-class 20] [--seeds 3] [--variants default lr=1e-3 augment=light]
+
+A variant is the defaults with one or more settings changed (``lr=1e-3,layer_decay=0.5``). All
+variants of a row learn from the same images and are scored on the same; what is printed is the
+mean difference to the linear probe, in points, and its standard error over sets and seeds.
+"""
+
+import argparse
+import json
+import time
+import warnings
+
+import numpy as np
+from _fine_tuning_peers import SETS, WEIGHTS, read_set, score
+from _report import save
+
+from sktransfer import FineTuningClassifier
+
+VARIANTS = (
+    "default", "lr=1e-4", "lr=1e-3", "layer_decay=0.5", "layer_decay=1.0", 'augment="light"',
+    'augment="light",max_epochs=16', "max_epochs=16", "label_smoothing=0.1", "mixup=0.2",
+    "dropout=0.2", "l2_sp=0.01", "weight_decay=0.1", 'weight_averaging="ema"', "unfreeze=1",
+    "unfreeze=2", 'unfreeze="gradual"', 'batch_norm="moving"', 'lr_schedule="cosine"',
+    'optimizer="sgd",lr=3e-3', 'head_init="random"',
+)  # fmt: skip
+
+
+def settings_of(variant):
+    if variant == "default":
+        return {}
+    return {
+        key: json.loads(value) for key, _, value in (p.partition("=") for p in variant.split(","))
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--backbone", default="builtin", choices=list(WEIGHTS))
+    parser.add_argument("--size", type=int, default=0, help="pixels; 0: the backbone's own")
+    parser.add_argument("--sets", nargs="+", default=list(SETS))
+    parser.add_argument("--per-class", type=int, default=20)
+    parser.add_argument("--max-test", type=int, default=50)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--name", default="fine_tuning_defaults")
+    options = parser.parse_args()
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    common = {"weights": WEIGHTS[options.backbone]}
+    if options.size:
+        common["preprocessing"] = {"size": options.size * 8 // 7, "crop": options.size}
+    figures = []
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        for name in options.sets:
+            X, y, X_test, y_test = read_set(name, options.per_class, seed, options.max_test)
+            for variant in ("probe", *options.variants):
+                settings = {"unfreeze": 0, "max_epochs": 0}
+                if variant != "probe":
+                    settings = settings_of(variant)
+                start = time.perf_counter()
+                model = FineTuningClassifier(
+                    options.backbone, **common, **settings, random_state=seed
+                )
+                got = model.fit(X, y).predict(X_test)
+                figures.append(
+                    {
+                        "set": name, "seed": seed, "variant": variant,
+                        "score": score(name, y_test, got), "seconds": time.perf_counter() - start,
+                    }
+                )  # fmt: skip
+        print(f"\nafter seed {seed}: points above the probe, {options.backbone}")
+        probe = _column(figures, "probe")
+        print(f"{'probe':32} {100 * np.mean(list(probe.values())):5.1f}")
+        for variant in options.variants:
+            gains = {k: 100 * (v - probe[k]) for k, v in _column(figures, variant).items()}
+            values = np.array(list(gains.values()))
+            sets = " ".join(
+                f"{np.mean([v for k, v in gains.items() if k[0] == name]):+5.1f}"
+                for name in options.sets
+            )
+            error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+            seconds = np.mean([r["seconds"] for r in figures if r["variant"] == variant])
+            print(f"{variant:32} {values.mean():+5.2f} ± {error:4.2f}  {sets}  {seconds:5.1f} s")
+        save(options.name, {"options": vars(options), "runs": figures})
+
+
+def _column(figures, variant):
+    return {(r["set"], r["seed"]): r["score"] for r in figures if r["variant"] == variant}
+
+
+if __name__ == "__main__":
+    main()
