@@ -153,7 +153,8 @@ class FitProgress:
 
     def __init__(self, estimator: Any, X: Any, y: Any, n_images: int = 0) -> None:
         self._estimator, self._X, self._y, self._n_images = estimator, X, y, n_images
-        self._n_steps = min(100, n_images)  # a step a percent
+        # A step a percent, where somebody listens.
+        self._n_steps = min(100, n_images) if getattr(estimator, "_skl_callbacks", None) else 0
         self._n_done = self._n_told = 0
         self._context = None
         if hasattr(estimator, "_init_callback_context"):
