@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -329,6 +330,33 @@ def test_stages_by_name():
     assert stages["layer2"].name == "layer2"
     with pytest.raises(ValueError, match=r"no stage 'layer9'; the stages are \['stem'"):
         stages.until("layer9")
+
+
+def test_threads_use_modules_while_one_traces():
+    other = nn.Sequential(nn.Linear(2, 3), nn.PReLU())
+    x = torch.ones(1, 2)
+    expected = other(x)
+    seen = []
+
+    class Slow(nn.Sequential):
+        def forward(self, x):
+            with ThreadPoolExecutor(1) as pool:  # while this is traced
+                seen.append(pool.submit(other, torch.ones(1, 2)).result())
+            return super().forward(x)
+
+    network = Slow(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2))
+    assert split_stages(network, (3, 5, 5)).names[-1] == "head"
+    assert seen
+    assert all(isinstance(found, torch.Tensor) and torch.equal(found, expected) for found in seen)
+
+
+def test_threads_trace_at_once():
+    call, getattr_ = nn.Module.__call__, nn.Module.__getattr__
+    networks = [torchvision.models.squeezenet1_1(weights=None) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda network: split_stages(network).names, networks))
+    assert found == [found[0]] * 4
+    assert (nn.Module.__call__, nn.Module.__getattr__) == (call, getattr_)
 
 
 def test_tracing_leaves_the_module_as_it_was():

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import operator
+import os
 import re
 import sys
+import threading
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from torch import fx, nn
 # Modules of these packages are one operation each. Their containers are looked into.
 _LEAF_PACKAGES = ("torch.nn.", "torchvision.ops.", "torch.ao.nn.")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+# torch.fx traces by replacing nn.Module's own methods for a while, for all threads.
+_trace_lock = threading.RLock()
 
 
 class TracingError(RuntimeError):
@@ -36,13 +41,26 @@ def _timm_leaves() -> tuple[tuple[type, ...], tuple[Any, ...]]:
     return tuple(get_notrace_modules()), tuple(get_notrace_functions())
 
 
+def _renew_lock() -> None:
+    global _trace_lock
+    _trace_lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # the other threads' tracing does not go on in the child
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 class _Tracer(fx.Tracer):
-    """Remembers, beside the graph, which module each operation stands in."""
+    """Remembers, beside the graph, which module each operation stands in.
+
+    What other threads do with modules meanwhile goes through here, too, and is let alone.
+    """
 
     def __init__(self) -> None:
         leaves, functions = _timm_leaves()
         super().__init__(autowrap_functions=functions)
         self._leaves = leaves
+        self._thread = threading.get_ident()
         self._stack: list[str] = [""]
         self.module_outputs: dict[str, fx.Node] = {}
 
@@ -65,6 +83,8 @@ class _Tracer(fx.Tracer):
         )
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         self._stack.append(path)
         try:
@@ -74,6 +94,11 @@ class _Tracer(fx.Tracer):
         if isinstance(out, fx.Proxy) and not self.is_leaf_module(m, path):
             self.module_outputs[path] = out.node
         return out
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, target, *args, **kwargs)
@@ -93,7 +118,8 @@ def trace(module: nn.Module) -> Traced:
     module.eval()
     tracer = _Tracer()
     try:
-        graph = tracer.trace(module)
+        with _trace_lock:
+            graph = tracer.trace(module)
         output = next(node for node in graph.nodes if node.op == "output")
         if not isinstance(output.args[0], fx.Node):
             raise TracingError("forward returns something other than one tensor")
