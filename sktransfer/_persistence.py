@@ -321,9 +321,10 @@ def _tuned_network(
 
     from sktransfer._learning._heads import make_head
     from sktransfer._learning._tuned_network import TunedNetwork
+    from sktransfer._random_state import own_random_state
 
     backbone, n_columns = estimator.backbone_, estimator._n_image_columns
-    with torch.random.fork_rng(devices=[]):
+    with own_random_state():
         width = n_columns * backbone.n_features
         head = make_head(estimator.head, width, estimator._n_outputs, estimator.dropout)
     state = {

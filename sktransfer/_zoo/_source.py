@@ -17,6 +17,7 @@ import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from sktransfer._random_state import own_random_state
 from sktransfer._zoo import _weights
 from sktransfer._zoo._preprocessing import Preprocessing
 
@@ -74,11 +75,9 @@ class _EmptyOnMeta(TorchFunctionMode):
 @contextlib.contextmanager
 def building(*, seed: int | None = None) -> Iterator[None]:
     """Build without moving the user's random state; `seed`: with initial values, from it."""
-    with _build_lock, torch.random.fork_rng(devices=[]), contextlib.ExitStack() as stack:
+    with _build_lock, own_random_state(seed), contextlib.ExitStack() as stack:
         if seed is None:
             stack.enter_context(_EmptyOnMeta())
-        else:
-            torch.random.default_generator.manual_seed(seed)
         yield
 
 
