@@ -98,6 +98,15 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     # -- fit --------------------------------------------------------------------------------
     def _fit(self, X, y, sample_weight=None, X_val=None, y_val=None, *, goes_on=False):
+        """Fit; where that fails the estimator is what it was, but for weights already moved."""
+        before = dict(vars(self))
+        try:
+            return self._fit_from(X, y, sample_weight, X_val, y_val, goes_on)
+        except BaseException:
+            self.__dict__ = before
+            raise
+
+    def _fit_from(self, X, y, sample_weight, X_val, y_val, goes_on):
         """Train from the start, from the last fit's weights, or one more epoch (`goes_on`)."""
         from sktransfer._distribution import check_place
         from sktransfer._learning._training_data import TrainingData
@@ -125,7 +134,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         options = {
             "backbone": backbone,
             "settings": self._embedding_settings(),
-            "wants_embeddings": starts_as_probe or entry == n_stages,
+            # Stages that were trained give others than the backbone does.
+            "wants_embeddings": starts_as_probe
+            or (entry == n_stages and not (is_resumed and old.has_own_stages)),
             "on_error": self.on_error,
         }
         data = TrainingData(images, target, weight, **options)
@@ -158,13 +169,16 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             if starts_as_probe:
                 self._start_as_probe(tuned, data, prepared, train_rows, rng)
         else:
-            tuned = self._resumed_network(old, backbone, images.n_columns, lowest)
+            tuned = self._resumed_network(old, backbone, images.n_columns, lowest, seed)
         module = tuned.module(whole=entry < n_stages)
         parts = [part for part in (data, valid_data) if part is not None]
         sources = [part.source(module, entry, n_stages, device, tuned.lowest) for part in parts]
         if min(found for _, _, found in sources) < entry:  # one of them fits in no bound
             entry = 0
             sources = [part.source(module, 0, n_stages, device, tuned.lowest) for part in parts]
+        if entry > 0:
+            for part in parts:
+                part.forget_pixels()
         train_set = self._training_set(data, sources[0], prepared, train_rows)
         valid_set = None
         if len(valid_rows):
@@ -185,6 +199,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             first_epoch=first_epoch,
             keeps_net=goes_on and is_resumed,
         )
+        for part in parts:
+            part.report_lost()
         self.backbone_, self._tuned = backbone, tuned
         self._n_image_columns = images.n_columns
         self.n_features_out_ = images.n_columns * backbone.n_features
@@ -194,12 +210,11 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return self
 
     def _load_backbone(self):
-        import torch
-
         from sktransfer._backbones import load_backbone
+        from sktransfer._random_state import own_random_state
 
         # A callable that makes a module may draw random weights before it sets others.
-        with torch.random.fork_rng(devices=[]):
+        with own_random_state():
             return load_backbone(
                 self.backbone,
                 weights=self.weights,
@@ -232,21 +247,30 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return TrainingData(images, target, np.ones(images.n_rows), **options, what="validation")
 
     def _new_network(self, backbone, n_columns, lowest, seed):
-        import torch
-
-        from sktransfer._learning._heads import make_head
         from sktransfer._learning._tuned_network import TunedNetwork
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        return TunedNetwork(
+            backbone,
+            self._new_head(backbone, n_columns, seed),
+            n_columns,
+            lowest,
+            moves_statistics=self._moves_statistics,
+            precision=self.precision,
+        )
+
+    def _new_head(self, backbone, n_columns, seed):
+        from sktransfer._learning._heads import make_head
+        from sktransfer._random_state import own_random_state
+
+        with own_random_state(seed):
             width = n_columns * backbone.n_features
-            head = make_head(self.head, width, self._n_outputs, self.dropout)
-        moves = self.batch_norm == "moving" or (
+            return make_head(self.head, width, self._n_outputs, self.dropout)
+
+    @property
+    def _moves_statistics(self) -> bool:
+        return self.batch_norm == "moving" or (
             # Statistics of random weights say nothing.
             self.batch_norm == "auto" and self.weights is None and isinstance(self.backbone, str)
-        )
-        return TunedNetwork(
-            backbone, head, n_columns, lowest, moves_statistics=moves, precision=self.precision
         )
 
     def _start_as_probe(self, tuned, data, prepared, rows, rng):
@@ -260,7 +284,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         )
         tuned.head.start_from(coef, intercept)
 
-    def _resumed_network(self, old, backbone, n_columns, lowest):
+    def _resumed_network(self, old, backbone, n_columns, lowest, seed):
+        from sktransfer._learning._heads import take_settings
         from sktransfer._learning._tuned_network import TunedNetwork
 
         if old.backbone.fingerprint != backbone.fingerprint or old.n_columns != n_columns:
@@ -269,8 +294,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
                 f"column(s), but this fit asks for {backbone!r} and {n_columns}. Set "
                 "warm_start=False to start again."
             )
+        take_settings(old.head, self._new_head(backbone, n_columns, seed))
+        old.change(self._moves_statistics, self.precision)
         if lowest >= old.lowest:
-            old.compute_in(self.precision)
             return old
         # More stages than before are trained now.
         tuned = TunedNetwork(
@@ -279,7 +305,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             n_columns,
             lowest,
             moves_statistics=old.moves_statistics,
-            precision=self.precision,
+            precision=old.precision,
         )
         tuned.load_trained_state(old.trained_state())
         return tuned
@@ -335,7 +361,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         if assumed := images.take_warnings():
             warnings.warn(assumed, UserWarning, stacklevel=4)
         if self.bad_images_:
-            _handle(self.bad_images_, images.n_rows, self.on_error, "prediction")
+            _handle(self.bad_images_, images.n_rows, self.on_error, "prediction", stacklevel=5)
         return rows.reshape(images.n_rows, -1)
 
     def _scores(self, X) -> np.ndarray:

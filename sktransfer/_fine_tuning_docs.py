@@ -125,8 +125,9 @@ PARAMETERS = """\
         of torch and, with an int, of NumPy are left alone.
 
     warm_start : bool, default=False
-        Whether `fit` goes on from the weights of the last fit. `unfreeze`, `lr` and the
-        like may have been changed in between.
+        Whether `fit` goes on from the weights of the last fit. `unfreeze`, `lr`, `dropout`,
+        `batch_norm` and the like may have been changed in between; another network, other
+        classes or a `head` that is built otherwise are errors.
 
     callbacks : list or None, default=None
         skorch callbacks, or (name, callback) pairs; copies of them are used.
@@ -149,7 +150,8 @@ PARAMETERS = """\
     on_error : {"raise", "skip"}, default="raise"
         What an unreadable image does: an error that lists all of them; or its row is left
         out of training, with a warning, and predicted as what is known without an image:
-        {blind}.
+        {blind}. An image that can be read at first and no more in a later epoch counts
+        nothing from then on.
 
     verbose : int, default=0
         1 shows skorch's table of epochs and progress bars.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +32,7 @@ from sktransfer._learning._training_callbacks import (
 from sktransfer._learning._training_rows import Batches, TrainingSet
 from sktransfer._learning._tuned_network import TunedNetwork
 from sktransfer._learning._weight_average import WeightAverage
+from sktransfer._random_state import own_random_state
 
 _OURS = (
     "weight_average", "unfreezing", "learning_rates", "gradient_scaling", "gradient_rules",
@@ -126,7 +126,10 @@ def train(
     module = tuned.module(whole=entry < len(tuned.stage_names))
     module.entry = entry if module.stages else 0
     n_batches = -(-len(train_set) // settings.batch_size)
-    with _own_random_state(settings):
+    with (
+        own_random_state(settings.seed, settings.device),  # drop-out draws from it
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+    ):
         shuffler, changer = (torch.Generator() for _ in range(2))
         shuffler.manual_seed(settings.seed)
         changer.manual_seed(settings.seed + 1)
@@ -141,7 +144,10 @@ def train(
         )  # fmt: skip
         module.to(settings.device)
         module.stages.to(memory_format=torch.channels_last)  # as the batches are
-        if not (keeps_net and tuned.net is not None):
+        net = tuned.net if keeps_net else None
+        if net is not None and net.device != str(settings.device):
+            net = None  # the optimizer's state lies on the other device
+        if net is None:
             module.freeze(min(first_stage(1), len(module.stages)))
         average: Callback | None = None
         if settings.weight_averaging is not None:
@@ -165,13 +171,14 @@ def train(
             "iterator_valid__device": settings.device,
             "train_split": None if valid is None else predefined_split(valid_set),
         }
-        net = tuned.net if keeps_net else None
         if net is None:
             net = make_net(module, settings, callbacks, iterators)
         else:
             fresh = dict(callbacks)
             net.callbacks_ = [(name, fresh.get(name, cb)) for name, cb in net.callbacks_]
-            vars(net).update(iterators)
+            vars(net).update(iterators, batch_size=settings.batch_size)
+            net.criterion_.label_smoothing = settings.label_smoothing
+            _change_groups(net.optimizer_, _all_groups(module, settings, 0))
         tuned.net = net
         try:
             result.is_interrupted = _run(net, train_set, max_epochs)
@@ -205,11 +212,8 @@ def make_net(
     own += copy.deepcopy(list(settings.callbacks or []))
 
     def optimizer(_: Any, **kwargs: Any) -> Any:
-        groups = _groups_of(module, settings)(module.n_frozen, len(module.stages))
-        head = parameter_groups(
-            "head", module.head.parameters(), settings.lr, settings.weight_decay
-        )
-        return make_optimizer(settings.optimizer, head + groups, settings.lr)
+        groups = _all_groups(module, settings, module.n_frozen)
+        return make_optimizer(settings.optimizer, groups, settings.lr)
 
     arguments: dict[str, Any] = {
         "criterion": WeightedLoss(settings.kind, settings.label_smoothing),
@@ -270,17 +274,29 @@ def _groups_of(module: Any, settings: TrainingSettings) -> Callable[[int, int], 
     return groups
 
 
+def _all_groups(module: Any, settings: TrainingSettings, start: int) -> list[dict[str, Any]]:
+    """Groups of the head and of the stages from `start` on."""
+    head = parameter_groups("head", module.head.parameters(), settings.lr, settings.weight_decay)
+    return head + _groups_of(module, settings)(start, len(module.stages))
+
+
+def _change_groups(optimizer: Any, wanted: list[dict[str, Any]]) -> None:
+    """Learning rates and decay of `wanted` for an optimizer's groups; their state stays."""
+    by_parameter = {id(group["params"][0]): group for group in wanted}
+    for group in optimizer.param_groups:
+        new = by_parameter[id(group["params"][0])]
+        group["base_lr"], group["weight_decay"] = new["base_lr"], new["weight_decay"]
+
+
 def _anchors(
     tuned: TunedNetwork, module: Any, settings: TrainingSettings
 ) -> dict[int, torch.Tensor]:
     """The pre-trained value of each parameter that is pulled towards it."""
     if not settings.l2_sp or not module.stages:
         return {}
-    own = dict(tuned._root.named_parameters()) if tuned._root is not None else {}
-    origin = dict(tuned.backbone.network.module.named_parameters())
     return {
-        id(parameter): origin[name].detach().to(settings.device, copy=True)
-        for name, parameter in own.items()
+        key: value.to(settings.device, copy=True)
+        for key, value in tuned.pretrained_values().items()
     }
 
 
@@ -304,16 +320,6 @@ def _change(settings: TrainingSettings, generator: torch.Generator) -> Callable 
     return change
 
 
-@contextlib.contextmanager
-def _own_random_state(settings: TrainingSettings) -> Iterator[None]:
-    """Draw from the seed (dropout does) and leave the caller's random state alone."""
-    devices = [settings.device] if settings.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(settings.seed)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-            yield
-
-
 def report(result: TrainingResult, class_name: str, probe_started: bool, trains_more: bool) -> None:
     """Warn of what the user should know about how the training ended."""
     if result.is_interrupted:
@@ -321,7 +327,7 @@ def report(result: TrainingResult, class_name: str, probe_started: bool, trains_
             f"The training of {class_name} was interrupted after {result.n_iter} epochs; the "
             f"weights of epoch {result.best_epoch} are kept, and the estimator is fitted.",
             UserWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
     elif result.best_epoch == 0 and result.n_iter and result.start_score is not None:
         start = "linear probe" if probe_started else "network as it was"
@@ -332,7 +338,7 @@ def report(result: TrainingResult, class_name: str, probe_started: bool, trains_
             "(epoch 0) is kept. More data, a smaller lr, fewer unfrozen stages or a stronger "
             "layer_decay may help; or the frozen features are the better model here.",
             UserWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

@@ -1,9 +1,12 @@
 """FineTuningClassifier and FineTuningRegressor: what they promise."""
 
 import copy
+import os
+import pathlib
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import joblib
 import numpy as np
@@ -26,10 +29,16 @@ from sktransfer import (
     FineTuningRegressor,
     Optimizer,
     PretrainedFeatureExtractor,
+    _fine_tuning_base,
+    _training,
     load_backbone,
 )
+from sktransfer._images import as_images
+from sktransfer._learning import _boundary as boundary
+from sktransfer._learning import _linear_probe as linear_probe
 from sktransfer._learning import _training_rows as training_rows
 from sktransfer._learning._tuned_network import learnt
+from sktransfer._random_state import own_random_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -311,7 +320,7 @@ def test_bad_labels_are_clear_errors(stripes, y, message):
 
 
 # -- training --------------------------------------------------------------------------------
-def test_same_seed_same_model_and_global_seeds_left_alone(stripes):
+def test_same_seed_same_model_and_global_seeds_left_alone(stripes, monkeypatch):
     X, y = stripes
     kwargs = {"augment": "strong", "dropout": 0.3, "mixup": 0.3, "head": (4,), "unfreeze": 1}
     first = small(**kwargs).fit(X, y)
@@ -322,8 +331,25 @@ def test_same_seed_same_model_and_global_seeds_left_alone(stripes):
     assert torch.equal(torch.get_rng_state(), states[0])
     np.testing.assert_array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
     assert_same_model(first, second, rtol=0, atol=0)
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    small(**kwargs).fit(X, y)
+    assert not seeded  # nor are those of devices on which nothing is trained
     other = small(**kwargs).set_params(random_state=1).fit(X, y)
     assert not np.allclose(other.predict_proba(X), first.predict_proba(X), rtol=1e-6)
+
+
+def test_trainings_that_overlap_leave_the_callers_random_state(stripes):
+    before = torch.get_rng_state()
+    first, second = own_random_state(1), own_random_state(2)
+    with ThreadPoolExecutor(1) as pool:
+        first.__enter__()
+        pool.submit(second.__enter__).result()
+        torch.rand(3)
+        first.__exit__(None, None, None)
+        torch.rand(3)
+        pool.submit(second.__exit__, None, None, None).result()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_order_of_rows_does_not_matter(stripes):
@@ -599,6 +625,94 @@ def test_warm_start(stripes):
         model.set_params(backbone="builtin").fit(X, y)
 
 
+def test_a_head_alone_goes_on_from_trained_stages(stripes, monkeypatch):
+    X, y = stripes
+    fast, slow = (small(unfreeze=1, lr=0.05, warm_start=True).fit(X, y) for _ in range(2))
+    before = state_of(fast)
+    fast.set_params(unfreeze=0, lr=1e-3).fit(X, y)
+    monkeypatch.setattr(training_rows, "MAX_MEMORY_BYTES", 0)  # stages run in each epoch
+    monkeypatch.setattr(training_rows, "MAX_DISK_BYTES", 0)
+    slow.set_params(unfreeze=0, lr=1e-3, memory=False).fit(X, y)
+    assert_same_model(fast, slow, rtol=1e-4, atol=1e-6)
+    for name, value in state_of(fast).items():
+        assert np.array_equal(value, before[name]) == (not name.startswith("head.")), name
+
+
+@pytest.mark.parametrize("again", ["fit", "partial_fit"])
+def test_what_may_change_when_training_goes_on(stripes, again):
+    X, y = stripes
+    model = small(head=(4,), batch_norm="fixed", unfreeze="all", warm_start=True)
+    getattr(model, again)(X, y)
+    before = state_of(model)
+    model.set_params(dropout=0.5, batch_norm="moving", lr=0.1, layer_decay=0.5, batch_size=7)
+    getattr(model, again)(X, y)
+    net = model.net_
+    drops = [part.p for part in net.module_.head.modules() if isinstance(part, torch.nn.Dropout)]
+    assert drops == [0.5, 0.5]
+    after = state_of(model)
+    assert all(
+        not np.array_equal(after[name], before[name]) for name in after if "running_mean" in name
+    )
+    assert {group["base_lr"] for group in net.optimizer_.param_groups} >= {0.1, 0.05}
+    assert len(net.history[-1, "batches"]) == -(-len(X) // 7)
+    assert_same_model(model, pickle.loads(pickle.dumps(model)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("again", ["fit", "partial_fit"])
+def test_what_is_computed_anew_may_change_when_training_goes_on(stripes, again):
+    X, y = stripes
+    model = small(unfreeze=0, pooling="max", warm_start=True)
+    for augment in (None, "light", None):  # embeddings, pictures, what stages give
+        before = model._tuned.head.linear.weight.clone() if augment else None
+        getattr(model.set_params(augment=augment), again)(X, y)
+        assert before is None or not torch.equal(before, model._tuned.head.linear.weight)
+    assert model.score(X, y) > 0.6
+
+
+def test_partial_fit_on_another_device(stripes):
+    X, y = stripes
+    model = small(unfreeze=1).partial_fit(X, y)
+    model.net_.device = "cuda"  # as if it had been there
+    first = model.net_
+    model.partial_fit(X, y)
+    assert model.net_ is not first
+    assert model.n_iter_ == 2
+
+
+@pytest.mark.parametrize("cls", [FineTuningClassifier, FineTuningRegressor])
+def test_a_fit_that_fails_takes_nothing_away(stripes, cls):
+    X, y = stripes
+    numbers = X.mean(axis=(1, 2, 3))
+    target = y if cls is FineTuningClassifier else numbers
+    model = small(cls, unfreeze=1).fit(X, target)
+    before, seen = model.predict(X[:5]), dict(vars(model))
+    other = np.arange(4) % 2 if cls is FineTuningClassifier else np.eye(4)
+    with pytest.raises(ValueError, match="could not be read"):
+        model.fit([*X[:3], b"no picture"], other)
+    with pytest.raises(ValueError, match="training loss became"):
+        model.set_params(lr=1e30, optimizer="sgd").fit(X[:4], other)
+    assert vars(model).keys() == seen.keys()
+    np.testing.assert_array_equal(model.predict(X[:5]), before)
+
+
+def test_a_head_that_is_built_otherwise_cannot_go_on(stripes):
+    X, y = stripes
+    model = small(unfreeze=0, warm_start=True, max_epochs=1).fit(X, y)
+    before = state_of(model)
+    for head in [(4,), torch.nn.Linear(model.n_features_out_, 3)]:
+        with pytest.raises(ValueError, match=r"trained head is LinearHead[\s\S]*as it was"):
+            model.set_params(head=head).fit(X, y)
+    np.testing.assert_array_equal(
+        state_of(model)["head.linear.weight"], before["head.linear.weight"]
+    )
+    module = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Linear(model.n_features_out_, 3))
+    model.set_params(head=module, warm_start=False).fit(X, y)
+    model.set_params(head=copy.deepcopy(module), warm_start=True).fit(X, y)
+    module[0].p = 0.2
+    with pytest.raises(ValueError, match="trained head is Sequential"):
+        model.set_params(head=module).fit(X, y)
+
+
 # -- bad images ------------------------------------------------------------------------------
 @pytest.mark.parametrize("unfreeze", [0, 1])
 @pytest.mark.parametrize("head_init", ["linear_probe", "random"])
@@ -609,15 +723,75 @@ def test_bad_images(stripes, picture_files, tmp_path, unfreeze, head_init):
     model = small(unfreeze=unfreeze, head_init=head_init)
     with pytest.raises(ValueError, match=r"2 of 8 rows[\s\S]*row 6[\s\S]*missing.png[\s\S]*skip"):
         model.fit(X, y)
-    with pytest.warns(UserWarning, match=r"2 of 8 rows are left out of training"):
+    with pytest.warns(UserWarning, match=r"2 of 8 rows are left out of training") as told:
         model.set_params(on_error="skip").fit(X, y)
     assert [bad.row for bad in model.bad_images_] == [6, 7]
-    with pytest.warns(UserWarning, match=r"left out of prediction"):
+    assert told[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"left out of prediction") as told:
         proba = model.predict_proba(X)
+    assert told[0].filename == __file__
     np.testing.assert_allclose(proba[6:], 0.5, atol=1e-3)
     assert_same_model(
         model, small(unfreeze=unfreeze, head_init=head_init).fit(X[:6], y[:6]), rtol=0
     )
+
+
+@pytest.mark.parametrize(
+    ("parameters", "n_bytes"), [({"unfreeze": 1}, None), ({"augment": "light"}, None),
+                                ({"unfreeze": "all"}, 0), ({"unfreeze": 0, "mixup": 0.5}, 0)]
+)  # fmt: skip
+def test_pictures_that_vanish_while_training(picture_files, monkeypatch, parameters, n_bytes):
+    X, y = picture_files, ["a", "b"] * 6
+    if n_bytes is not None:  # pictures are decoded in each epoch
+        monkeypatch.setattr(training_rows, "MAX_MEMORY_BYTES", n_bytes)
+        monkeypatch.setattr(training_rows, "MAX_DISK_BYTES", n_bytes)
+    data = pathlib.Path(X[3]).read_bytes()
+
+    def fit_probe(*arguments):
+        os.remove(X[3])
+        return linear_probe.fit_probe(*arguments)
+
+    monkeypatch.setattr(_fine_tuning_base, "fit_probe", fit_probe)
+    model = small(memory=False, **parameters)
+    with pytest.raises(ValueError, match=r"row 3.*picture_03[\s\S]*could be read at the start"):
+        model.fit(X, y)
+    pathlib.Path(X[3]).write_bytes(data)
+    with pytest.warns(UserWarning, match=r"1 of 12 rows are left out of the rest of training"):
+        model.set_params(on_error="skip").fit(X, y)
+    assert [bad.row for bad in model.bad_images_] == [3]
+    assert boundary.shared_rows.info().n_rows == 0
+
+
+def test_a_vanished_picture_weighs_nothing(picture_files):
+    images = as_images(picture_files)
+    pixels = training_rows.Pixels(images, 1, load_backbone("builtin").preprocessing, 1, "skip")
+    os.remove(picture_files[2])
+    rows = training_rows.TrainingSet(pixels, np.arange(12), np.arange(12), np.full(12, 3.0))
+    x, _, weight = rows.take(np.array([1, 2]))
+    assert weight.tolist() == [1.0, 0.0]
+    assert x[0].any()
+    assert not x[1].any()
+    assert [bad.row for bad in pixels.bad] == [2]
+
+
+def test_pictures_are_let_go_once_frozen_stages_have_seen_them(stripes, monkeypatch):
+    seen = []
+    train = _training.train
+
+    def note(tuned, train_set, *args, **kwargs):
+        seen.append(sum(p._kept is not None for p in made))
+        return train(tuned, train_set, *args, **kwargs)
+
+    made = []
+    create = training_rows.Pixels.__init__
+    monkeypatch.setattr(
+        training_rows.Pixels, "__init__", lambda self, *a: made.append(self) or create(self, *a)
+    )
+    monkeypatch.setattr(_training, "train", note)
+    small(unfreeze=1, head_init="random").fit(*stripes)
+    small(unfreeze="all", head_init="random").fit(*stripes)
+    assert len(made) == 2
+    assert seen == [0, 1]
 
 
 # -- pickling --------------------------------------------------------------------------------

@@ -51,23 +51,17 @@ def boundary_rows(
     Raises
     ------
     ValueError
-        For a picture that can no longer be read.
+        For a picture that can no longer be read, where `pixels` are to raise it.
     """
     rows: list[np.ndarray | None] = [None] * len(keys)
     if fingerprint is not None:
         rows = shared_rows.get_many(fingerprint, keys)
     missing = np.array([i for i, row in enumerate(rows) if row is None], dtype=int)
     own: np.ndarray | None = None
-    n_bad = len(pixels.bad)
     module.eval()
     for start in range(0, len(missing), batch_size):
         index = missing[start : start + batch_size]
         batch = pixels.take(positions[index])
-        if len(pixels.bad) > n_bad:  # nothing must be shared that is not of the picture
-            raise ValueError(
-                f"{pixels.bad[-1]}. It could be read at the start of this fit: fit again when "
-                "nobody changes the pictures."
-            )
         values = module.run_frozen(batch.to(device), stop).cpu().numpy()
         if start == 0 and (fingerprint is None or len(keys) * values[0].nbytes > MAX_SHARED_BYTES):
             own = allocate((len(keys), *values.shape[1:]), values.dtype)
@@ -81,7 +75,9 @@ def boundary_rows(
             continue
         assert fingerprint is not None
         new_keys = [keys[i] for i in index]
-        shared_rows.put_many(fingerprint, new_keys, values)
+        is_read = ~pixels.is_bad[positions[index]]  # what is not of the picture is not shared
+        read_keys = [key for key, was_read in zip(new_keys, is_read, strict=True) if was_read]
+        shared_rows.put_many(fingerprint, read_keys, values[is_read])
         # The store's own copies, so that a row is in memory once. Another fit, in another thread,
         # may have driven them out already.
         found = shared_rows.get_many(fingerprint, new_keys)

@@ -47,6 +47,12 @@ class LinearHead(nn.Module):
         out = self.linear(x)
         return out if self.hidden is None else out + self.hidden(x)
 
+    def drop(self, share: float) -> None:
+        """Drop another share from now on."""
+        for part in self.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = share
+
     def start_from(self, coef: np.ndarray, intercept: np.ndarray) -> None:
         """Let the linear layer be a fitted linear model."""
         with torch.no_grad():
@@ -81,3 +87,24 @@ def make_head(head: Any, n_in: int, n_out: int, dropout: float) -> nn.Module:
             f"(2, {n_out}) is needed here."
         )
     return own
+
+
+def take_settings(head: nn.Module, wanted: nn.Module) -> None:
+    """Let a trained head go on as the `wanted` one, which is new, would: with its drop-out.
+
+    Raises
+    ------
+    ValueError
+        Where `wanted` is built otherwise.
+    """
+    shapes = [{k: v.shape for k, v in h.state_dict().items()} for h in (head, wanted)]
+    if isinstance(head, LinearHead) and isinstance(wanted, LinearHead):
+        if shapes[0] == shapes[1]:
+            head.drop(wanted.dropout.p)
+            return
+    elif shapes[0] == shapes[1] and repr(head) == repr(wanted):
+        return
+    raise ValueError(
+        f"The trained head is {head}, but now the parameter `head` stands for {wanted}, which "
+        "cannot take over its weights. Set `head` as it was, or warm_start=False to start again."
+    )

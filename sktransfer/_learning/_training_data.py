@@ -13,7 +13,7 @@ from sktransfer._backbones import Backbone
 from sktransfer._cache import as_store
 from sktransfer._distribution import embed_anywhere
 from sktransfer._images import Images
-from sktransfer._inference import BadRow
+from sktransfer._inference import BadRow, _n_threads
 from sktransfer._learning._boundary import boundary_rows, keeps_anything
 from sktransfer._learning._training_rows import Kept, Pixels, digest_rows, merge_rows, rows_of
 
@@ -89,12 +89,12 @@ class TrainingData:
         what: str = "training",
     ):
         self._backbone, self._n_columns = backbone, images.n_columns
-        self._memory = settings.memory
-        n_threads = n_decoding_threads(settings.n_jobs)
+        self._memory, self._n_rows, self._what = settings.memory, images.n_rows, what
+        n_threads = _n_threads(settings.n_jobs)
         keys, bad = digest_rows(images, as_store(settings.memory), n_threads)
         index, weight = merge_rows(keys, target, weight)
         view = rows_of(images, index)
-        self._pixels = Pixels(view, images.n_columns, backbone.preprocessing, n_threads)
+        self._pixels = Pixels(view, images.n_columns, backbone.preprocessing, n_threads, on_error)
         rows = None
         if wants_embeddings and len(index):
             flat, more = embed_rows(view, backbone, settings)
@@ -107,7 +107,7 @@ class TrainingData:
         if self.bad:
             _handle(self.bad, images.n_rows, on_error, what)
         if assumed := images.take_warnings():
-            warnings.warn(assumed, UserWarning, stacklevel=5)
+            warnings.warn(assumed, UserWarning, stacklevel=6)
         unreadable = {b.row for b in self.bad}
         self._positions = np.array(
             [k for k, i in enumerate(index) if int(i) not in unreadable], dtype=int
@@ -142,7 +142,8 @@ class TrainingData:
             0 where what was asked for fits in no bound.
         """
         everywhere = np.arange(len(self))
-        if entry == n_stages and self.embeddings is not None:
+        # Stages that are there pool by themselves, and may have been trained before.
+        if entry == n_stages and self.embeddings is not None and not module.stages:
             shape = (len(self.embeddings), self._n_columns, -1)
             return Kept(self.embeddings.reshape(shape)), everywhere, entry
         if entry > 0:
@@ -154,19 +155,23 @@ class TrainingData:
                 self._pixels, self._positions, self._keys, module, entry, device, fingerprint
             )
             if kept is not None:
+                self.weight = np.where(self._pixels.is_bad[self._positions], 0.0, self.weight)
                 return kept, everywhere, entry
         return self._pixels, self._positions, 0
 
+    def forget_pixels(self) -> None:
+        """Let go of decoded pictures: what was made of them is there."""
+        self._pixels.forget()
 
-def n_decoding_threads(n_jobs: int | None) -> int:
-    """As many threads as the inference loop would use."""
-    available = torch.get_num_threads()
-    if n_jobs is None:
-        return available
-    return max(1, available + 1 + n_jobs) if n_jobs < 0 else n_jobs
+    def report_lost(self) -> None:
+        """Warn of pictures that could be read at the start and no more later on."""
+        known = {bad.row for bad in self.bad}
+        if lost := [bad for bad in self._pixels.bad if bad.row not in known]:
+            self.bad += lost
+            _handle(lost, self._n_rows, "skip", f"the rest of {self._what}")
 
 
-def _handle(bad: list[BadRow], n_rows: int, on_error: str, what: str) -> None:
+def _handle(bad: list[BadRow], n_rows: int, on_error: str, what: str, stacklevel: int = 7) -> None:
     lines = [f"  {row}" for row in bad[:_N_REPORTED]]
     if len(bad) > _N_REPORTED:
         lines.append(f"  … and {len(bad) - _N_REPORTED} more")
@@ -180,5 +185,5 @@ def _handle(bad: list[BadRow], n_rows: int, on_error: str, what: str) -> None:
         f"{len(bad)} of {n_rows} rows are left out of {what}, as an image could not be read:\n"
         f"{listed}",
         UserWarning,
-        stacklevel=6,
+        stacklevel=stacklevel,
     )

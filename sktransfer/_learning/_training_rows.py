@@ -100,12 +100,30 @@ class Pixels:
     preprocessing : Preprocessing or CallablePreprocessing
     n_threads : int
         For decoding.
+    on_error : {"raise", "skip"}
+        What :meth:`take` does with a picture that cannot be read: an error, or zeros in its place.
+
+    Attributes
+    ----------
+    bad : list of BadRow
+        Those that could not be read so far.
+    is_bad : ndarray of bool of shape (n_rows,)
+        Their rows.
     """
 
-    def __init__(self, images: Images, n_columns: int, preprocessing: Any, n_threads: int):
+    def __init__(
+        self,
+        images: Images,
+        n_columns: int,
+        preprocessing: Any,
+        n_threads: int,
+        on_error: str = "raise",
+    ):
         self._images, self.n_columns, self._preprocessing = images, n_columns, preprocessing
-        self._n_threads = n_threads
+        self._n_threads, self._on_error = n_threads, on_error
         self.bad: list[BadRow] = []
+        self.is_bad = np.zeros(len(self), dtype=bool)
+        self._blank = np.zeros((1, 1, 3), np.uint8)  # of the others' shape, once there is one
         self._kept: np.ndarray | None = None
         self._is_ready = np.zeros(len(images), dtype=bool)
 
@@ -119,28 +137,45 @@ class Pixels:
     def read_all(self) -> None:
         """Decode every picture once; afterwards `bad` tells which cannot be."""
         for start in range(0, len(self), 256):
-            self.take(np.arange(start, min(start + 256, len(self))))
+            self._read(np.arange(start, min(start + 256, len(self))))
+
+    def forget(self) -> None:
+        """Let go of what is kept."""
+        self._kept = None
+        self._is_ready[:] = False
 
     def take(self, index: np.ndarray) -> torch.Tensor:
         """The pictures of some rows: (n, n_columns, channels, height, width)."""
+        pictures = self._read(index)
+        if self._on_error == "raise" and self.is_bad[index].any():
+            raise ValueError(
+                f"{self.bad[-1]}. It could be read at the start of this fit: fit again when nobody "
+                'changes the pictures, or set on_error="skip" to leave such rows out.'
+            )
+        return pictures
+
+    def _read(self, index: np.ndarray) -> torch.Tensor:
         c = self.n_columns
         wanted = (np.asarray(index)[:, None] * c + np.arange(c)).reshape(-1)
         missing = [int(i) for i in wanted if not self._is_ready[i]]
         if missing:
             with ThreadPoolExecutor(self._n_threads) as pool:
-                decoded = dict(zip(missing, pool.map(self._decode, missing), strict=True))
-            sample = next((p for p in decoded.values() if p is not None), None)
-            if self._kept is None and sample is not None and not self._is_ready.any():
-                self._kept = allocate((len(self._images), *sample.shape), sample.dtype)
+                found = dict(zip(missing, pool.map(self._decode, missing), strict=True))
+            self.is_bad[[i // c for i, pixels in found.items() if pixels is None]] = True
+            sample = next((p for p in found.values() if p is not None), None)
+            if sample is not None:
+                self._blank = np.zeros_like(sample)
+                if self._kept is None and not self._is_ready.any():
+                    self._kept = allocate((len(self._images), *sample.shape), sample.dtype)
+            decoded = {i: self._blank if p is None else p for i, p in found.items()}
             if self._kept is not None:
                 for i, pixels in decoded.items():
-                    if pixels is not None:
-                        self._kept[i] = pixels
+                    self._kept[i] = pixels
                     self._is_ready[i] = True
         if self._kept is not None:
             stacked = np.asarray(self._kept[wanted])
         else:
-            stacked = self._stack([decoded[int(i)] for i in wanted])
+            stacked = np.stack([decoded[int(i)] for i in wanted])
         tensor = torch.from_numpy(stacked)
         if tensor.dtype == torch.uint8:
             tensor = tensor.permute(0, 3, 1, 2)  # channels-last in memory, as convolutions like it
@@ -156,11 +191,6 @@ class Pixels:
             return None
         return np.asarray(self._preprocessing.resize_crop(image))
 
-    @staticmethod
-    def _stack(pictures: list[np.ndarray | None]) -> np.ndarray:
-        sample = next((p for p in pictures if p is not None), np.zeros((1, 1, 3), np.uint8))
-        return np.stack([np.zeros_like(sample) if p is None else p for p in pictures])
-
 
 class Kept:
     """Rows of numbers that are there already: embeddings, or what frozen stages gave.
@@ -172,6 +202,7 @@ class Kept:
 
     def __init__(self, rows: Any):
         self.rows = rows
+        self.is_bad = np.zeros(len(rows), dtype=bool)
         self.is_kept_in_memory = not isinstance(rows, np.memmap)
 
     def __len__(self) -> int:
@@ -225,7 +256,10 @@ class TrainingSet(torch.utils.data.Dataset):
     def take(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Inputs, targets and weights of some rows."""
         where = torch.from_numpy(rows)
-        return self.source.take(self.index[rows]), self.target[where], self.weight[where]
+        x = self.source.take(self.index[rows])
+        # A picture that could not be read again weighs nothing.
+        is_read = torch.from_numpy(~self.source.is_bad[self.index[rows]])
+        return x, self.target[where], self.weight[where] * is_read
 
 
 class Batches:

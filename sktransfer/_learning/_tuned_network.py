@@ -72,13 +72,21 @@ class TunedNetwork:
         """What is trained. A head alone comes without stages, unless the `whole` is asked for."""
         if self._module is None or (whole and not self._module.stages):
             self._module = self._build(whole or self.has_own_stages)
+            self.net = None  # it was made for another module
         return self._module
 
-    def compute_in(self, precision: str) -> None:
-        """Go on in another precision."""
-        self.precision = precision
-        if self._module is not None:
-            self._module.precision = precision
+    def change(self, moves_statistics: bool, precision: str) -> None:
+        """Go on with other settings."""
+        for part in (self, self._module):
+            if part is not None:
+                part.moves_statistics, part.precision = moves_statistics, precision
+
+    def pretrained_values(self) -> dict[int, torch.Tensor]:
+        """The backbone's value of each parameter of the stages, by the parameter's ``id``."""
+        if self._root is None:
+            return {}
+        origin = dict(self.backbone.network.module.named_parameters())
+        return {id(p): origin[name].detach() for name, p in self._root.named_parameters()}
 
     def _build(self, with_stages: bool) -> TunedModule:
         kind = Pooling(*self.backbone._poolings[0])
