@@ -244,7 +244,11 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             raise ValueError(f"{given} is given without {missing}: give both, or neither.")
         images = check_images(self, X_val, reset=False)
         target = self._read_target(y_val, images.n_rows, reset=False, name="y_val")
-        return TrainingData(images, target, np.ones(images.n_rows), **options, what="validation")
+        weight = np.ones(images.n_rows)
+        data = TrainingData(images, target, weight, **options, what="validation")
+        if len(data) == 0:
+            raise ValueError(f"No row of X_val is left: none of its {images.n_rows} can be read.")
+        return data
 
     def _new_network(self, backbone, n_columns, lowest, seed):
         from sktransfer._learning._tuned_network import TunedNetwork

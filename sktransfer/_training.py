@@ -145,10 +145,11 @@ def train(
         module.to(settings.device)
         module.stages.to(memory_format=torch.channels_last)  # as the batches are
         net = tuned.net if keeps_net else None
-        if net is not None and net.device != str(settings.device):
-            net = None  # the optimizer's state lies on the other device
+        start = min(first_stage(1), len(module.stages))
+        if net is not None and (net.device != str(settings.device) or start > module.n_frozen):
+            net = None  # its optimizer is on the other device, or holds what is frozen now
         if net is None:
-            module.freeze(min(first_stage(1), len(module.stages)))
+            module.freeze(start)
         average: Callback | None = None
         if settings.weight_averaging is not None:
             average = WeightAverage(settings.weight_averaging, tuned.lowest, max_epochs, n_batches)

@@ -679,6 +679,28 @@ def test_partial_fit_on_another_device(stripes):
     assert model.n_iter_ == 2
 
 
+def test_partial_fit_freezes_stages_again(stripes):
+    X, y = stripes
+    model = small(unfreeze=1, augment="light", lr=0.01).partial_fit(X, y)
+    before = state_of(model)
+    model.set_params(unfreeze=0).partial_fit(X, y)
+    assert model.net_.module_.n_unfrozen == 0
+    for name, value in state_of(model).items():
+        assert np.array_equal(value, before[name]) == (not name.startswith("head.")), name
+    model.set_params(unfreeze="all").partial_fit(X, y)
+    assert model.net_.module_.n_frozen == 0
+
+
+def test_no_validation_row_can_be_read(stripes):
+    X, y = stripes
+    model = small(on_error="skip")
+    with (
+        pytest.warns(UserWarning, match="2 of 2 rows are left out of validation"),
+        pytest.raises(ValueError, match="none of its 2 can be read"),
+    ):
+        model.fit(X, y, X_val=[b"no", b"picture"], y_val=y[:2])
+
+
 @pytest.mark.parametrize("cls", [FineTuningClassifier, FineTuningRegressor])
 def test_a_fit_that_fails_takes_nothing_away(stripes, cls):
     X, y = stripes
