@@ -15,9 +15,9 @@ from sktransfer._stages import Stage, Stages, split_stages
 from sktransfer._zoo._compiling import CompiledNetwork
 from sktransfer._zoo._module_source import ModuleSource
 from sktransfer._zoo._networks import Network, get_network
-from sktransfer._zoo._pooling import POOLINGS, layout_of, pooled_width, resolve_pooling
+from sktransfer._zoo._pooling import POOLINGS, Pooling, layout_of, pooled_width, resolve_pooling
 from sktransfer._zoo._preprocessing import AnyPreprocessing, resolve_preprocessing
-from sktransfer._zoo._source import Source
+from sktransfer._zoo._source import GivenSource, Source
 from sktransfer._zoo._sources import resolve_source
 
 # Part of every fingerprint: a change of how embeddings are computed changes it.
@@ -200,6 +200,37 @@ class Backbone:
         """Keys of a weights file and of the network's head that did not meet, or None."""
         _ = self.network.module
         return getattr(self._source, "key_report", None)
+
+    @property
+    def stage_names_to_layer(self) -> list[str]:
+        """Names of the stages that make the embedding, or the one layer that was asked for."""
+        plan, key, names = self.network.plan, self._keys[0], self.stage_names
+        if key == plan.embedding_key:
+            return names[:-1] if plan.head_layers() and len(names) > 1 else names
+        for i, name in enumerate(names):
+            if plan.resolve(name) == key:
+                return names[: i + 1]
+        raise ValueError(
+            f"{self!r} ends within a stage, where fine-tuning cannot put a head. Give as `layer` "
+            f"one of the stages {names}, or None; and pooling='auto' if that was changed."
+        )
+
+    def make_pooling(self) -> Pooling:
+        """What turns the one asked layer's values into rows."""
+        return Pooling(*self._poolings[0])
+
+    def copy_network(self) -> tuple[nn.Module, Stages]:
+        """An independent copy of the network, and its stages, which call the copy's layers."""
+        module = copy.deepcopy(self.network.module)
+        return module, split_stages(module, self._plan_size)
+
+    def with_weights(self, module: nn.Module, digest: str) -> Backbone:
+        """The same cut of `module`, a copy of the network with weights known by `digest`."""
+        other = copy.copy(self)
+        other._source = GivenSource(self.name, self._source.preprocessing, module, digest)
+        other.fingerprint = f"tuned-{digest}"
+        other.group_fingerprints = [other.fingerprint]
+        return other
 
     def copy_stages(self) -> Stages:
         """Stages of an independent copy of the network, ready to be trained."""

@@ -124,7 +124,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
         backbone = self._load_backbone() if reset else old.backbone
         max_epochs = 1 if goes_on else self.max_epochs
-        plan = UnfreezePlan(self.unfreeze, _body_names(backbone), self.max_epochs)
+        plan = UnfreezePlan(self.unfreeze, backbone.stage_names_to_layer, self.max_epochs)
         lowest = plan.lowest
         starts_as_probe = self._starts_as_probe and not is_resumed
         # New pictures in each epoch leave nothing that could be kept.
@@ -433,9 +433,3 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     def __sklearn_tags__(self):
         return set_image_tags(self, super().__sklearn_tags__())
-
-
-def _body_names(backbone):
-    from sktransfer._learning._tuned_network import body_names
-
-    return body_names(backbone)

@@ -15,10 +15,8 @@ from torch import nn
 
 from sktransfer._backbones import Backbone, load_backbone
 from sktransfer._learning._tuned_module import TunedModule
-from sktransfer._stages import split_stages
-from sktransfer._zoo._pooling import Pooling
 from sktransfer._zoo._preprocessing import Preprocessing
-from sktransfer._zoo._source import Source
+from sktransfer._zoo._source import GivenSource
 
 
 class TunedNetwork:
@@ -55,7 +53,7 @@ class TunedNetwork:
         self.backbone, self.head = backbone, head
         self.n_columns, self.lowest = n_columns, lowest
         self.moves_statistics, self.precision = moves_statistics, precision
-        self.stage_names = body_names(backbone)
+        self.stage_names = backbone.stage_names_to_layer
         self.net: Any = None
         self._root: nn.Module | None = None
         self._module: TunedModule | None = None
@@ -89,17 +87,16 @@ class TunedNetwork:
         return {id(p): origin[name].detach() for name, p in self._root.named_parameters()}
 
     def _build(self, with_stages: bool) -> TunedModule:
-        kind = Pooling(*self.backbone._poolings[0])
+        kind = self.backbone.make_pooling()
         if not with_stages:
             return TunedModule([], kind, self.head, precision=self.precision)
-        root = copy.deepcopy(self.backbone.network.module)
-        stages = split_stages(root, self.backbone._plan_size)[: len(self.stage_names)]
+        root, stages = self.backbone.copy_network()
         preprocessing = self.backbone.preprocessing
         mean = std = None
         if isinstance(preprocessing, Preprocessing):
             mean, std = preprocessing.mean, preprocessing.std
         module = TunedModule(
-            [(stage.name, stage.module) for stage in stages],
+            [(stage.name, stage.module) for stage in stages[: len(self.stage_names)]],
             kind,
             self.head,
             mean,
@@ -159,11 +156,7 @@ class TunedNetwork:
             for name, array in sorted(self.trained_state().items()):
                 digest.update(f"{name}{array.dtype}{array.shape}".encode())
                 digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            tuned = copy.copy(self.backbone)
-            tuned._source = _TunedSource(self.backbone, root, digest.hexdigest())
-            tuned.fingerprint = f"tuned-{digest.hexdigest()}"
-            tuned.group_fingerprints = [tuned.fingerprint]
-            self._tuned = tuned
+            self._tuned = self.backbone.with_weights(root, digest.hexdigest())
         return self._tuned
 
     def scores(self, embeddings: np.ndarray) -> np.ndarray:
@@ -187,35 +180,6 @@ class TunedNetwork:
         return copied
 
 
-class _TunedSource(Source):
-    """A network whose weights are at hand."""
-
-    def __init__(self, base: Backbone, module: nn.Module, digest: str):
-        self.name, self.digest, self.module = base.name, digest, module
-        self.preprocessing = base._source.preprocessing
-
-    def build(self) -> nn.Module:
-        return self.module
-
-    def load(self, module: nn.Module, head_layers: set[str]) -> None:
-        return
-
-
-def body_names(backbone: Backbone) -> list[str]:
-    """Names of the stages that make the embedding, in order."""
-    names = backbone.stage_names
-    plan, key = backbone.network.plan, backbone._keys[0]
-    if key == plan.embedding_key:
-        return names[:-1] if plan.head_layers() and len(names) > 1 else names
-    for i, name in enumerate(names):
-        if plan.resolve(name) == key:
-            return names[: i + 1]
-    raise ValueError(
-        f"{backbone!r} ends within a stage, where fine-tuning cannot put a head. Give as `layer` "
-        f"one of the stages {names}, or None; and pooling='auto' if that was changed."
-    )
-
-
 def with_own_weights(
     name: str,
     state: dict[str, torch.Tensor],
@@ -235,7 +199,9 @@ def with_own_weights(
         array = tensor.contiguous().numpy()
         digest.update(f"{key}{array.dtype}{array.shape}".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
-    source = _TunedSource(base, module.eval().requires_grad_(False), f"own-{digest.hexdigest()}")
+    module.eval().requires_grad_(False)
+    assert isinstance(base.preprocessing, Preprocessing)  # the network's own
+    source = GivenSource(base.name, base.preprocessing, module, f"own-{digest.hexdigest()}")
     return Backbone(source, layer, pooling, preprocessing)
 
 

@@ -62,6 +62,33 @@ class Source(ABC):
         """Fill `module`, which :meth:`build` made, with the weights."""
 
 
+class GivenSource(Source):
+    """A network whose weights are at hand.
+
+    Parameters
+    ----------
+    name : str
+    preprocessing : Preprocessing
+        What the network's architecture came with.
+    module : nn.Module
+        In eval mode and frozen.
+    digest : str
+        Of the weights.
+    """
+
+    def __init__(
+        self, name: str, preprocessing: Preprocessing, module: nn.Module, digest: str
+    ) -> None:
+        self.name, self.digest, self.module = name, digest, module
+        self.preprocessing = preprocessing
+
+    def build(self) -> nn.Module:
+        return self.module
+
+    def load(self, module: nn.Module, head_layers: set[str]) -> None:
+        return
+
+
 class _EmptyOnMeta(TorchFunctionMode):
     """New layers get no memory and no initial values, as weights come from a file."""
 
