@@ -54,7 +54,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         "mixup": [Interval(Real, 0, None, closed="left")],
         "cutmix": [Interval(Real, 0, None, closed="left")],
         "l2_sp": [Interval(Real, 0, None, closed="left")],
-        "weight_averaging": [StrOptions({"ema", "last"}), None],
+        "weight_averaging": [StrOptions({"auto", "wise_ft", "ema", "last"}), None],
         "early_stopping": [StrOptions({"auto"}), "boolean"],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
@@ -188,11 +188,18 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             v_rows = np.arange(len(valid_data))
             valid_set = self._training_set(valid_data, sources[1], v_target, v_rows)
         first_epoch = self.n_iter_ if goes_on and is_resumed else 0
+        averaging = None if goes_on else self.weight_averaging
+        if averaging == "auto":
+            # Where no validation part can tell that the way was too long.
+            has_good_start = starts_as_probe and not self._has_random_weights
+            averaging = (
+                "wise_ft" if has_good_start and lowest < n_stages and not keeps_best else None
+            )
         result = train(
             tuned,
             train_set,
             valid_set,
-            self._training_settings(seed + first_epoch, device, keeps_best, goes_on),
+            self._training_settings(seed + first_epoch, device, keeps_best, goes_on, averaging),
             entry=entry,
             first_stage=lambda epoch: plan.first_stage(epoch + first_epoch),
             max_epochs=max_epochs,
@@ -272,10 +279,14 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     @property
     def _moves_statistics(self) -> bool:
+        # Statistics of random weights say nothing.
         return self.batch_norm == "moving" or (
-            # Statistics of random weights say nothing.
-            self.batch_norm == "auto" and self.weights is None and isinstance(self.backbone, str)
+            self.batch_norm == "auto" and self._has_random_weights
         )
+
+    @property
+    def _has_random_weights(self) -> bool:
+        return self.weights is None and isinstance(self.backbone, str)
 
     def _start_as_probe(self, tuned, data, prepared, rows, rng):
         coef, intercept = fit_probe(
@@ -321,7 +332,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         weight = self._training_weight(prepared[rows], data.weight[rows])
         return TrainingSet(inputs, positions[rows], prepared[rows], weight)
 
-    def _training_settings(self, seed=0, device=None, keeps_best=False, goes_on=False):
+    def _training_settings(
+        self, seed=0, device=None, keeps_best=False, goes_on=False, averaging=None
+    ):
         from sktransfer._inference import resolve_device
         from sktransfer._training import TrainingSettings
 
@@ -339,7 +352,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             cutmix=self.cutmix,
             label_smoothing=getattr(self, "label_smoothing", 0.0),
             l2_sp=self.l2_sp,
-            weight_averaging=None if goes_on else self.weight_averaging,
+            weight_averaging=averaging,
             batch_size=self.batch_size,
             keeps_best=keeps_best,
             patience=self.n_iter_no_change,

@@ -113,7 +113,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         cutmix=0.0,
         label_smoothing=0.0,
         l2_sp=0.0,
-        weight_averaging=None,
+        weight_averaging="auto",
         early_stopping="auto",
         validation_fraction=0.1,
         n_iter_no_change=10,

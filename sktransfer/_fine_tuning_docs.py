@@ -95,11 +95,13 @@ PARAMETERS = """\
     l2_sp : float, default=0.0
         Strength of the pull of trained stages towards their pre-trained weights [2]_.
 
-    weight_averaging : {"ema", "last"} or None, default=None
-        Whether an average of the trained weights over the steps is validated and kept rather
-        than the weights themselves [3]_. ``"ema"``: an exponential moving average that looks
-        back over a tenth of the training; ``"last"``: the mean over the last quarter of the
-        epochs. `partial_fit` takes no averages.
+    weight_averaging : {"auto", "wise_ft", "ema", "last"} or None, default="auto"
+        Whether an average of the trained weights is validated and kept rather than the weights
+        themselves. ``"wise_ft"``: half way from where the training began to where it is
+        [4]_; ``"ema"``: an exponential moving average that looks back over a tenth of the
+        training; ``"last"``: the mean over the last quarter of the epochs [3]_. ``"auto"``:
+        ``"wise_ft"`` where pre-trained stages are trained from a linear-probe start and no
+        validation part chooses the epoch, else none. `partial_fit` takes no averages.
 
     early_stopping : "auto" or bool, default="auto"
         Whether the epoch with the best score on a validation part is kept, epoch 0
@@ -204,6 +206,9 @@ REFERENCES = """\
     .. [3] P. Izmailov, D. Podoprikhin, T. Garipov, D. Vetrov, A. G. Wilson. "Averaging weights
        leads to wider optima and better generalization." UAI 2018.
        https://arxiv.org/abs/1803.05407
+
+    .. [4] M. Wortsman, G. Ilharco, J. W. Kim et al. "Robust fine-tuning of zero-shot models."
+       CVPR 2022. https://arxiv.org/abs/2109.01903
 """
 
 

@@ -192,6 +192,49 @@ def test_the_average_is_validated_and_kept(stripes, kind):
     assert model.n_iter_ == before + 1
 
 
+def weights_of(model):
+    return {k: v.double() for k, v in model.net_.module_.state_dict().items()}
+
+
+@pytest.mark.parametrize("unfreeze", [1, "all", "gradual"])
+def test_wise_ft_is_half_way(stripes, unfreeze):
+    X, y = stripes
+    settings = {"unfreeze": unfreeze, "lr": 0.01, "max_epochs": 4, "random_state": 0}
+    settings |= {"batch_size": 8, "batch_norm": "moving"}
+    start, end, averaged = (
+        weights_of(small(**settings | changed).fit(X, y))
+        for changed in (
+            {"max_epochs": 0},
+            {"weight_averaging": None},
+            {"weight_averaging": "wise_ft"},
+        )
+    )
+    assert any(not torch.equal(start[name], end[name]) for name in start)
+    for name, value in averaged.items():
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(value, (start[name] + end[name]) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_when_auto_averages(stripes):
+    X, y = stripes
+    settings = {"unfreeze": 1, "lr": 0.01, "max_epochs": 2, "random_state": 0}
+
+    def is_same(kind, val=None, **changed):
+        rows = {} if val is None else {"X_val": X[val:], "y_val": y[val:]}
+        one, other = (
+            weights_of(small(weight_averaging=k, **settings | changed).fit(X, y, **rows))
+            for k in ("auto", kind)
+        )
+        return all(torch.equal(one[name], other[name]) for name in one)
+
+    assert is_same("wise_ft")
+    assert not is_same(None)
+    assert is_same(None, val=30)  # a validation part chooses the epoch
+    assert is_same(None, head_init="random")
+    assert is_same(None, unfreeze=0)
+    assert is_same(None, backbone="builtin", weights=None, preprocessing="auto")
+
+
 # -- precision -------------------------------------------------------------------------------
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_ends_near_float32(stripes, precision):

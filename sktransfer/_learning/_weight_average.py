@@ -11,6 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 # Of the whole training: how far back an exponential average looks, what "last" means.
 _EMA_SHARE = 0.1
 _LAST_SHARE = 0.25
+_WISE_FT_SHARE = 0.5  # of the way from the start to the end
 
 
 class WeightAverage(Callback):
@@ -22,8 +23,8 @@ class WeightAverage(Callback):
 
     Parameters
     ----------
-    kind : {"ema", "last"}
-        ``"ema"``: from the first step on an exponential moving average that looks back over a
+    kind : {"wise_ft", "ema", "last"}
+        ``"wise_ft"``: half way between where the training began and where it is [2]_. ``"ema"``: from the first step on an exponential moving average that looks back over a
         tenth of the training's steps. ``"last"``: the mean over the steps of the last quarter
         of the epochs [1]_; before these there is no average.
     lowest : int
@@ -35,12 +36,14 @@ class WeightAverage(Callback):
     ----------
     .. [1] P. Izmailov et al.: "Averaging weights leads to wider optima and better
        generalization", UAI 2018. https://arxiv.org/abs/1803.05407
+    .. [2] M. Wortsman et al.: "Robust fine-tuning of zero-shot models", CVPR 2022.
+       https://arxiv.org/abs/2109.01903
     """
 
     def __init__(self, kind: str, lowest: int, max_epochs: int, n_batches: int):
         self.lowest = lowest
         n_steps = max(1, max_epochs * n_batches)
-        self.first_step = 1
+        self.kind, self.first_step = kind, 1
         if kind == "last":
             self.first_step = 1 + int(max_epochs * (1 - _LAST_SHARE)) * n_batches
             self._average = get_swa_multi_avg_fn()
@@ -48,6 +51,7 @@ class WeightAverage(Callback):
             self._average = get_ema_multi_avg_fn(max(0.0, 1 - 1 / (_EMA_SHARE * n_steps)))
         self.step = 0
         self._trained: list[torch.Tensor] = []
+        self._start: list[torch.Tensor] = []
         self._mean: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []  # as they were, while the average stands there
 
@@ -62,6 +66,8 @@ class WeightAverage(Callback):
             for tensor in (*part.parameters(), *part.buffers())
             if tensor.is_floating_point()
         ]
+        if self.kind == "wise_ft":
+            self._start = [tensor.detach().clone() for tensor in self._trained]
 
     @torch.no_grad()
     def on_epoch_begin(self, net: Any, **kwargs: Any) -> None:
@@ -74,6 +80,8 @@ class WeightAverage(Callback):
         if not training:
             return
         self.step += 1
+        if self.kind == "wise_ft":
+            return
         n_averaged = self.step - self.first_step
         if n_averaged == 0:
             self._mean = [tensor.detach().clone() for tensor in self._trained]
@@ -89,10 +97,12 @@ class WeightAverage(Callback):
 
     def on_train_end(self, net: Any, **kwargs: Any) -> None:
         self._put_average()
-        self._mean, self._weights, self._trained = [], [], []
+        self._start, self._mean, self._weights, self._trained = [], [], [], []
 
     @torch.no_grad()
     def _put_average(self) -> None:
+        if self._start and self.step and not self._weights:
+            self._mean = torch._foreach_lerp(self._start, self._trained, _WISE_FT_SHARE)
         if self._mean and not self._weights:
             self._weights = [tensor.detach().clone() for tensor in self._trained]
             torch._foreach_copy_(self._trained, self._mean)
