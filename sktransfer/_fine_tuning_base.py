@@ -44,7 +44,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         "dropout": [Interval(Real, 0, 1, closed="left")],
         "max_epochs": [Interval(Integral, 0, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
-        "lr": [Interval(Real, 0, None, closed="neither")],
+        "lr": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
         "layer_decay": [Interval(Real, 0, 1, closed="right")],
         "optimizer": [StrOptions({"adamw", "sgd"}), HasMethods(["make"]), callable],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
@@ -199,7 +199,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             tuned,
             train_set,
             valid_set,
-            self._training_settings(seed + first_epoch, device, keeps_best, goes_on, averaging),
+            self._training_settings(
+                module, seed + first_epoch, device, keeps_best, goes_on, averaging
+            ),
             entry=entry,
             first_stage=lambda epoch: plan.first_stage(epoch + first_epoch),
             max_epochs=max_epochs,
@@ -333,7 +335,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return TrainingSet(inputs, positions[rows], prepared[rows], weight)
 
     def _training_settings(
-        self, seed=0, device=None, keeps_best=False, goes_on=False, averaging=None
+        self, module, seed=0, device=None, keeps_best=False, goes_on=False, averaging=None
     ):
         from sktransfer._inference import resolve_device
         from sktransfer._training import TrainingSettings
@@ -341,7 +343,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return TrainingSettings(
             kind=self._kind,
             n_outputs=self._n_outputs,
-            lr=self.lr,
+            lr=module.suggested_lr() if self.lr == "auto" else self.lr,
             layer_decay=self.layer_decay,
             optimizer=self.optimizer,
             weight_decay=self.weight_decay,
@@ -438,7 +440,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
             module = self._tuned.module()
             module.freeze(min(self._tuned.lowest, len(module.stages)))
-            self._tuned.net = make_net(module, self._training_settings())
+            self._tuned.net = make_net(module, self._training_settings(module))
         return self._tuned.net
 
     def __sklearn_is_fitted__(self):

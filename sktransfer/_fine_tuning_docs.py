@@ -58,8 +58,9 @@ PARAMETERS = """\
     batch_size : int, default=32
         Rows of one training step.
 
-    lr : float, default=3e-4
-        Learning rate of the head.
+    lr : "auto" or float, default="auto"
+        Learning rate of the head. ``"auto"``: 3e-4, and 1e-4 where stages are trained that
+        nothing normalises (those of AlexNet, VGG without batch norm, SqueezeNet).
 
     layer_decay : float, default=0.7
         Each stage's learning rate against that of the stage above it.

@@ -78,7 +78,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         dropout=0.0,
         max_epochs=8,
         batch_size=32,
-        lr=3e-4,
+        lr="auto",
         layer_decay=0.7,
         optimizer="adamw",
         weight_decay=0.01,

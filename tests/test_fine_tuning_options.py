@@ -235,6 +235,27 @@ def test_when_auto_averages(stripes):
     assert is_same(None, backbone="builtin", weights=None, preprocessing="auto")
 
 
+# -- learning rate ---------------------------------------------------------------------------
+def network_without_norms():
+    network = tiny_network()
+    network[4] = torch.nn.Identity()
+    return network
+
+
+@pytest.mark.parametrize(
+    ("backbone", "unfreeze", "lr"),
+    [(tiny_network, 1, 3e-4), (network_without_norms, 1, 1e-4), (network_without_norms, 0, 3e-4)],
+)
+def test_auto_learns_more_slowly_where_nothing_normalises(stripes, backbone, unfreeze, lr):
+    X, y = stripes
+    settings = {"backbone": backbone, "unfreeze": unfreeze, "random_state": 0}
+    auto, given = (small(**settings, lr=rate).fit(X, y) for rate in ("auto", lr))
+    assert_same_model(auto, given, rtol=0, atol=0)
+    assert not np.array_equal(
+        auto.predict_proba(X), small(**settings, lr=lr * 2).fit(X, y).predict_proba(X)
+    )
+
+
 # -- precision -------------------------------------------------------------------------------
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_ends_near_float32(stripes, precision):

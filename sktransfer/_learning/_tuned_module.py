@@ -129,6 +129,16 @@ class TunedModule(nn.Module):
                         part.eval()
         return self
 
+    def suggested_lr(self) -> float:
+        """The head's learning rate where none is given.
+
+        Where nothing normalises the activations (AlexNet, VGG, SqueezeNet) the steps that others
+        take well lead astray.
+        """
+        parts = [type(part).__name__.lower() for part in self.stages.modules()]
+        has_norm = any("norm" in name and "response" not in name for name in parts)
+        return 3e-4 if has_norm or not len(self.stages) else 1e-4
+
     def groups(self, start: int, stop: int | None = None) -> list[tuple[str, int, list[Any]]]:
         """(stage, distance from the head, parameters) of the stages from `start` to `stop`.
 

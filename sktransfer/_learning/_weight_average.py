@@ -24,7 +24,8 @@ class WeightAverage(Callback):
     Parameters
     ----------
     kind : {"wise_ft", "ema", "last"}
-        ``"wise_ft"``: half way between where the training began and where it is [2]_. ``"ema"``: from the first step on an exponential moving average that looks back over a
+        ``"wise_ft"``: half way between where the training began and where it is [2]_.
+        ``"ema"``: from the first step on an exponential moving average that looks back over a
         tenth of the training's steps. ``"last"``: the mean over the steps of the last quarter
         of the epochs [1]_; before these there is no average.
     lowest : int
@@ -102,7 +103,7 @@ class WeightAverage(Callback):
     @torch.no_grad()
     def _put_average(self) -> None:
         if self._start and self.step and not self._weights:
-            self._mean = torch._foreach_lerp(self._start, self._trained, _WISE_FT_SHARE)
+            self._mean = list(torch._foreach_lerp(self._start, self._trained, _WISE_FT_SHARE))
         if self._mean and not self._weights:
             self._weights = [tensor.detach().clone() for tensor in self._trained]
             torch._foreach_copy_(self._trained, self._mean)
