@@ -66,7 +66,9 @@ def fastai(backbone, X, y, X_test, seed, epochs):
     size = load_backbone(backbone, weights=WEIGHTS[backbone]).input_size[1]
     labels = dict(zip(X, y, strict=True))
     loaders = ImageDataLoaders.from_lists(
-        Path("."), X, [labels[x] for x in X], valid_pct=0.0, item_tfms=Resize(size), bs=32,
+        Path("."), X, [labels[x] for x in X], valid_pct=0.0, item_tfms=Resize(size),
+        # An incomplete batch is dropped: of few pictures small batches lose less.
+        bs=min(32, max(2, len(X) // 4)),
         num_workers=0, batch_tfms=[Normalize.from_stats(*imagenet_stats)],
     )  # fmt: skip
 
@@ -74,7 +76,9 @@ def fastai(backbone, X, y, X_test, seed, epochs):
         return module_of(backbone)
 
     builder.__name__ = backbone
-    learner = vision_learner(loaders, builder, pretrained=True, normalize=False)
+    # Cut where fastai cuts these networks: everything but what pools and classifies.
+    cut = -2 if backbone == "builtin" else -1
+    learner = vision_learner(loaders, builder, cut=cut, pretrained=True, normalize=False)
     with learner.no_bar(), learner.no_logging():
         learner.fine_tune(epochs - 1, freeze_epochs=1)
         scores, _ = learner.get_preds(dl=loaders.test_dl(X_test, num_workers=0))
