@@ -77,7 +77,7 @@ def embed(
     groups = range(len(backbone.feature_groups)) if groups is None else groups
     run = EmbeddingRun(images, backbone, out, store, precision, list(groups), fill, progress)
     torch_device = resolve_device(device)
-    n_threads = _n_threads(n_jobs)
+    n_threads = n_decoding_threads(n_jobs)
     try:
         if torch_device.type == "cpu":
             _run_on_cpu(run, batch_size, n_threads, is_compiled)
@@ -124,7 +124,7 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cpu")
 
 
-def _n_threads(n_jobs: int | None) -> int:
+def n_decoding_threads(n_jobs: int | None) -> int:
     # torch's own number already respects the limits that joblib sets inside its workers.
     available = torch.get_num_threads()
     if n_jobs is None:

@@ -16,6 +16,11 @@ WEIGHTS = {
 }
 
 
+def head_of(backbone):
+    """Name of the network's last layer."""
+    return "head" if backbone == "builtin" else "classifier.1"
+
+
 def read_set(name, per_class, seed, max_test=0):
     """Paths and labels: `per_class` training images a class (0: all), and the test part."""
     rng = np.random.default_rng(seed)
@@ -50,7 +55,7 @@ def module_of(backbone, n_classes=None):
     module = copy.deepcopy(load_backbone(backbone, weights=WEIGHTS[backbone]).network.module)
     module.requires_grad_(True)
     if n_classes is not None:
-        path = {"builtin": "head"}.get(backbone, "classifier.1")
+        path = head_of(backbone)
         parent, _, leaf = path.rpartition(".")
         old = module.get_submodule(path)
         if isinstance(old, torch.nn.Conv2d):

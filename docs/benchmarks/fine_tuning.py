@@ -21,7 +21,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _fine_tuning_peers import SETS, WEIGHTS, module_of, pictures, read_set, score, skorch_net
+from _fine_tuning_peers import (
+    SETS,
+    WEIGHTS,
+    head_of,
+    module_of,
+    pictures,
+    read_set,
+    score,
+    skorch_net,
+)
 from _report import save
 
 
@@ -90,7 +99,7 @@ def skorch(backbone, X, y, X_test, seed, epochs):
 
     torch.manual_seed(seed)
     classes, codes = np.unique(y, return_inverse=True)
-    head = {"builtin": "head"}.get(backbone, "classifier.1")
+    head = head_of(backbone)
     net = skorch_net(
         module_of(backbone, len(classes)), lambda name: not name.startswith(head), epochs
     )

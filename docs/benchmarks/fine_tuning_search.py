@@ -12,7 +12,7 @@ import argparse
 import time
 
 import numpy as np
-from _fine_tuning_peers import SETS, WEIGHTS, module_of, pictures, read_set, skorch_net
+from _fine_tuning_peers import SETS, WEIGHTS, head_of, module_of, pictures, read_set, skorch_net
 from _report import save
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
@@ -40,7 +40,7 @@ def skorch(options, X, y, folds):
     origin = load_backbone(options.backbone, weights=WEIGHTS[options.backbone])
     names = [name for name in origin.stages.names if name not in ("pool", "flatten", "head")]
     by_id = {id(p): name for name, p in origin.network.module.named_parameters()}
-    head = {"builtin": "head"}.get(options.backbone, "classifier.1")
+    head = head_of(options.backbone)
     freezers = []
     for k in UNFREEZE:
         free = {by_id[id(p)] for name in names[len(names) - k :]

@@ -15,7 +15,7 @@ import argparse
 import time
 
 import numpy as np
-from _fine_tuning_peers import WEIGHTS, module_of, pictures, read_set, skorch_net
+from _fine_tuning_peers import WEIGHTS, head_of, module_of, pictures, read_set, skorch_net
 from _report import save
 
 from sktransfer import FineTuningClassifier, PretrainedFeatureExtractor
@@ -57,7 +57,7 @@ def last_stage(backbone, X, y, X_test, y_test):
     stage = [name for name in origin.stages.names if name not in ("pool", "flatten", "head")][-1]
     own = {id(p) for p in origin.stages[stage].module.parameters()}
     names = {n for n, p in origin.network.module.named_parameters() if id(p) in own}
-    head = {"builtin": "head"}.get(backbone, "classifier.1")
+    head = head_of(backbone)
 
     def is_frozen(name):
         return name not in names and not name.startswith(head)

@@ -13,7 +13,7 @@ from sktransfer._backbones import Backbone
 from sktransfer._cache import as_store
 from sktransfer._distribution import embed_anywhere
 from sktransfer._images import Images
-from sktransfer._inference import BadRow, _n_threads
+from sktransfer._inference import BadRow, n_decoding_threads
 from sktransfer._learning._boundary import boundary_rows, keeps_anything
 from sktransfer._learning._training_rows import Kept, Pixels, digest_rows, merge_rows, rows_of
 
@@ -90,7 +90,7 @@ class TrainingData:
     ):
         self._backbone, self._n_columns = backbone, images.n_columns
         self._memory, self._n_rows, self._what = settings.memory, images.n_rows, what
-        n_threads = _n_threads(settings.n_jobs)
+        n_threads = n_decoding_threads(settings.n_jobs)
         keys, bad = digest_rows(images, as_store(settings.memory), n_threads)
         index, weight = merge_rows(keys, target, weight)
         view = rows_of(images, index)

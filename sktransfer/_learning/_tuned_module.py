@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sktransfer._zoo._folding import scale_and_shift
+
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -58,11 +60,9 @@ class TunedModule(nn.Module):
         self.n_frozen = len(self.stages)
         self.is_normalising = mean is not None
         if mean is not None and std is not None:
-            spread = torch.tensor(std, dtype=torch.float64).view(1, -1, 1, 1)
-            centre = torch.tensor(mean, dtype=torch.float64).view(1, -1, 1, 1)
-            # (x / 255 - mean) / std = x · 1 / (255 std) - mean / std
-            self.register_buffer("scale", (1 / (255 * spread)).float(), persistent=False)
-            self.register_buffer("shift", (-centre / spread).float(), persistent=False)
+            scale, shift = scale_and_shift(mean, std)
+            self.register_buffer("scale", scale, persistent=False)
+            self.register_buffer("shift", shift, persistent=False)
         self.freeze(self.n_frozen)
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> Any:

@@ -14,6 +14,19 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+def scale_and_shift(
+    mean: Sequence[float], std: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two 1×C×1×1 factors that normalise pixels of 0…255: x · scale + shift.
+
+    `mean` and `std` are those of pixels in 0…1:
+    (x / 255 - mean) / std = x · 1 / (255 std) - mean / std.
+    """
+    spread = torch.tensor(std, dtype=torch.float64).view(1, -1, 1, 1)
+    centre = torch.tensor(mean, dtype=torch.float64).view(1, -1, 1, 1)
+    return (1 / (255 * spread)).float(), (-centre / spread).float()
+
+
 class EmbeddingNetwork(nn.Module):
     """uint8 pixels in, one float32 row per image and layer out.
 
@@ -44,11 +57,9 @@ class EmbeddingNetwork(nn.Module):
         self.shift: torch.Tensor
         self.is_normalising = mean is not None
         if mean is not None and std is not None:
-            # (x / 255 - mean) / std = x · 1 / (255 std) - mean / std
-            spread = torch.tensor(std, dtype=torch.float64).view(1, -1, 1, 1)
-            centre = torch.tensor(mean, dtype=torch.float64).view(1, -1, 1, 1)
-            self.register_buffer("scale", (1 / (255 * spread)).float(), persistent=False)
-            self.register_buffer("shift", (-centre / spread).float(), persistent=False)
+            scale, shift = scale_and_shift(mean, std)
+            self.register_buffer("scale", scale, persistent=False)
+            self.register_buffer("shift", shift, persistent=False)
 
     @torch.inference_mode()
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
