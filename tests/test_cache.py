@@ -16,7 +16,7 @@ from joblib import Memory
 from store_under_fire import WIDTH, digests_of, present, rows_of
 
 from sktransfer._cache import DiskStore, MemoryStore, as_store
-from sktransfer._stores import _store_contract
+from sktransfer._stores import _embedding_tables, _store_contract
 
 NOW_NS = 1_900_000_000 * 10**9
 OLD_NS = NOW_NS - 3600 * 10**9
@@ -195,6 +195,30 @@ def test_a_file_is_known_until_its_stat_changes(store):
             stats[1],
         ]
     ) == [None, None, None, None, None, digests[1]]
+
+
+def test_files_are_asked_of_the_disk_once(tmp_path, monkeypatch):
+    stats = [(f"/data/{i}.jpg", i, 10**18 + i, i) for i in range(300)]
+    DiskStore(tmp_path).put_file_digests(stats[:200], digests_of(range(200)))
+    store, asked = DiskStore(tmp_path), []
+    read_files = _embedding_tables.read_files
+
+    def count(connection, stats):
+        asked.append(len(stats))
+        return read_files(connection, stats)
+
+    monkeypatch.setattr(_embedding_tables, "read_files", count)
+    for _ in range(2):
+        got = store.get_file_digests([None, *stats])
+        assert got == [None, *digests_of(range(200)), *[None] * 100]
+    assert asked == [300, 100]
+
+    store.put_file_digests(stats[200:], digests_of(range(200, 300)))
+    assert store.get_file_digests(stats) == digests_of(range(300))
+    assert asked == [300, 100]
+
+    store.clear()
+    assert store.get_file_digests(stats[:2]) == [None, None]
 
 
 def test_a_changed_file_is_learnt_anew(store):

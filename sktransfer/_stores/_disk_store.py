@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from sktransfer._stores._claims import Refusals
+from sktransfer._stores._memory_store import MemoryStore
 from sktransfer._stores._sqlite_file import SQLiteFile, transaction
 from sktransfer._stores._store_contract import FileStat, StoreInfo, as_bytes, in_words, is_settled
 
@@ -25,6 +26,8 @@ FILE_NAME = "embeddings-v1.sqlite"
 _CHUNK_BYTES = 16 * 2**20
 # A use is noted at most once in so many seconds, so that reading seldom writes.
 _NOTE_USE_AFTER = 3600
+# What a process keeps of the file identities that it has read or written: about 50,000 files.
+_IDENTITY_BYTES = 32 * 2**20
 # After an eviction the store is filled to this part of its bound, so that it comes seldom.
 _FILLED_AFTER_EVICTION = 0.9
 
@@ -61,6 +64,7 @@ class DiskStore:
             self.path, tables.SCHEMA, tables.FORMAT_VERSION, tables.APPLICATION_ID
         )
         self._refusals = Refusals()
+        self._identities = MemoryStore(_IDENTITY_BYTES)
 
     def get_into(self, fingerprint: str, digests: Sequence[bytes], out: np.ndarray) -> np.ndarray:
         """Copy the rows at hand into ``out``; True where ``out`` was filled.
@@ -160,8 +164,22 @@ class DiskStore:
 
     def get_file_digests(self, stats: Sequence[FileStat | None]) -> list[bytes | None]:
         """The content digests of files that are as they were; None for all others."""
-        unknown: list[bytes | None] = [None] * len(stats)
-        return self._file.run(lambda c: tables.read_files(c, stats), unknown)
+        # What a file with this stat holds does not change: it is asked once in a process.
+        digests = self._identities.get_file_digests(stats)
+        asked = [
+            i
+            for i, (stat, digest) in enumerate(zip(stats, digests, strict=True))
+            if stat is not None and digest is None
+        ]
+        if not asked:
+            return digests
+        unknown: list[bytes | None] = [None] * len(asked)
+        read = self._file.run(lambda c: tables.read_files(c, [stats[i] for i in asked]), unknown)
+        found = [(i, digest) for i, digest in zip(asked, read, strict=True) if digest is not None]
+        for i, digest in found:
+            digests[i] = digest
+        self._identities.put_file_digests([stats[i] for i, _ in found], [d for _, d in found])
+        return digests
 
     def put_file_digests(
         self,
@@ -181,6 +199,7 @@ class DiskStore:
         ]
         if files:
             self._write(lambda c: tables.write_files(c, files), None)
+            self._identities.put_file_digests(stats, digests, taken_at_ns)
 
     def claim(
         self, fingerprints: str | Sequence[str], digests: Sequence[bytes], seconds: float = 60.0
@@ -248,6 +267,7 @@ class DiskStore:
 
     def clear(self) -> None:
         """Forget everything; the file shrinks to nearly nothing."""
+        self._identities.clear()
         self._write(tables.delete_all, None, shrink=True)
 
     def info(self) -> StoreInfo:
