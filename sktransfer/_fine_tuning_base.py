@@ -25,6 +25,8 @@ from sktransfer._validation import (
 
 # From so many rows on a tenth of them is worth giving away to choose the epoch by.
 _N_ROWS_TO_SPLIT = 1000
+# The picture and its four corners; and what "auto" takes of them where it takes any.
+_MAX_PROBE_VIEWS, _CAREFUL_PROBE_VIEWS = 5, 3
 
 
 class BaseFineTuning(TransformerMixin, BaseEstimator):
@@ -41,6 +43,10 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         "batch_norm": [StrOptions({"auto", "fixed", "moving"})],
         "head": [StrOptions({"linear"}), tuple, list, HasMethods(["forward"])],
         "head_init": [StrOptions({"linear_probe", "random"})],
+        "probe_views": [
+            StrOptions({"auto"}),
+            Interval(Integral, 1, _MAX_PROBE_VIEWS, closed="both"),
+        ],
         "dropout": [Interval(Real, 0, 1, closed="left")],
         "max_epochs": [Interval(Integral, 0, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
@@ -164,10 +170,22 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             valid_rows = stratified_part(codes, fraction, rng, len(data))
             train_rows = np.setdiff1d(train_rows, valid_rows)
 
+        # Where few pictures move the network's own weights, no validation part tells when they
+        # have moved too far: more care is taken of the start, and of staying near it.
+        is_careful = (
+            starts_as_probe
+            and not self._has_random_weights
+            and lowest < n_stages
+            and max_epochs > 0
+            and not keeps_best
+        )
         if not is_resumed:
             tuned = self._new_network(backbone, images.n_columns, lowest, seed)
             if starts_as_probe:
-                self._start_as_probe(tuned, data, prepared, train_rows, rng)
+                n_views = self.probe_views
+                if n_views == "auto":
+                    n_views = _CAREFUL_PROBE_VIEWS if is_careful else 1
+                self._start_as_probe(tuned, data, prepared, train_rows, rng, n_views)
         else:
             tuned = self._resumed_network(old, backbone, images.n_columns, lowest, seed)
         module = tuned.module(whole=entry < n_stages)
@@ -190,11 +208,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         first_epoch = self.n_iter_ if goes_on and is_resumed else 0
         averaging = None if goes_on else self.weight_averaging
         if averaging == "auto":
-            # Where no validation part can tell that the way was too long.
-            has_good_start = starts_as_probe and not self._has_random_weights
-            averaging = (
-                "wise_ft" if has_good_start and lowest < n_stages and not keeps_best else None
-            )
+            averaging = "wise_ft" if is_careful else None
         result = train(
             tuned,
             train_set,
@@ -290,9 +304,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     def _has_random_weights(self) -> bool:
         return self.weights is None and isinstance(self.backbone, str)
 
-    def _start_as_probe(self, tuned, data, prepared, rows, rng):
+    def _start_as_probe(self, tuned, data, prepared, rows, rng, n_views):
         coef, intercept = fit_probe(
-            data.embeddings[rows],
+            data.embed_views(n_views)[rows],
             prepared[rows],
             self._training_weight(prepared[rows], data.weight[rows]),
             self._kind,

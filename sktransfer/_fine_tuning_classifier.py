@@ -99,6 +99,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         batch_norm="auto",
         head="linear",
         head_init="linear_probe",
+        probe_views="auto",
         dropout=0.0,
         max_epochs=8,
         batch_size=32,
@@ -140,6 +141,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         self.batch_norm = batch_norm
         self.head = head
         self.head_init = head_init
+        self.probe_views = probe_views
         self.dropout = dropout
         self.max_epochs = max_epochs
         self.batch_size = batch_size

@@ -49,6 +49,12 @@ PARAMETERS = """\
         more of the pre-training than a random start does [1]_. A module as `head` starts
         as it is.
 
+    probe_views : "auto" or int, default="auto"
+        Views of each picture that the linear probe of the start is fitted on, up to 5: the
+        picture, and its corners (85 % of its sides) enlarged. ``"auto"``: 3 where few pictures
+        move the network's own weights, that is, where ``weight_averaging="auto"`` stands for
+        ``"wise_ft"``; else the picture alone.
+
     dropout : float, default=0.0
         Share of the embedding that is dropped in training.
 

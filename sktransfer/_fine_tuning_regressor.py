@@ -75,6 +75,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         batch_norm="auto",
         head="linear",
         head_init="linear_probe",
+        probe_views="auto",
         dropout=0.0,
         max_epochs=8,
         batch_size=32,
@@ -114,6 +115,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         self.batch_norm = batch_norm
         self.head = head
         self.head_init = head_init
+        self.probe_views = probe_views
         self.dropout = dropout
         self.max_epochs = max_epochs
         self.batch_size = batch_size

@@ -47,9 +47,9 @@ def test_fits_of_a_search_share_it(stripes, passes, monkeypatch):
     search = GridSearchCV(small(max_epochs=1), grid, cv=3, error_score="raise").fit(X, y)
     assert len(search.cv_results_["params"]) == 4
     assert sum(passes) == len(X)
-    # Once for the frozen embeddings, once for the boundary, and in each of 12 fits the third that
-    # it is scored on, through a network of its own.
-    assert len(decoded) == len(X) * (1 + 1 + 4)
+    # Once for the frozen embeddings, once for those of the corners, once for the boundary, and in
+    # each of 12 fits the third that it is scored on, through a network of its own.
+    assert len(decoded) == len(X) * (1 + 1 + 1 + 4)
     alone = small(max_epochs=1, memory=False, **search.best_params_).fit(X, y)
     assert_same_model(search.best_estimator_, alone, rtol=1e-5, atol=1e-6)
 

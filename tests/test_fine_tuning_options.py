@@ -200,7 +200,7 @@ def weights_of(model):
 def test_wise_ft_is_half_way(stripes, unfreeze):
     X, y = stripes
     settings = {"unfreeze": unfreeze, "lr": 0.01, "max_epochs": 4, "random_state": 0}
-    settings |= {"batch_size": 8, "batch_norm": "moving"}
+    settings |= {"batch_size": 8, "batch_norm": "moving", "probe_views": 3}
     start, end, averaged = (
         weights_of(small(**settings | changed).fit(X, y))
         for changed in (

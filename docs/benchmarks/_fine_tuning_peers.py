@@ -66,30 +66,39 @@ def module_of(backbone, n_classes=None):
     return module
 
 
-def pictures(backbone, paths, targets):
-    """A torch data set that decodes each picture when it is asked for, as tutorials do."""
+def pictures(backbone, paths, targets, is_augmented=False):
+    """A torch data set that decodes each picture when it is asked for, as tutorials do.
+
+    Augmented as in PyTorch's transfer-learning tutorial: a random part of it, perhaps mirrored.
+    """
     import torch
     from PIL import Image
+    from torchvision.transforms import v2
 
     from sktransfer import load_backbone
 
     preprocessing = load_backbone(backbone, weights=WEIGHTS[backbone]).preprocessing
     mean = torch.tensor(preprocessing.mean).view(3, 1, 1)
     std = torch.tensor(preprocessing.std).view(3, 1, 1)
+    crop = v2.Compose([v2.RandomResizedCrop(preprocessing.crop_size), v2.RandomHorizontalFlip()])
 
     class Pictures(torch.utils.data.Dataset):
         def __len__(self):
             return len(paths)
 
         def __getitem__(self, i):
-            picture = np.asarray(Image.open(paths[i]).convert("RGB"))
-            x = torch.tensor(preprocessing.resize_crop(picture)).permute(2, 0, 1) / 255
+            picture = Image.open(paths[i]).convert("RGB")
+            if is_augmented:
+                pixels = np.asarray(crop(picture))
+            else:
+                pixels = preprocessing.resize_crop(np.asarray(picture))
+            x = torch.tensor(pixels).permute(2, 0, 1) / 255
             return (x - mean) / std, int(targets[i])
 
     return Pictures()
 
 
-def skorch_net(module, is_frozen, max_epochs, optimizer="sgd", lr=1e-3):
+def skorch_net(module, is_frozen, max_epochs, optimizer="sgd", lr=1e-3, batch_size=32):
     """skorch around `module`; `is_frozen` (parameter name -> bool) as its Freezer takes it."""
     import torch
     from skorch import NeuralNetClassifier
@@ -99,8 +108,8 @@ def skorch_net(module, is_frozen, max_epochs, optimizer="sgd", lr=1e-3):
     if optimizer == "sgd":
         settings = {"optimizer": torch.optim.SGD, "optimizer__momentum": 0.9}
     return NeuralNetClassifier(
-        module, criterion=torch.nn.CrossEntropyLoss, lr=lr, batch_size=32, max_epochs=max_epochs,
-        train_split=None, verbose=0, iterator_train__shuffle=True,
+        module, criterion=torch.nn.CrossEntropyLoss, lr=lr, batch_size=batch_size,
+        max_epochs=max_epochs, train_split=None, verbose=0, iterator_train__shuffle=True,
         device="cuda" if torch.cuda.is_available() else "cpu",
         callbacks=[LRScheduler(policy="StepLR", step_size=7, gamma=0.1), Freezer(is_frozen)],
         **settings,

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 
 # Strengths that are tried on a held-out quarter; without enough rows for one the second is taken.
 _C = (0.001, 0.01, 0.1, 1.0)
@@ -29,7 +29,9 @@ def fit_probe(
 
     Parameters
     ----------
-    rows : ndarray of shape (n, n_features)
+    rows : ndarray of shape (n, n_views, n_features)
+        Of n rows that have several views the first tells how strongly to regularise; fitted
+        is on all, each with its part of the row's weight.
     target : ndarray of shape (n,) or (n, n_outputs)
         Class codes (``"multiclass"``), 0 and 1 (``"multilabel"``), or numbers
         (``"regression"``).
@@ -45,16 +47,19 @@ def fit_probe(
     coef : ndarray of shape (n_outputs, n_features)
     intercept : ndarray of shape (n_outputs,)
     """
-    rows = np.asarray(rows, dtype=np.float32 if rows.size > 5e7 else np.float64)
-    mean, scale = _moments(rows, weight)
-    z = (rows - mean.astype(rows.dtype)) / scale.astype(rows.dtype)
+    n, n_views = rows.shape[:2]
+    flat = rows.reshape(n * n_views, -1)
+    flat = flat.astype(np.float32 if rows.size > 5e7 else np.float64, copy=False)
+    mean, scale = _moments(flat, np.repeat(weight, n_views))
+    z = (flat - mean.astype(flat.dtype)) / scale.astype(flat.dtype)
     basis = None
     if len(z) < z.shape[1]:
         # An L2-penalised linear model is a combination of its rows: solve in their span.
         left, values, basis = np.linalg.svd(z, full_matrices=False)
         z = left * values
+    z = z.reshape(n, n_views, -1)
     if kind == "regression":
-        coef, intercept = _ridge(z, target.reshape(len(z), -1), weight)
+        coef, intercept = _ridge(z, target.reshape(n, -1), weight)
     elif kind == "multiclass":
         coef, intercept = _logistic(z, target, weight, n_outputs, rng)
     else:
@@ -78,12 +83,24 @@ def _moments(rows: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return mean, np.maximum(scale, floor)
 
 
+def _spread(
+    z: np.ndarray, target: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All views as rows of their own, with their targets and their part of the weight."""
+    n_views = z.shape[1]
+    flat = z.reshape(-1, z.shape[2])
+    return flat, np.repeat(target, n_views, axis=0), np.repeat(weight / n_views, n_views)
+
+
 def _ridge(z: np.ndarray, target: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if len(z) < 2:
-        return np.zeros((target.shape[1], z.shape[1])), target.mean(axis=0)
+        return np.zeros((target.shape[1], z.shape[2])), target.mean(axis=0)
     # Leave-one-out errors in closed form choose the strength.
     alphas = [alpha * weight.mean() for alpha in _ALPHAS]
-    model = RidgeCV(alphas=alphas).fit(z, target, sample_weight=weight)
+    model = RidgeCV(alphas=alphas).fit(z[:, 0], target, sample_weight=weight)
+    if z.shape[1] > 1:
+        z, target, weight = _spread(z, target, weight)
+        model = Ridge(alpha=model.alpha_).fit(z, target, sample_weight=weight)
     return np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
 
 
@@ -94,7 +111,7 @@ def _one_label(
     if len(np.unique(target)) == 1:
         # Never, or always, seen: n + 1 to 1 against what was not.
         odds = np.log(len(z) + 1.0)
-        return np.zeros(z.shape[1]), float(odds if target[0] else -odds)
+        return np.zeros(z.shape[2]), float(odds if target[0] else -odds)
     coef, intercept = _logistic(z, target, weight, 2, rng)
     return coef[1] - coef[0], float(intercept[1] - intercept[0])
 
@@ -107,14 +124,14 @@ def _logistic(
     rng: np.random.RandomState,
 ) -> tuple[np.ndarray, np.ndarray]:
     present = np.unique(codes)
-    coef, intercept = np.zeros((n_classes, z.shape[1])), np.zeros(n_classes)
+    coef, intercept = np.zeros((n_classes, z.shape[2])), np.zeros(n_classes)
     if len(present) < n_classes:
         intercept -= np.log(len(z) + 1.0)
     if len(present) == 1:
         intercept[present] = 0.0
         return coef, intercept
-    strength = _choose_strength(z, codes, weight, rng)
-    model = _solve(z, codes, weight, strength)
+    strength = _choose_strength(z[:, 0], codes, weight, rng)
+    model = _solve(*_spread(z, codes, weight), strength)
     if len(present) == 2:
         # softmax(-s/2, s/2) is the logistic function of s.
         coef[present] = np.array([[-0.5], [0.5]]) * model.coef_

@@ -16,6 +16,7 @@ from sktransfer._images import Images
 from sktransfer._inference import BadRow, n_decoding_threads
 from sktransfer._learning._boundary import boundary_rows, keeps_anything
 from sktransfer._learning._training_rows import Kept, Pixels, digest_rows, merge_rows, rows_of
+from sktransfer._learning._views import Corners
 
 _N_REPORTED = 10
 
@@ -113,12 +114,29 @@ class TrainingData:
             [k for k, i in enumerate(index) if int(i) not in unreadable], dtype=int
         )
         self._keys = [keys[i] for i in index[self._positions]]
+        self._images, self._settings = rows_of(images, index[self._positions]), settings
         self.target = target[index][self._positions]
         self.weight = weight[self._positions]
         self.embeddings = None if rows is None else rows[self._positions]
 
     def __len__(self) -> int:
         return len(self._positions)
+
+    def embed_views(self, n_views: int) -> np.ndarray:
+        """The embeddings, and those of enlarged corners: (n_rows, n_views, n_columns · n_features).
+
+        A picture that cannot be read any more is as often itself; training will tell of it.
+        """
+        assert self.embeddings is not None
+        n_rows, width = self.embeddings.shape
+        own = self.embeddings.reshape(n_rows, self._n_columns, 1, -1)
+        if n_views > 1:
+            flat, _ = embed_rows(self._images, Corners(self._backbone, n_views - 1), self._settings)
+            corners = flat.reshape(n_rows, self._n_columns, n_views - 1, -1)
+            corners = np.where(np.isnan(corners), own, corners)
+            own = np.concatenate([own, corners], axis=2)
+        # Columns of images stand beside each other in each view.
+        return own.swapaxes(1, 2).reshape(n_rows, n_views, width)
 
     def source(
         self, module: Any, entry: int, n_stages: int, device: torch.device, n_pretrained: int

@@ -1,4 +1,4 @@
-"""Several views of each picture at prediction, their embeddings averaged."""
+"""Several views of each picture: at prediction averaged, for the linear probe one by one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-_ZOOM = 0.875
-MAX_VIEWS = 4
+_ZOOM = 0.875  # of an enlarged centre
+_CORNER = 0.85  # of an enlarged corner, of the picture's side
+# Where the part that is enlarged lies, down and to the right.
+_CORNERS = ((0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0))
 
 
-class ManyViews:
+class _Viewing:
+    """A backbone that is shown several views of each picture, as `embed` asks of a backbone."""
+
+    def __init__(self, backbone: Any, n_views: int):
+        self.backbone, self.n_views = backbone, n_views
+        self.name, self.short_name = backbone.name, backbone.short_name
+        self.preprocessing, self.input_size = backbone.preprocessing, backbone.input_size
+
+
+class ManyViews(_Viewing):
     """A backbone that embeds a picture as the mean over views of it.
 
     One view is the picture, two add its mirror image, three and four a slightly enlarged centre
@@ -25,10 +36,8 @@ class ManyViews:
     """
 
     def __init__(self, backbone: Any, n_views: int):
-        self.backbone, self.n_views = backbone, n_views
-        self.name, self.short_name = backbone.name, backbone.short_name
+        super().__init__(backbone, n_views)
         self.feature_groups, self.n_features = backbone.feature_groups, backbone.n_features
-        self.preprocessing, self.input_size = backbone.preprocessing, backbone.input_size
         self.fingerprint = f"{backbone.fingerprint}-views{n_views}"
         self.group_fingerprints = [f"{f}-views{n_views}" for f in backbone.group_fingerprints]
 
@@ -36,6 +45,30 @@ class ManyViews:
         self, device: torch.device | str = "cpu", precision: str = "float32"
     ) -> nn.Module:
         return _MeanOverViews(self.backbone.inference_module(device, precision), self.n_views)
+
+
+class Corners(_Viewing):
+    """A backbone that embeds enlarged corners of a picture, each as a group of columns.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    n_views : int
+        How many corners, up to 4.
+    """
+
+    def __init__(self, backbone: Any, n_views: int):
+        super().__init__(backbone, n_views)
+        self.feature_groups = list(backbone.feature_groups) * n_views
+        self.n_features = backbone.n_features * n_views
+        self.group_fingerprints = [
+            f"{f}-corner{k}" for k in range(n_views) for f in backbone.group_fingerprints
+        ]
+
+    def inference_module(
+        self, device: torch.device | str = "cpu", precision: str = "float32"
+    ) -> nn.Module:
+        return _EachCorner(self.backbone.inference_module(device, precision), self.n_views)
 
 
 class _MeanOverViews(nn.Module):
@@ -49,15 +82,34 @@ class _MeanOverViews(nn.Module):
         return [torch.stack(parts).mean(0) for parts in zip(*groups, strict=True)]
 
 
+class _EachCorner(nn.Module):
+    def __init__(self, network: nn.Module, n_views: int):
+        super().__init__()
+        self.network, self.n_views = network, n_views
+
+    @torch.inference_mode()
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [part for view in corners(x, self.n_views) for part in self.network(view)]
+
+
 def views(x: torch.Tensor, n_views: int) -> list[torch.Tensor]:
-    """The first `n_views` views of a batch of pictures."""
+    """The first `n_views` of: the pictures, mirrored, their enlarged centres, those mirrored."""
     found = [x, x.flip(-1)]
     if n_views > 2:
-        height, width = x.shape[-2:]
-        h, w = max(1, round(_ZOOM * height)), max(1, round(_ZOOM * width))
-        top, left = (height - h) // 2, (width - w) // 2
-        centre = x[..., top : top + h, left : left + w].float()
-        large = F.interpolate(centre, (height, width), mode="bilinear", align_corners=False)
-        large = large.round().to(x.dtype) if x.dtype == torch.uint8 else large
-        found += [large, large.flip(-1)]
+        centre = _enlarged(x, _ZOOM, 0.5, 0.5)
+        found += [centre, centre.flip(-1)]
     return found[:n_views]
+
+
+def corners(x: torch.Tensor, n_views: int) -> list[torch.Tensor]:
+    """Enlarged corners of the pictures; nothing is mirrored, as a "b" is no "d"."""
+    return [_enlarged(x, _CORNER, *corner) for corner in _CORNERS[:n_views]]
+
+
+def _enlarged(x: torch.Tensor, share: float, down: float, right: float) -> torch.Tensor:
+    height, width = x.shape[-2:]
+    h, w = max(1, round(share * height)), max(1, round(share * width))
+    top, left = int(down * (height - h)), int(right * (width - w))
+    part = x[..., top : top + h, left : left + w].float()
+    large = F.interpolate(part, (height, width), mode="bilinear", align_corners=False)
+    return large.round().to(x.dtype) if x.dtype == torch.uint8 else large
