@@ -11,6 +11,7 @@ from sktransfer._version import __version__
 
 if TYPE_CHECKING:
     from sktransfer._backbones import load_backbone
+    from sktransfer._cache import embedding_store
     from sktransfer._catalog import list_backbones
     from sktransfer._extractor import PretrainedFeatureExtractor
     from sktransfer._fine_tuning_classifier import FineTuningClassifier
@@ -24,6 +25,7 @@ _HOMES = {
     "FineTuningRegressor": "sktransfer._fine_tuning_regressor",
     "Optimizer": "sktransfer._learning._optimizers",
     "PretrainedFeatureExtractor": "sktransfer._extractor",
+    "embedding_store": "sktransfer._cache",
     "list_backbones": "sktransfer._catalog",
     "load": "sktransfer._persistence",
     "save": "sktransfer._persistence",
@@ -36,6 +38,7 @@ __all__ = [
     "Optimizer",
     "PretrainedFeatureExtractor",
     "__version__",
+    "embedding_store",
     "list_backbones",
     "load",
     "load_backbone",

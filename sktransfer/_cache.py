@@ -25,6 +25,7 @@ __all__ = [
     "Store",
     "StoreInfo",
     "as_store",
+    "embedding_store",
 ]
 
 Store = MemoryStore | DiskStore
@@ -84,6 +85,56 @@ def as_store(memory: Any) -> Store:
             f"{type(memory).__name__}."
         )
     return _open(os.fspath(folder))
+
+
+def embedding_store(memory: Any = None, *, max_bytes: int | str | None = "default") -> Store:
+    """The store behind a ``memory`` parameter: to look into, to empty, or with a bound of its own.
+
+    Parameters
+    ----------
+    memory : None, str, Path, joblib.Memory or store, default=None
+        As the estimators take it. ``None``: what all estimators of this process share.
+    max_bytes : int, str or None, default="default"
+        The bound, beyond which the least recently used rows go first: bytes, or a text such as
+        ``"50G"``. ``None`` is no bound. With it the store is a new one, in memory or on the same
+        file, to be given to estimators as their ``memory``. Without it: 512 MiB in memory, 10 GiB
+        on disk.
+
+    Returns
+    -------
+    store : MemoryStore or DiskStore
+        ``store.info()`` tells what is kept; ``store.reduce_size(bytes_limit=None,
+        items_limit=None, age_limit=None)`` and ``store.clear()`` drop rows, as those of
+        `joblib.Memory` do. Clones of an estimator share it; sent to another process, one in
+        memory arrives empty, and one on disk is opened there.
+
+    Raises
+    ------
+    TypeError
+        For a `memory` that is none of these.
+    ValueError
+        For a path that cannot be a local folder, or a bound that is no size.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sktransfer import PretrainedFeatureExtractor, embedding_store
+    >>> store = embedding_store(max_bytes="100M")
+    >>> X, _ = load_digits(return_X_y=True)
+    >>> extractor = PretrainedFeatureExtractor(image_shape=(8, 8), memory=store)
+    >>> rows = extractor.fit_transform(X[:20] / 16)
+    >>> store.info().n_rows
+    20
+    >>> store.reduce_size(items_limit=5)
+    >>> store.info().n_rows
+    5
+    """
+    store = as_store(memory)
+    if max_bytes == "default":
+        return store
+    if isinstance(store, DiskStore):
+        return DiskStore(store.folder, max_bytes)
+    return MemoryStore(max_bytes)
 
 
 def _open(folder: str) -> DiskStore:

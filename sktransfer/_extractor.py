@@ -94,10 +94,11 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         as torch uses in this process. Under a joblib backend of a cluster (dask, ray,
         spark) the images are dealt out to its workers.
 
-    memory : str, Path, joblib.Memory, False or None, default=None
+    memory : str, Path, joblib.Memory, store, False or None, default=None
         Where embeddings are kept, one row per image. ``None``: in this process, within a
         bound. A folder: on disk, for other processes and later runs; a cluster's workers need
-        one that all of them see. ``False``: nowhere.
+        one that all of them see. ``False``: nowhere. :func:`embedding_store` looks into a
+        store, empties it, or makes one with another bound.
 
     keep_layers : list of str or None, default=None
         Layers whose columns are put into the store in the same pass although they are not

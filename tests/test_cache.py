@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from joblib import Memory
 from store_under_fire import WIDTH, digests_of, present, rows_of
 
-from sktransfer._cache import DiskStore, MemoryStore, as_store
+from sktransfer._cache import DiskStore, MemoryStore, as_store, embedding_store
 from sktransfer._stores import _embedding_tables, _store_contract
 
 NOW_NS = 1_900_000_000 * 10**9
@@ -254,6 +254,33 @@ def test_a_path_that_is_no_unicode(store):
     path = os.fsdecode(b"/data/\xff\xfe.jpg")
     store.put_file_digests([(path, 1, OLD_NS, 1)], digests_of([1]), taken_at_ns=NOW_NS)
     assert store.get_file_digests([(path, 1, OLD_NS, 1)]) == digests_of([1])
+
+
+# embedding_store -------------------------------------------------------------------------------
+
+
+def test_the_store_behind_a_memory_parameter(tmp_path):
+    store = embedding_store()
+    store.put_many("f", digests_of([1]), rows_of([1]))
+    assert embedding_store(None) is store is as_store(None)
+    assert embedding_store(tmp_path) is as_store(str(tmp_path))
+    assert embedding_store(store) is store
+
+
+def test_a_bound_of_its_own(tmp_path):
+    default = embedding_store(tmp_path)
+    default.put_many("f", digests_of([1]), rows_of([1]))
+    large = embedding_store(Memory(tmp_path).location, max_bytes="50G")
+    assert (large.max_bytes, default.max_bytes) == (50 * 2**30, 10 * 2**30)
+    assert large.info().n_rows == 1  # the same file
+    unbound = embedding_store(max_bytes=None)
+    assert unbound.max_bytes is None
+    assert unbound is not embedding_store()
+    assert as_store(large) is large
+    with pytest.raises(ValueError, match="max_bytes must be a number of bytes"):
+        embedding_store(max_bytes="much")
+    with pytest.raises(TypeError, match="memory must be"):
+        embedding_store(3)
 
 
 # as_store --------------------------------------------------------------------------------------

@@ -70,6 +70,8 @@ def fastai(backbone, X, y, X_test, seed, epochs):
         set_seed,
         vision_learner,
     )
+    from fastai.vision.learner import default_split, model_meta
+    from torchvision import models
 
     from sktransfer import load_backbone
 
@@ -87,9 +89,11 @@ def fastai(backbone, X, y, X_test, seed, epochs):
         return module_of(backbone)
 
     builder.__name__ = backbone
-    # Cut where fastai cuts these networks: everything but what pools and classifies.
-    cut = -2 if backbone == "builtin" else -1
-    learner = vision_learner(loaders, builder, cut=cut, pretrained=True, normalize=False)
+    # What fastai knows of its own networks: how to cut off what pools and classifies, and the
+    # groups of layers that get a learning rate each. (vision_learner's own `cut` is not heeded.)
+    known = model_meta.get(getattr(models, backbone, None), {"split": default_split})
+    model_meta[builder] = {"cut": -2 if backbone == "builtin" else -1, "split": known["split"]}
+    learner = vision_learner(loaders, builder, pretrained=True, normalize=False)
     with learner.no_bar(), learner.no_logging():
         learner.fine_tune(epochs - 1, freeze_epochs=1)
         scores, _ = learner.get_preds(dl=loaders.test_dl(X_test, num_workers=0))
