@@ -92,18 +92,19 @@ def embedding_store(memory: Any = None, *, max_bytes: int | str | None = "defaul
 
     Parameters
     ----------
-    memory : None, str, Path, joblib.Memory or store, default=None
+    memory : None, False, str, Path, joblib.Memory or store, default=None
         As the estimators take it. ``None``: what all estimators of this process share.
     max_bytes : int, str or None, default="default"
         The bound, beyond which the least recently used rows go first: bytes, or a text such as
         ``"50G"``. ``None`` is no bound. With it the store is a new one, in memory or on the same
-        file, to be given to estimators as their ``memory``. Without it: 512 MiB in memory, 10 GiB
-        on disk.
+        file, to be given to estimators as their ``memory``; who is given the folder alone makes
+        the file fit into 10 GiB. Without it: 512 MiB in memory, 10 GiB on disk.
 
     Returns
     -------
     store : MemoryStore or DiskStore
-        ``store.info()`` tells what is kept; ``store.reduce_size(bytes_limit=None,
+        ``store.info()`` tells what is kept (`n_rows`, `n_bytes`, `max_bytes`, `n_files`,
+        `rows_by_fingerprint`); ``store.reduce_size(bytes_limit=None,
         items_limit=None, age_limit=None)`` and ``store.clear()`` drop rows, as those of
         `joblib.Memory` do. Clones of an estimator share it; sent to another process, one in
         memory arrives empty, and one on disk is opened there.
@@ -113,7 +114,8 @@ def embedding_store(memory: Any = None, *, max_bytes: int | str | None = "defaul
     TypeError
         For a `memory` that is none of these.
     ValueError
-        For a path that cannot be a local folder, or a bound that is no size.
+        For a path that cannot be a local folder, a bound that is no size, or one for
+        ``memory=False``.
 
     Examples
     --------
@@ -132,6 +134,8 @@ def embedding_store(memory: Any = None, *, max_bytes: int | str | None = "defaul
     store = as_store(memory)
     if max_bytes == "default":
         return store
+    if store is _no_store:
+        raise ValueError(f"memory={memory!r} keeps nothing: it takes no max_bytes.")
     if isinstance(store, DiskStore):
         return DiskStore(store.folder, max_bytes)
     return MemoryStore(max_bytes)

@@ -51,6 +51,8 @@ class BatchLimit(Protocol):
 
     size: int
 
+    def next_size(self, n_left: int) -> int: ...
+
     def forward(
         self, network: Any, batch: torch.Tensor, device: torch.device | None = None
     ) -> list[torch.Tensor]: ...
@@ -91,7 +93,7 @@ class EmbeddingRun:
         all kept that is under way.
         """
         left_to_others: list[int] = []
-        for batch in _batched(self._missing(pool), limit):
+        for batch in _batched(self._missing(pool), limit, len(self.images)):
             mine = self._claim(batch)
             left_to_others += [i for i in batch if i not in self._claimed]
             if mine:
@@ -283,9 +285,11 @@ class EmbeddingRun:
                 self._bad[i] = self._bad[first]
 
 
-def _batched(indices: Iterable[int], limit: BatchLimit) -> Iterator[list[int]]:
-    indices = iter(indices)
-    while batch := list(itertools.islice(indices, limit.size)):
+def _batched(indices: Iterable[int], limit: BatchLimit, n: int) -> Iterator[list[int]]:
+    """Batches of ascending indices, all below `n`."""
+    indices, n_left = iter(indices), n
+    while batch := list(itertools.islice(indices, limit.next_size(n_left))):
+        n_left = n - 1 - batch[-1]
         yield batch
 
 

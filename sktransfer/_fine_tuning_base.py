@@ -170,21 +170,22 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             valid_rows = stratified_part(codes, fraction, rng, len(data))
             train_rows = np.setdiff1d(train_rows, valid_rows)
 
-        # Where few pictures move the network's own weights, no validation part tells when they
-        # have moved too far: more care is taken of the start, and of staying near it.
+        # Where the network's own weights move and no validation part tells when they have moved
+        # too far, more care is taken of the start, and of staying near it.
         is_careful = (
             starts_as_probe
             and not self._has_random_weights
             and lowest < n_stages
             and max_epochs > 0
-            and not keeps_best
+            and not (keeps_best or goes_on)
         )
         if not is_resumed:
             tuned = self._new_network(backbone, images.n_columns, lowest, seed)
             if starts_as_probe:
                 n_views = self.probe_views
                 if n_views == "auto":
-                    n_views = _CAREFUL_PROBE_VIEWS if is_careful else 1
+                    is_few = len(train_rows) < _N_ROWS_TO_SPLIT
+                    n_views = _CAREFUL_PROBE_VIEWS if is_careful and is_few else 1
                 self._start_as_probe(tuned, data, prepared, train_rows, rng, n_views)
         else:
             tuned = self._resumed_network(old, backbone, images.n_columns, lowest, seed)
@@ -306,7 +307,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     def _start_as_probe(self, tuned, data, prepared, rows, rng, n_views):
         coef, intercept = fit_probe(
-            data.embed_views(n_views)[rows],
+            data.embed_views(rows, n_views),
             prepared[rows],
             self._training_weight(prepared[rows], data.weight[rows]),
             self._kind,

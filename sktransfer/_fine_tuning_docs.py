@@ -51,15 +51,16 @@ PARAMETERS = """\
 
     probe_views : "auto" or int, default="auto"
         Views of each picture that the linear probe of the start is fitted on, up to 5: the
-        picture, and its corners (85 % of its sides) enlarged. ``"auto"``: 3 where few pictures
-        move the network's own weights, that is, where ``weight_averaging="auto"`` stands for
-        ``"wise_ft"``; else the picture alone.
+        picture, and its corners (85 % of its sides) enlarged. ``"auto"``: 3 where fewer than
+        1000 pictures move pre-trained weights and no validation part chooses the epoch; else,
+        and in `partial_fit`, the picture alone.
 
     dropout : float, default=0.0
         Share of the embedding that is dropped in training.
 
     max_epochs : int, default=8
-        With 0 the model is what the head starts as.
+        With 0 the model is what the head starts as: the linear probe of the pictures alone,
+        unless `probe_views` says otherwise.
 
     batch_size : int, default=32
         Rows of one training step.
@@ -151,7 +152,7 @@ PARAMETERS = """\
     n_jobs : int or None, default=None
         Threads for decoding. ``None`` and -1 mean as many as torch uses in this process.
 
-    memory : str, Path, joblib.Memory, False or None, default=None
+    memory : str, Path, joblib.Memory, store, False or None, default=None
         Where embeddings are kept, as in :class:`PretrainedFeatureExtractor`. What other frozen
         stages make of pictures is kept in this process, within a bound of its own, unless
         ``False``.

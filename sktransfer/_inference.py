@@ -26,6 +26,8 @@ from sktransfer._embedding_run import BadRow, EmbeddingRun
 from sktransfer._images import Images
 
 _CPU_BATCH, _ACCELERATOR_BATCH = 32, 256
+# Towards the end batches shrink to this, so that all workers end at about the same time.
+_LAST_BATCH = 8
 
 
 def embed(
@@ -140,6 +142,8 @@ def _run_on_cpu(
     limit = _BatchLimit(_CPU_BATCH if batch_size == "auto" else int(batch_size))
     # A handful of images is shared out rather than given to one worker.
     limit.size = max(1, min(limit.size, -(-len(run.images) // n_workers)))
+    if batch_size == "auto" and not is_compiled and n_workers > 1:
+        limit.n_sharing = n_workers
     if not is_compiled:  # what is compiled is compiled for a number of threads
         n_workers = min(n_workers, -(-len(run.images) // limit.size))
     n_inner = max(1, n_threads // n_workers)
@@ -253,6 +257,14 @@ class _BatchLimit:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.n_sharing = 0  # workers that share the batches out among them
+
+    def next_size(self, n_left: int) -> int:
+        """Size of the next batch where at most so many images are left."""
+        if not self.n_sharing:
+            return self.size
+        share = -(-n_left // (2 * self.n_sharing))
+        return min(self.size, max(_LAST_BATCH, share))
 
     def forward(
         self, network: Any, batch: torch.Tensor, device: torch.device | None = None

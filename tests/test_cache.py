@@ -16,7 +16,7 @@ from joblib import Memory
 from store_under_fire import WIDTH, digests_of, present, rows_of
 
 from sktransfer._cache import DiskStore, MemoryStore, as_store, embedding_store
-from sktransfer._stores import _embedding_tables, _store_contract
+from sktransfer._stores import _disk_store, _embedding_tables, _store_contract
 
 NOW_NS = 1_900_000_000 * 10**9
 OLD_NS = NOW_NS - 3600 * 10**9
@@ -221,6 +221,32 @@ def test_files_are_asked_of_the_disk_once(tmp_path, monkeypatch):
     assert store.get_file_digests(stats[:2]) == [None, None]
 
 
+def test_what_an_eviction_forgets_can_be_put_again(tmp_path):
+    stats = [(f"/data/{i}.jpg", i, 10**18 + i, i) for i in range(10)]
+    store = DiskStore(tmp_path)
+    store.put_file_digests(stats, digests_of(range(10)))
+    store.put_many("f", digests_of(range(10)), rows_of(range(10)))
+    store.reduce_size(items_limit=0)  # what the files held goes with the rows
+    assert store.get_file_digests(stats) == [None] * 10
+    store.put_file_digests(stats, digests_of(range(10)))
+    assert DiskStore(tmp_path).get_file_digests(stats) == digests_of(range(10))
+
+
+def test_of_too_many_files_the_first_are_kept_in_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(_disk_store, "_N_IDENTITIES", 30)
+    stats = [(f"/data/{i}.jpg", i, 10**18 + i, i) for i in range(50)]
+    store, asked = DiskStore(tmp_path), []
+    store.put_file_digests(stats, digests_of(range(50)))
+    read_files = _embedding_tables.read_files
+    monkeypatch.setattr(
+        _embedding_tables, "read_files",
+        lambda connection, stats: asked.append(len(stats)) or read_files(connection, stats),
+    )  # fmt: skip
+    for _ in range(3):
+        assert store.get_file_digests(stats) == digests_of(range(50))
+    assert asked == [20, 20, 20]
+
+
 def test_a_changed_file_is_learnt_anew(store):
     store.put_file_digests([("a", 1, OLD_NS, 5)], digests_of([1]), taken_at_ns=NOW_NS)
     store.put_file_digests([("a", 2, OLD_NS, 5), None], digests_of([2, 3]), taken_at_ns=NOW_NS)
@@ -279,6 +305,8 @@ def test_a_bound_of_its_own(tmp_path):
     assert as_store(large) is large
     with pytest.raises(ValueError, match="max_bytes must be a number of bytes"):
         embedding_store(max_bytes="much")
+    with pytest.raises(ValueError, match="memory=False keeps nothing"):
+        embedding_store(False, max_bytes="1G")
     with pytest.raises(TypeError, match="memory must be"):
         embedding_store(3)
 

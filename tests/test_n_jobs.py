@@ -18,6 +18,7 @@ from seen_pictures import SeenPictures
 
 from sktransfer import PretrainedFeatureExtractor
 from sktransfer._cache import DiskStore
+from sktransfer._embedding_run import EmbeddingRun
 
 N_CORES = joblib.cpu_count()
 
@@ -95,6 +96,28 @@ def test_the_callers_torch_threads_are_left_alone(numbered):
         assert torch.get_num_threads() == of_new_thread() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("batch_size", ["auto", 32])
+def test_workers_share_out_the_last_batches(batch_size, monkeypatch):
+    """They shrink towards the end, so that nobody waits long for the others' last one."""
+    X = np.random.default_rng(0).integers(0, 256, (150, 20, 20, 3), dtype=np.uint8)
+    X[99] = X[100] = X[101] = X[3]  # what is known already is in no batch
+    sizes = []
+    decode = EmbeddingRun.decode
+    monkeypatch.setattr(
+        EmbeddingRun, "decode",
+        lambda run, indices, pinned=False: sizes.append(list(indices)) or decode(run, indices),
+    )  # fmt: skip
+    extractor = PretrainedFeatureExtractor(batch_size=batch_size, n_jobs=2, memory=False)
+    rows = extractor.fit_transform(X)
+    batches = sorted(sizes)
+    assert sorted(i for batch in batches for i in batch) == [*range(99), *range(102, 150)]
+    lengths = [len(batch) for batch in batches]
+    assert lengths == (
+        [32, 30, 22, 17, 12, 9, 8, 8, 8, 1] if batch_size == "auto" else [32] * 4 + [19]
+    )
+    np.testing.assert_array_equal(rows[99:102], rows[[3, 3, 3]])
 
 
 def test_known_files_start_no_thread(tmp_path, monkeypatch):

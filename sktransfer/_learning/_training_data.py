@@ -114,7 +114,7 @@ class TrainingData:
             [k for k, i in enumerate(index) if int(i) not in unreadable], dtype=int
         )
         self._keys = [keys[i] for i in index[self._positions]]
-        self._images, self._settings = rows_of(images, index[self._positions]), settings
+        self._images, self._index, self._settings = images, index[self._positions], settings
         self.target = target[index][self._positions]
         self.weight = weight[self._positions]
         self.embeddings = None if rows is None else rows[self._positions]
@@ -122,16 +122,18 @@ class TrainingData:
     def __len__(self) -> int:
         return len(self._positions)
 
-    def embed_views(self, n_views: int) -> np.ndarray:
-        """The embeddings, and those of enlarged corners: (n_rows, n_views, n_columns · n_features).
+    def embed_views(self, rows: np.ndarray, n_views: int) -> np.ndarray:
+        """Embeddings of `rows` and their corners: (len(rows), n_views, n_columns · n_features).
 
-        A picture that cannot be read any more is as often itself; training will tell of it.
+        The whole picture stands in for the corners of one that cannot be read any more; should
+        training read it again, that will tell.
         """
         assert self.embeddings is not None
-        n_rows, width = self.embeddings.shape
-        own = self.embeddings.reshape(n_rows, self._n_columns, 1, -1)
+        n_rows, width = len(rows), self.embeddings.shape[1]
+        own = self.embeddings[rows].reshape(n_rows, self._n_columns, 1, -1)
         if n_views > 1:
-            flat, _ = embed_rows(self._images, Corners(self._backbone, n_views - 1), self._settings)
+            images = rows_of(self._images, self._index[rows])
+            flat, _ = embed_rows(images, Corners(self._backbone, n_views - 1), self._settings)
             corners = flat.reshape(n_rows, self._n_columns, n_views - 1, -1)
             corners = np.where(np.isnan(corners), own, corners)
             own = np.concatenate([own, corners], axis=2)

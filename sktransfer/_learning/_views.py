@@ -14,16 +14,7 @@ _CORNER = 0.85  # of an enlarged corner, of the picture's side
 _CORNERS = ((0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0))
 
 
-class _Viewing:
-    """A backbone that is shown several views of each picture, as `embed` asks of a backbone."""
-
-    def __init__(self, backbone: Any, n_views: int):
-        self.backbone, self.n_views = backbone, n_views
-        self.name, self.short_name = backbone.name, backbone.short_name
-        self.preprocessing, self.input_size = backbone.preprocessing, backbone.input_size
-
-
-class ManyViews(_Viewing):
+class ManyViews:
     """A backbone that embeds a picture as the mean over views of it.
 
     One view is the picture, two add its mirror image, three and four a slightly enlarged centre
@@ -36,9 +27,9 @@ class ManyViews(_Viewing):
     """
 
     def __init__(self, backbone: Any, n_views: int):
-        super().__init__(backbone, n_views)
+        self.backbone, self.n_views = backbone, n_views
+        self.name, self.preprocessing = backbone.name, backbone.preprocessing
         self.feature_groups, self.n_features = backbone.feature_groups, backbone.n_features
-        self.fingerprint = f"{backbone.fingerprint}-views{n_views}"
         self.group_fingerprints = [f"{f}-views{n_views}" for f in backbone.group_fingerprints]
 
     def inference_module(
@@ -47,28 +38,29 @@ class ManyViews(_Viewing):
         return _MeanOverViews(self.backbone.inference_module(device, precision), self.n_views)
 
 
-class Corners(_Viewing):
+class Corners:
     """A backbone that embeds enlarged corners of a picture, each as a group of columns.
 
     Parameters
     ----------
     backbone : Backbone
-    n_views : int
-        How many corners, up to 4.
+    n_corners : int
+        Up to 4.
     """
 
-    def __init__(self, backbone: Any, n_views: int):
-        super().__init__(backbone, n_views)
-        self.feature_groups = list(backbone.feature_groups) * n_views
-        self.n_features = backbone.n_features * n_views
+    def __init__(self, backbone: Any, n_corners: int):
+        self.backbone, self.n_corners = backbone, n_corners
+        self.name, self.preprocessing = backbone.name, backbone.preprocessing
+        self.feature_groups = list(backbone.feature_groups) * n_corners
+        self.n_features = backbone.n_features * n_corners
         self.group_fingerprints = [
-            f"{f}-corner{k}" for k in range(n_views) for f in backbone.group_fingerprints
+            f"{f}-corner{k}" for k in range(n_corners) for f in backbone.group_fingerprints
         ]
 
     def inference_module(
         self, device: torch.device | str = "cpu", precision: str = "float32"
     ) -> nn.Module:
-        return _EachCorner(self.backbone.inference_module(device, precision), self.n_views)
+        return _EachCorner(self.backbone.inference_module(device, precision), self.n_corners)
 
 
 class _MeanOverViews(nn.Module):
@@ -83,13 +75,13 @@ class _MeanOverViews(nn.Module):
 
 
 class _EachCorner(nn.Module):
-    def __init__(self, network: nn.Module, n_views: int):
+    def __init__(self, network: nn.Module, n_corners: int):
         super().__init__()
-        self.network, self.n_views = network, n_views
+        self.network, self.n_corners = network, n_corners
 
     @torch.inference_mode()
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [part for view in corners(x, self.n_views) for part in self.network(view)]
+        return [part for view in corners(x, self.n_corners) for part in self.network(view)]
 
 
 def views(x: torch.Tensor, n_views: int) -> list[torch.Tensor]:
@@ -101,9 +93,9 @@ def views(x: torch.Tensor, n_views: int) -> list[torch.Tensor]:
     return found[:n_views]
 
 
-def corners(x: torch.Tensor, n_views: int) -> list[torch.Tensor]:
+def corners(x: torch.Tensor, n_corners: int) -> list[torch.Tensor]:
     """Enlarged corners of the pictures; nothing is mirrored, as a "b" is no "d"."""
-    return [_enlarged(x, _CORNER, *corner) for corner in _CORNERS[:n_views]]
+    return [_enlarged(x, _CORNER, *corner) for corner in _CORNERS[:n_corners]]
 
 
 def _enlarged(x: torch.Tensor, share: float, down: float, right: float) -> torch.Tensor:

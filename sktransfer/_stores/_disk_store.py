@@ -26,8 +26,8 @@ FILE_NAME = "embeddings-v1.sqlite"
 _CHUNK_BYTES = 16 * 2**20
 # A use is noted at most once in so many seconds, so that reading seldom writes.
 _NOTE_USE_AFTER = 3600
-# What a process keeps of the file identities that it has read or written: about 50,000 files.
-_IDENTITY_BYTES = 32 * 2**20
+# File identities that a process keeps of those it has read or written: about 50 MB.
+_N_IDENTITIES = 100_000
 # After an eviction the store is filled to this part of its bound, so that it comes seldom.
 _FILLED_AFTER_EVICTION = 0.9
 
@@ -64,7 +64,7 @@ class DiskStore:
             self.path, tables.SCHEMA, tables.FORMAT_VERSION, tables.APPLICATION_ID
         )
         self._refusals = Refusals()
-        self._identities = MemoryStore(_IDENTITY_BYTES)
+        self._identities = MemoryStore(None)
 
     def get_into(self, fingerprint: str, digests: Sequence[bytes], out: np.ndarray) -> np.ndarray:
         """Copy the rows at hand into ``out``; True where ``out`` was filled.
@@ -150,6 +150,7 @@ class DiskStore:
 
     def _write_chunk(self, fingerprint: str, rows: dict[bytes, np.ndarray]) -> None:
         width = len(next(iter(rows.values())))
+        has_evicted: list[bool] = []
 
         def write(connection: sqlite3.Connection) -> None:
             with transaction(connection):
@@ -157,10 +158,13 @@ class DiskStore:
                 if self.max_bytes is not None and tables.used_bytes(connection) > self.max_bytes:
                     target = int(self.max_bytes * _FILLED_AFTER_EVICTION)
                     tables.delete_down_to_bytes(connection, target)
+                    has_evicted.append(True)
             if self.max_bytes is not None:
                 tables.shrink_file(connection, self.max_bytes)
 
         self._file.run(write, None, writes=True)
+        if has_evicted:  # files of rows that are gone went with them, and may be put again
+            self._identities.clear()
 
     def get_file_digests(self, stats: Sequence[FileStat | None]) -> list[bytes | None]:
         """The content digests of files that are as they were; None for all others."""
@@ -178,8 +182,19 @@ class DiskStore:
         found = [(i, digest) for i, digest in zip(asked, read, strict=True) if digest is not None]
         for i, digest in found:
             digests[i] = digest
-        self._identities.put_file_digests([stats[i] for i, _ in found], [d for _, d in found])
+        self._remember([stats[i] for i, _ in found], [digest for _, digest in found])
         return digests
+
+    def _remember(
+        self,
+        stats: Sequence[FileStat | None],
+        digests: Sequence[bytes],
+        taken_at_ns: int | None = None,
+    ) -> None:
+        # The first ones that fit: of more files than that the last would drive them out again
+        # before they are next asked for.
+        n_free = max(0, _N_IDENTITIES - self._identities.info().n_files)
+        self._identities.put_file_digests(stats[:n_free], digests[:n_free], taken_at_ns)
 
     def put_file_digests(
         self,
@@ -199,7 +214,7 @@ class DiskStore:
         ]
         if files:
             self._write(lambda c: tables.write_files(c, files), None)
-            self._identities.put_file_digests(stats, digests, taken_at_ns)
+            self._remember(stats, digests, taken_at_ns)
 
     def claim(
         self, fingerprints: str | Sequence[str], digests: Sequence[bytes], seconds: float = 60.0
@@ -264,11 +279,12 @@ class DiskStore:
             tables.delete_loose_files(connection)
 
         self._write(reduce, None, shrink=True)
+        self._identities.clear()
 
     def clear(self) -> None:
         """Forget everything; the file shrinks to nearly nothing."""
-        self._identities.clear()
         self._write(tables.delete_all, None, shrink=True)
+        self._identities.clear()
 
     def info(self) -> StoreInfo:
         """What is kept."""
