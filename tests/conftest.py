@@ -69,6 +69,22 @@ def stripes():
 
 
 @pytest.fixture
+def decoded(monkeypatch):
+    """The numbers of the pictures that were decoded, one after another."""
+    from sktransfer._images import Images
+
+    numbers = []
+    decode = Images.decode
+
+    def note(self, i, min_size=None):
+        numbers.append(i)
+        return decode(self, i, min_size)
+
+    monkeypatch.setattr(Images, "decode", note)
+    return numbers
+
+
+@pytest.fixture
 def one_thread():
     """One torch thread: what is so small gains nothing from several."""
     import torch

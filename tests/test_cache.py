@@ -197,17 +197,24 @@ def test_a_file_is_known_until_its_stat_changes(store):
     ) == [None, None, None, None, None, digests[1]]
 
 
-def test_files_are_asked_of_the_disk_once(tmp_path, monkeypatch):
-    stats = [(f"/data/{i}.jpg", i, 10**18 + i, i) for i in range(300)]
-    DiskStore(tmp_path).put_file_digests(stats[:200], digests_of(range(200)))
-    store, asked = DiskStore(tmp_path), []
+@pytest.fixture
+def asked(monkeypatch):
+    """How many files the tables on disk are asked for, call by call."""
+    counts = []
     read_files = _embedding_tables.read_files
 
     def count(connection, stats):
-        asked.append(len(stats))
+        counts.append(len(stats))
         return read_files(connection, stats)
 
     monkeypatch.setattr(_embedding_tables, "read_files", count)
+    return counts
+
+
+def test_files_are_asked_of_the_disk_once(tmp_path, asked):
+    stats = [(f"/data/{i}.jpg", i, 10**18 + i, i) for i in range(300)]
+    DiskStore(tmp_path).put_file_digests(stats[:200], digests_of(range(200)))
+    store = DiskStore(tmp_path)
     for _ in range(2):
         got = store.get_file_digests([None, *stats])
         assert got == [None, *digests_of(range(200)), *[None] * 100]
@@ -232,16 +239,11 @@ def test_what_an_eviction_forgets_can_be_put_again(tmp_path):
     assert DiskStore(tmp_path).get_file_digests(stats) == digests_of(range(10))
 
 
-def test_of_too_many_files_the_first_are_kept_in_the_process(tmp_path, monkeypatch):
+def test_of_too_many_files_the_first_are_kept_in_the_process(tmp_path, asked, monkeypatch):
     monkeypatch.setattr(_disk_store, "_N_IDENTITIES", 30)
     stats = [(f"/data/{i}.jpg", i, 10**18 + i, i) for i in range(50)]
-    store, asked = DiskStore(tmp_path), []
+    store = DiskStore(tmp_path)
     store.put_file_digests(stats, digests_of(range(50)))
-    read_files = _embedding_tables.read_files
-    monkeypatch.setattr(
-        _embedding_tables, "read_files",
-        lambda connection, stats: asked.append(len(stats)) or read_files(connection, stats),
-    )  # fmt: skip
     for _ in range(3):
         assert store.get_file_digests(stats) == digests_of(range(50))
     assert asked == [20, 20, 20]

@@ -9,7 +9,6 @@ from test_fine_tuning import assert_same_model, small
 
 from sktransfer import _fine_tuning_base
 from sktransfer._cache import MemoryStore
-from sktransfer._images import Images
 from sktransfer._learning import _boundary as boundary
 from sktransfer._learning._tuned_module import TunedModule
 
@@ -35,14 +34,8 @@ def test_frozen_part_runs_once(stripes, passes, memory):
     assert sum(passes) == len(X)
 
 
-def test_fits_of_a_search_share_it(stripes, passes, monkeypatch):
+def test_fits_of_a_search_share_it(stripes, passes, decoded):
     X, y = stripes
-    decoded = []
-    decode = Images.decode
-    monkeypatch.setattr(
-        Images, "decode",
-        lambda self, i, min_size=None: decoded.append(i) or decode(self, i, min_size),
-    )  # fmt: skip
     grid = {"lr": [1e-3, 1e-2], "layer_decay": [0.5, 1.0], "unfreeze": [1]}
     search = GridSearchCV(small(max_epochs=1), grid, cv=3, error_score="raise").fit(X, y)
     assert len(search.cv_results_["params"]) == 4

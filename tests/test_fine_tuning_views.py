@@ -219,14 +219,8 @@ def test_the_start_is_the_probe_of_all_views(stripes, monkeypatch):
     np.testing.assert_allclose(got, model.coef_ / scaler.scale_, rtol=0.02, atol=5e-3)
 
 
-def test_corners_come_from_the_store(stripes, monkeypatch):
+def test_corners_come_from_the_store(stripes, decoded):
     X, y = stripes
-    decoded = []
-    decode = Images.decode
-    monkeypatch.setattr(
-        Images, "decode",
-        lambda self, i, min_size=None: decoded.append(i) or decode(self, i, min_size),
-    )  # fmt: skip
     fit = {"unfreeze": 1, "max_epochs": 1}
     small(**fit).fit(X, y)
     n_decoded = len(decoded)

@@ -46,6 +46,11 @@ def score(name, y_test, got):
     return metric(y_test, got)
 
 
+def scores_of(runs, key, value):
+    """(set, seed) -> score of the runs whose `key` is `value`."""
+    return {(run["set"], run["seed"]): run["score"] for run in runs if run[key] == value}
+
+
 def module_of(backbone, n_classes=None):
     """The whole network as its authors wrote it, with its weights; a new head if asked for."""
     import torch

@@ -31,6 +31,7 @@ from _fine_tuning_peers import (
     pictures,
     read_set,
     score,
+    scores_of,
     skorch_net,
 )
 from _report import save
@@ -130,10 +131,10 @@ def summarise(figures, methods):
         of_backbone = [row for row in figures if row["backbone"] == backbone]
         for name in [*dict.fromkeys(row["set"] for row in of_backbone), "all sets"]:
             rows = [row for row in of_backbone if name in (row["set"], "all sets")]
-            ours_scores = _scores(rows, "ours")
+            ours_scores = scores_of(rows, "method", "ours")
             cells = []
             for method in methods:
-                scores = _scores(rows, method)
+                scores = scores_of(rows, "method", method)
                 seconds = np.mean([row["seconds"] for row in rows if row["method"] == method])
                 cell = f"{method} {100 * np.mean(list(scores.values())):.1f} ({seconds:.0f} s)"
                 if method != "ours" and ours_scores:
@@ -142,10 +143,6 @@ def summarise(figures, methods):
                     cell += f" {np.mean(gains):+.1f}±{error:.1f}"
                 cells.append(cell)
             print(f"{name:14} " + ", ".join(cells))
-
-
-def _scores(rows, method):
-    return {(row["set"], row["seed"]): row["score"] for row in rows if row["method"] == method}
 
 
 def main():

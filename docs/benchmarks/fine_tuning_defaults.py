@@ -14,7 +14,7 @@ import time
 import warnings
 
 import numpy as np
-from _fine_tuning_peers import SETS, WEIGHTS, read_set, score
+from _fine_tuning_peers import SETS, WEIGHTS, read_set, score, scores_of
 from _report import save
 
 from sktransfer import FineTuningClassifier
@@ -77,10 +77,11 @@ def main():
                     }
                 )  # fmt: skip
         print(f"\nafter seed {seed}: points above the probe, {options.backbone}")
-        probe = _column(figures, "probe")
+        probe = scores_of(figures, "variant", "probe")
         print(f"{'probe':32} {100 * np.mean(list(probe.values())):5.1f}")
         for variant in options.variants:
-            gains = {k: 100 * (v - probe[k]) for k, v in _column(figures, variant).items()}
+            scores = scores_of(figures, "variant", variant)
+            gains = {key: 100 * (value - probe[key]) for key, value in scores.items()}
             values = np.array(list(gains.values()))
             sets = " ".join(
                 f"{np.mean([v for k, v in gains.items() if k[0] == name]):+5.1f}"
@@ -90,10 +91,6 @@ def main():
             seconds = np.mean([r["seconds"] for r in figures if r["variant"] == variant])
             print(f"{variant:32} {values.mean():+5.2f} ± {error:4.2f}  {sets}  {seconds:5.1f} s")
         save(options.name, {"options": vars(options), "runs": figures})
-
-
-def _column(figures, variant):
-    return {(r["set"], r["seed"]): r["score"] for r in figures if r["variant"] == variant}
 
 
 if __name__ == "__main__":

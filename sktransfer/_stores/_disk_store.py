@@ -182,19 +182,17 @@ class DiskStore:
         found = [(i, digest) for i, digest in zip(asked, read, strict=True) if digest is not None]
         for i, digest in found:
             digests[i] = digest
-        self._remember([stats[i] for i, _ in found], [digest for _, digest in found])
+        self._remember([(stats[i], digest) for i, digest in found])
         return digests
 
     def _remember(
-        self,
-        stats: Sequence[FileStat | None],
-        digests: Sequence[bytes],
-        taken_at_ns: int | None = None,
+        self, files: Sequence[tuple[FileStat | None, bytes]], taken_at_ns: int | None = None
     ) -> None:
         # The first ones that fit: of more files than that the last would drive them out again
         # before they are next asked for.
         n_free = max(0, _N_IDENTITIES - self._identities.info().n_files)
-        self._identities.put_file_digests(stats[:n_free], digests[:n_free], taken_at_ns)
+        stats, digests = [stat for stat, _ in files[:n_free]], [d for _, d in files[:n_free]]
+        self._identities.put_file_digests(stats, digests, taken_at_ns)
 
     def put_file_digests(
         self,
@@ -214,7 +212,7 @@ class DiskStore:
         ]
         if files:
             self._write(lambda c: tables.write_files(c, files), None)
-            self._remember(stats, digests, taken_at_ns)
+            self._remember(files, taken_at_ns)
 
     def claim(
         self, fingerprints: str | Sequence[str], digests: Sequence[bytes], seconds: float = 60.0
