@@ -200,12 +200,12 @@ class EmbeddingRun:
         batch = None
         for i in indices:
             try:
-                pixels = self.images.decode(i, min_size=preprocessing.min_size)
+                picture = self.images.picture(i, min_size=preprocessing.min_size)
             except BadImage as error:
                 self.fail(i, error)
                 continue
             try:
-                array = preprocessing.resize_crop(pixels)
+                array = preprocessing.resize_crop(picture)
             except Exception as error:
                 _add_note(error, f"This happened in the preprocessing of {self.images.label(i)}.")
                 raise

@@ -24,7 +24,7 @@ from sktransfer._pictures._decode import (
     read_text,
 )
 from sktransfer._pictures._forms import as_columns, is_missing, is_tensor, read_image_shape
-from sktransfer._pictures._pixels import BadImage, Note, Notes, check_values, to_rgb
+from sktransfer._pictures._pixels import BadImage, Note, Notes, check_values, read_only, to_rgb
 
 __all__ = ["BadImage", "Images", "as_images"]
 
@@ -81,7 +81,7 @@ class Images:
     ``(len(images), d)``, reshape to ``(n_rows, n_columns * d)``. A slice or an array of
     numbers selects a view whose pictures keep the row they came from.
 
-    `digest`, `stat`, `decode` and `label` may be called from several threads at once.
+    `digest`, `stat`, `decode`, `picture` and `label` may be called from several threads at once.
 
     Attributes
     ----------
@@ -229,6 +229,13 @@ class Images:
         ------
         BadImage
             With the reason; :meth:`label` tells where.
+        """
+        return read_only(np.asarray(self.picture(i, min_size)))
+
+    def picture(self, i: int, min_size: tuple[int, int] | None = None) -> Image.Image | np.ndarray:
+        """Read picture `i` as `decode` does, but as a PIL image where it becomes one anyway.
+
+        It may be the user's own.
         """
         content = self._content(i, keep=False)
         note = self._noter(i)

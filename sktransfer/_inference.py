@@ -25,7 +25,11 @@ from sktransfer._backbones import Backbone
 from sktransfer._embedding_run import BadRow, EmbeddingRun
 from sktransfer._images import Images
 
-_CPU_BATCH, _ACCELERATOR_BATCH = 32, 256
+_ACCELERATOR_BATCH = 256
+# On a CPU a batch is as large as lets the widest layers' values stay in memory that the process
+# has: what is larger is asked of the system anew, and zeroed by it, at every layer. With 8 pictures
+# of 224 × 224 that is 1.0 to 1.3 times as fast as with 32 (docs/benchmarks/batch_size.py).
+_CPU_PIXELS, _SMALLEST_CPU_BATCH, _LARGEST_CPU_BATCH = 8 * 224 * 224, 4, 32
 # Towards the end batches shrink to this, so that all workers end at about the same time.
 _LAST_BATCH = 8
 
@@ -134,12 +138,21 @@ def n_decoding_threads(n_jobs: int | None) -> int:
     return max(1, available + 1 + n_jobs) if n_jobs < 0 else n_jobs
 
 
+def cpu_batch_size(input_size: Sequence[int]) -> int:
+    """Images that a network takes at once on a CPU, by their size (…, height, width)."""
+    size = _CPU_PIXELS // (input_size[-2] * input_size[-1])
+    return max(_SMALLEST_CPU_BATCH, min(size, _LARGEST_CPU_BATCH))
+
+
 def _run_on_cpu(
     run: EmbeddingRun, batch_size: int | str, n_threads: int, is_compiled: bool
 ) -> None:
     # A few wide workers rather than many narrow ones where there are many cores.
     n_workers = min(n_threads, 8)
-    limit = _BatchLimit(_CPU_BATCH if batch_size == "auto" else int(batch_size))
+    if batch_size == "auto":
+        limit = _BatchLimit(cpu_batch_size(run.backbone.input_size))
+    else:
+        limit = _BatchLimit(int(batch_size))
     # A handful of images is shared out rather than given to one worker.
     limit.size = max(1, min(limit.size, -(-len(run.images) // n_workers)))
     if batch_size == "auto" and not is_compiled and n_workers > 1:

@@ -121,7 +121,8 @@ def train(
     first_epoch : int, default=0
         Epochs trained before.
     keeps_net : bool, default=False
-        Whether to go on with the optimizer that is there (``partial_fit``).
+        Whether to go on with the optimizer and the callbacks that are there (``partial_fit``),
+        if they are the ones that are asked for.
     """
     module = tuned.module(whole=entry < len(tuned.stage_names))
     module.entry = entry if module.stages else 0
@@ -145,6 +146,9 @@ def train(
         module.to(settings.device)
         module.stages.to(memory_format=torch.channels_last)  # as the batches are
         net = tuned.net if keeps_net else None
+        made_for = (repr(settings.optimizer), list(settings.callbacks or []))
+        if tuned.net_made_for != made_for:
+            net = None
         start = min(first_stage(1), len(module.stages))
         if net is not None and (net.device != str(settings.device) or start > module.n_frozen):
             net = None  # its optimizer is on the other device, or holds what is frozen now
@@ -180,7 +184,7 @@ def train(
             vars(net).update(iterators, batch_size=settings.batch_size)
             net.criterion_.label_smoothing = settings.label_smoothing
             _change_groups(net.optimizer_, _all_groups(module, settings, 0))
-        tuned.net = net
+        tuned.net, tuned.net_made_for = net, made_for
         try:
             result.is_interrupted = _run(net, train_set, max_epochs)
         finally:

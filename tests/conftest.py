@@ -5,7 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
+
+# No test fails because a machine is slow just then.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 class Clock:
@@ -74,13 +79,13 @@ def decoded(monkeypatch):
     from sktransfer._images import Images
 
     numbers = []
-    decode = Images.decode
+    picture = Images.picture
 
     def note(self, i, min_size=None):
         numbers.append(i)
-        return decode(self, i, min_size)
+        return picture(self, i, min_size)
 
-    monkeypatch.setattr(Images, "decode", note)
+    monkeypatch.setattr(Images, "picture", note)
     return numbers
 
 

@@ -130,9 +130,7 @@ actions = st.lists(
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=actions)
 def test_it_behaves_as_a_dictionary(kind, actions, tmp_path):
     store = MemoryStore() if kind == "memory" else DiskStore(tmp_path)

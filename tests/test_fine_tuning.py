@@ -571,7 +571,7 @@ def test_predictions_share_one_pass(stripes, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(sktransfer._images.Images, "decode", refuse)
+    monkeypatch.setattr(sktransfer._images.Images, "picture", refuse)
     np.testing.assert_array_equal(model.predict_proba(X), proba)
     assert model.transform(X[:3]).shape == (3, 6)
     with pytest.raises(AssertionError, match="decoded again"):
@@ -677,6 +677,26 @@ def test_partial_fit_on_another_device(stripes):
     model.partial_fit(X, y)
     assert model.net_ is not first
     assert model.n_iter_ == 2
+
+
+def test_partial_fit_with_another_optimizer_or_callback(stripes):
+    X, y = stripes
+    model = small(unfreeze=1, optimizer=Optimizer("sgd")).partial_fit(X, y)
+    first = model.net_
+    model.partial_fit(X, y)
+    assert model.net_ is first
+    model.set_params(optimizer__momentum=0.5).partial_fit(X, y)
+    assert {group["momentum"] for group in model.net_.optimizer_.param_groups} == {0.5}
+    seen = []
+
+    class Watch(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            seen.append(len(net.history))
+
+    model.set_params(callbacks=[Watch()]).partial_fit(X, y)
+    model.partial_fit(X, y)
+    assert len(seen) == 2
+    assert model.n_iter_ == 5
 
 
 def test_partial_fit_freezes_stages_again(stripes):

@@ -230,7 +230,7 @@ def test_corners_come_from_the_store(stripes, decoded):
 
 def test_a_picture_that_vanishes_before_its_corners_are_seen(picture_files, monkeypatch):
     y = ["a", "b"] * 6
-    decode = Images.decode
+    picture = Images.picture
     seen = set()
 
     def vanish(self, i, min_size=None):
@@ -238,9 +238,9 @@ def test_a_picture_that_vanishes_before_its_corners_are_seen(picture_files, monk
             if path in seen and os.path.exists(path):
                 os.remove(path)
             seen.add(path)
-        return decode(self, i, min_size)
+        return picture(self, i, min_size)
 
-    monkeypatch.setattr(Images, "decode", vanish)
+    monkeypatch.setattr(Images, "picture", vanish)
     model = small(unfreeze=1, on_error="skip")
     with pytest.warns(UserWarning, match="1 of 12 rows are left out"):
         model.fit(picture_files, y)

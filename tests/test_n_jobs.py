@@ -120,6 +120,26 @@ def test_workers_share_out_the_last_batches(batch_size, monkeypatch):
     np.testing.assert_array_equal(rows[99:102], rows[[3, 3, 3]])
 
 
+@pytest.mark.parametrize(("side", "largest"), [(64, 32), (112, 32), (160, 15), (224, 8), (640, 4)])
+def test_large_pictures_come_in_small_batches(side, largest, monkeypatch):
+    X = np.random.default_rng(0).integers(0, 256, (40, 20, 20, 3), dtype=np.uint8)
+    sizes = []
+
+    class Counting(torch.nn.Module):
+        def forward(self, x):
+            sizes.append(len(x))
+            return x.mean((2, 3))
+
+    options = {"preprocessing": {"size": side, "crop": side}, "n_jobs": 1, "memory": False}
+    extractor = PretrainedFeatureExtractor(Counting(), **options).fit(X[:1])
+    sizes.clear()
+    extractor.transform(X)
+    assert max(sizes) == largest
+    sizes.clear()
+    extractor.set_params(batch_size=24).fit(X[:1]).transform(X)
+    assert max(sizes) == 24
+
+
 def test_known_files_start_no_thread(tmp_path, monkeypatch):
     paths = [tmp_path / f"{i}.png" for i in range(5)]
     for i, path in enumerate(paths):

@@ -53,6 +53,7 @@ def test_equals_torchvision(name, shape):
     got = preprocessing.resize_crop(image)
     assert got.dtype == np.uint8
     np.testing.assert_array_equal(got, torchvision_pixels(preset, image))
+    np.testing.assert_array_equal(preprocessing.resize_crop(Image.fromarray(image)), got)
 
 
 def test_equals_torchvision_for_many_shapes():

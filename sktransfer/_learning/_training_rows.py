@@ -183,13 +183,13 @@ class Pixels:
 
     def _decode(self, i: int) -> np.ndarray | None:
         try:
-            image = self._images.decode(i, self._preprocessing.min_size)
+            picture = self._images.picture(i, self._preprocessing.min_size)
         except BadImage as error:
             row = self._images.row(i)
             if all(bad.row != row for bad in self.bad):
                 self.bad.append(BadRow(row, self._images.label(i), str(error)))
             return None
-        return np.asarray(self._preprocessing.resize_crop(image))
+        return np.asarray(self._preprocessing.resize_crop(picture))
 
 
 class Kept:

@@ -38,6 +38,8 @@ class TunedNetwork:
     ----------
     net : NeuralNet or None
         skorch's, while this process trains or has trained.
+    net_made_for : object
+        The optimizer and the callbacks that were asked for when it was made.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class TunedNetwork:
         self.moves_statistics, self.precision = moves_statistics, precision
         self.stage_names = backbone.stage_names_to_layer
         self.net: Any = None
+        self.net_made_for: Any = None
         self._root: nn.Module | None = None
         self._module: TunedModule | None = None
         self._kept: dict[str, np.ndarray] | None = None
@@ -170,7 +173,7 @@ class TunedNetwork:
         state = dict(self.__dict__)
         state["_kept"] = self.trained_state()
         state["head"] = copy.deepcopy(self.head).cpu()
-        for name in ("net", "_root", "_module", "_tuned"):
+        for name in ("net", "net_made_for", "_root", "_module", "_tuned"):
             state[name] = None
         return state
 

@@ -29,6 +29,7 @@ class ManyViews:
     def __init__(self, backbone: Any, n_views: int):
         self.backbone, self.n_views = backbone, n_views
         self.name, self.preprocessing = backbone.name, backbone.preprocessing
+        self.input_size = backbone.input_size
         self.feature_groups, self.n_features = backbone.feature_groups, backbone.n_features
         self.group_fingerprints = [f"{f}-views{n_views}" for f in backbone.group_fingerprints]
 
@@ -51,6 +52,7 @@ class Corners:
     def __init__(self, backbone: Any, n_corners: int):
         self.backbone, self.n_corners = backbone, n_corners
         self.name, self.preprocessing = backbone.name, backbone.preprocessing
+        self.input_size = backbone.input_size
         self.feature_groups = list(backbone.feature_groups) * n_corners
         self.n_features = backbone.n_features * n_corners
         self.group_fingerprints = [

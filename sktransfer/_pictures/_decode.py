@@ -144,7 +144,7 @@ def read_stream(stream: Any) -> bytes:
 # ---------------------------------------------------------------------------
 def decode_encoded(
     data: bytes | bytearray | memoryview, min_size: tuple[int, int] | None, note: Note
-) -> np.ndarray:
+) -> Image.Image | np.ndarray:
     """Decode a file's content: first frame, upright, RGB, over white.
 
     Parameters
@@ -157,7 +157,8 @@ def decode_encoded(
 
     Returns
     -------
-    ndarray of shape (H, W, 3), uint8, read-only
+    PIL image in RGB, or ndarray of shape (H, W, 3), uint8, read-only
+        Whichever it is without another copy.
     """
     if not len(data):
         raise BadImage("it is empty (0 bytes)")
@@ -253,10 +254,10 @@ def _simplify(image: Image.Image, orientation: int | None) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _to_rgb(image: Image.Image, note: Note) -> np.ndarray:
-    array = np.asarray(image)
+def _to_rgb(image: Image.Image, note: Note) -> Image.Image | np.ndarray:
     if image.mode == "RGB":
-        return read_only(array)
+        return image
+    array = np.asarray(image)
     if image.mode == "RGBA":
         return read_only(np.ascontiguousarray(over_white(array)))
     return to_rgb(array, note)
@@ -290,8 +291,8 @@ def encoded_of(image: Image.Image) -> bytes | None:
         return data
 
 
-def decode_pil(image: Image.Image, note: Note) -> np.ndarray:
-    """Convert a PIL image of the user to RGB, upright, without changing it."""
+def decode_pil(image: Image.Image, note: Note) -> Image.Image | np.ndarray:
+    """Convert a PIL image of the user as `decode_encoded` does, without changing it."""
     image, orientation = _own(image)
     try:
         simple = _simplify(image, orientation)

@@ -126,40 +126,41 @@ class Preprocessing:
         """What sets this preprocessing apart, for fingerprints."""
         return repr(sorted(asdict(self).items()))
 
-    def resize_crop(self, image: np.ndarray) -> np.ndarray:
+    def resize_crop(self, image: np.ndarray | Image.Image) -> np.ndarray:
         """Resize an image's shorter side and cut out its centre.
 
         Parameters
         ----------
-        image : ndarray of shape (height, width, 3), uint8
+        image : ndarray of shape (height, width, 3), uint8; or PIL image in RGB
 
         Returns
         -------
         pixels : ndarray of shape (crop height, crop width, channels), uint8
         """
-        height, width = image.shape[:2]
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        width, height = picture.size
         new_h, new_w = self._resized(height, width)
         crop_h, crop_w = self.crop_size
         # Part of the resized image that the crop keeps, as torchvision's center_crop rounds.
         top, left = _offset(new_h, crop_h), _offset(new_w, crop_w)
         kept_h, kept_w = min(new_h, crop_h), min(new_w, crop_w)
-        picture = Image.fromarray(image)
         if len(self.mean) == 1:
             picture = picture.convert("L")
         kind = _FILTERS[self.interpolation]
-        kept = (slice(top, top + kept_h), slice(left, left + kept_w))
-        if (new_h, new_w) == (height, width):
-            pixels = np.asarray(picture)[kept]
-        elif max(new_h, new_w) <= _MAX_STRETCH * min(new_h, new_w):
-            pixels = np.asarray(picture.resize((new_w, new_h), kind))[kept]
+        is_resized = (new_h, new_w) != (height, width)
+        if not is_resized or max(new_h, new_w) <= _MAX_STRETCH * min(new_h, new_w):
+            if is_resized:
+                picture = picture.resize((new_w, new_h), kind)
+            if (kept_h, kept_w) != (new_h, new_w):
+                picture = picture.crop((left, top, left + kept_w, top + kept_h))
         else:
             # 1 × 100,000 pixels would become 256 × 25,600,000: only the kept part is computed.
             # Pillow holds the box in single precision, so that a value may differ by one.
             y, x = height / new_h, width / new_w
             right, bottom = min((left + kept_w) * x, width), min((top + kept_h) * y, height)
-            pixels = np.asarray(
-                picture.resize((kept_w, kept_h), kind, box=(left * x, top * y, right, bottom))
-            )
+            box = (left * x, top * y, right, bottom)
+            picture = picture.resize((kept_w, kept_h), kind, box=box)
+        pixels = np.asarray(picture)
         if pixels.ndim == 2:
             pixels = pixels[:, :, None]
         if (kept_h, kept_w) != (crop_h, crop_w):
@@ -167,7 +168,7 @@ class Preprocessing:
             pad_h, pad_w = (crop_h - kept_h) // 2, (crop_w - kept_w) // 2
             padded[pad_h : pad_h + kept_h, pad_w : pad_w + kept_w] = pixels
             return padded
-        return np.ascontiguousarray(pixels)
+        return pixels
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         if isinstance(self.size, tuple):
@@ -205,8 +206,9 @@ class CallablePreprocessing:
     def identity(self) -> str:
         return f"callable:{_callable_digest(self.function)}"
 
-    def resize_crop(self, image: np.ndarray) -> np.ndarray:
+    def resize_crop(self, image: np.ndarray | Image.Image) -> np.ndarray:
         """Apply the user's function; float32 (channels, height, width)."""
+        image = np.asarray(image)
         got = self.function(image)
         pixels = np.asarray(got, dtype=np.float32)
         if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
