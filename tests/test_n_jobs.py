@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from seen_pictures import SeenPictures
 
-from sktransfer import PretrainedFeatureExtractor
+from sktransfer import PretrainedFeatureExtractor, _inference
 from sktransfer._cache import DiskStore
 from sktransfer._embedding_run import EmbeddingRun
 
@@ -124,20 +124,19 @@ def test_workers_share_out_the_last_batches(batch_size, monkeypatch):
 def test_large_pictures_come_in_small_batches(side, largest, monkeypatch):
     X = np.random.default_rng(0).integers(0, 256, (40, 20, 20, 3), dtype=np.uint8)
     sizes = []
+    forward = _inference._BatchLimit.forward
 
-    class Counting(torch.nn.Module):
-        def forward(self, x):
-            sizes.append(len(x))
-            return x.mean((2, 3))
+    def noting(self, network, batch, device=None):
+        sizes.append(len(batch))
+        return forward(self, network, batch, device)
 
+    monkeypatch.setattr(_inference._BatchLimit, "forward", noting)
     options = {"preprocessing": {"size": side, "crop": side}, "n_jobs": 1, "memory": False}
-    extractor = PretrainedFeatureExtractor(Counting(), **options).fit(X[:1])
-    sizes.clear()
-    extractor.transform(X)
-    assert max(sizes) == largest
-    sizes.clear()
-    extractor.set_params(batch_size=24).fit(X[:1]).transform(X)
-    assert max(sizes) == 24
+    for batch_size, expected in (("auto", largest), (24, 24)):
+        sizes.clear()
+        PretrainedFeatureExtractor(batch_size=batch_size, **options).fit(X).transform(X)
+        assert max(sizes) == expected
+        assert sum(sizes) == len(X)
 
 
 def test_known_files_start_no_thread(tmp_path, monkeypatch):
