@@ -13,6 +13,7 @@ from torch import nn
 from sktransfer._stages import plan_stages
 from sktransfer._zoo._compiling import CompiledNetwork
 from sktransfer._zoo._folding import EmbeddingNetwork, inference_copy
+from sktransfer._zoo._packing import pack_convolutions
 from sktransfer._zoo._pooling import Pooling
 from sktransfer._zoo._preprocessing import AnyPreprocessing, Preprocessing
 from sktransfer._zoo._source import Source
@@ -75,6 +76,8 @@ class Network:
             extractor = self.plan.extractor(list(keys), [Pooling(*p) for p in poolings])
             if isinstance(extractor, torch.fx.GraphModule):
                 extractor = inference_copy(extractor, device, dtype, channels_last=channels_last)
+                if device.type == "cpu" and not is_compiled:
+                    pack_convolutions(extractor)
             else:
                 extractor = extractor.copy_to(device, dtype)
             network = EmbeddingNetwork(extractor, mean, std, dtype, channels_last)
