@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from skorch.callbacks import Callback, EarlyStopping, EpochScoring
-from test_fine_tuning_sklearn import tiny_network
+from tiny_networks import tiny_network
 
 import sktransfer
 from sktransfer import (

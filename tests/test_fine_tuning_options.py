@@ -8,7 +8,7 @@ import pytest
 import torch
 from skorch.callbacks import Callback
 from test_fine_tuning import assert_same_model, small, state_of
-from test_fine_tuning_sklearn import tiny_network
+from tiny_networks import tiny_network
 from torch.nn import functional as F
 
 from sktransfer import FineTuningClassifier, FineTuningRegressor, _backbones, load_backbone

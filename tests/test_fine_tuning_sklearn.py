@@ -3,29 +3,10 @@
 import warnings
 
 import pytest
-import torch
 from sklearn.utils.estimator_checks import estimator_checks_generator, parametrize_with_checks
+from tiny_networks import tiny_network
 
 from sktransfer import FineTuningClassifier, FineTuningRegressor
-
-
-def tiny_network():
-    generator = torch.Generator().manual_seed(0)
-    network = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3, stride=2),
-        torch.nn.ReLU(),
-        torch.nn.MaxPool2d(2),
-        torch.nn.Conv2d(4, 6, 2),
-        torch.nn.BatchNorm2d(6),
-        torch.nn.ReLU(),
-        torch.nn.AdaptiveAvgPool2d(1),
-        torch.nn.Flatten(),
-        torch.nn.Linear(6, 3),
-    )
-    for parameter in network.parameters():
-        parameter.data.normal_(generator=generator)
-    return network
-
 
 COMMON = {
     "backbone": tiny_network,

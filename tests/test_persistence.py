@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
-from test_fine_tuning_sklearn import tiny_network
+from tiny_networks import tiny_network
 
 from sktransfer import (
     FineTuningClassifier,

@@ -3,25 +3,10 @@
 import warnings
 
 import pytest
-import torch
 from sklearn.utils.estimator_checks import estimator_checks_generator, parametrize_with_checks
+from tiny_networks import tiny_network
 
 from sktransfer import PretrainedFeatureExtractor
-
-
-def tiny_network():
-    generator = torch.Generator().manual_seed(0)
-    network = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3, stride=2),
-        torch.nn.ReLU(),
-        torch.nn.AdaptiveAvgPool2d(2),
-        torch.nn.Flatten(),
-        torch.nn.Linear(16, 3),
-    )
-    for parameter in network.parameters():
-        parameter.data.normal_(generator=generator)
-    return network
-
 
 ESTIMATORS = [
     PretrainedFeatureExtractor(image_shape=(1, -1)),
