@@ -8,12 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from seen_pictures import SeenPictures
+from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sktransfer import PretrainedFeatureExtractor
+from sktransfer import FineTuningClassifier, PretrainedFeatureExtractor
 
 distributed = pytest.importorskip("distributed")
 
@@ -140,6 +141,18 @@ def test_grid_search_on_the_cluster_embeds_once(client, files, tmp_path):
     np.testing.assert_allclose(
         search.cv_results_["mean_test_score"], local.cv_results_["mean_test_score"]
     )
+
+
+def test_the_probe_of_many_views_on_the_cluster(client, files):
+    """The pictures and their corners are embedded there; the training is here."""
+    y = np.arange(len(files)) % 2
+    model = FineTuningClassifier(
+        unfreeze=1, max_epochs=1, probe_views=3, random_state=0, memory=False
+    )
+    expected = clone(model).fit(files, y).predict_proba(files)
+    with joblib.parallel_config("dask"):
+        got = model.fit(files, y).predict_proba(files)
+    np.testing.assert_allclose(got, expected, atol=1e-3)
 
 
 def test_a_fitted_extractor_is_small_to_send(files):

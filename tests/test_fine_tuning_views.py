@@ -15,6 +15,7 @@ from sktransfer import (
     FineTuningRegressor,
     PretrainedFeatureExtractor,
     _fine_tuning_base,
+    load_backbone,
 )
 from sktransfer._images import Images
 from sktransfer._learning import _linear_probe as linear_probe
@@ -217,6 +218,21 @@ def test_the_start_is_the_probe_of_all_views(stripes, monkeypatch):
     model.fit(scaler.transform(flat), np.tile(y, 5), sample_weight=np.full(len(flat), 1 / 5))
     got = start_of(X, y, probe_views=5, **same_size)
     np.testing.assert_allclose(got, model.coef_ / scaler.scale_, rtol=0.02, atol=5e-3)
+
+
+def test_corners_of_what_a_function_prepared(stripes):
+    """It gives normalised numbers rather than pixels; the corners are of those."""
+    X, y = stripes
+    size = {"size": 20, "crop": 20}
+    usual = load_backbone(small().backbone, preprocessing=size).preprocessing
+
+    def prepare(picture):
+        pixels = (usual.resize_crop(picture) / 255 - np.array(usual.mean)) / np.array(usual.std)
+        return pixels.transpose(2, 0, 1).astype(np.float32)
+
+    expected = start_of(X, y, probe_views=3, preprocessing=size)
+    got = start_of(X, y, probe_views=3, preprocessing=prepare)
+    np.testing.assert_allclose(got, expected, rtol=0.02, atol=0.01 * np.abs(expected).max())
 
 
 def test_corners_come_from_the_store(stripes, decoded):
