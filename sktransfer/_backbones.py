@@ -238,7 +238,10 @@ class Backbone:
         return split_stages(module.train(), self._plan_size)
 
     def inference_module(
-        self, device: torch.device | str = "cpu", precision: str = "float32"
+        self,
+        device: torch.device | str = "cpu",
+        precision: str = "float32",
+        packed_for: tuple | None = None,
     ) -> nn.Module:
         """The network for inference: batch norms folded, channels last, frozen.
 
@@ -246,6 +249,9 @@ class Backbone:
         ----------
         device : torch.device or str, default="cpu"
         precision : {"float32", "bfloat16", "float16"}, default="float32"
+        packed_for : tuple of int or None, default=None
+            On a CPU: height, width and number of torch threads of all batches to come. The
+            convolutions' weights are packed for that at the first one.
 
         Returns
         -------
@@ -256,7 +262,12 @@ class Backbone:
             several threads.
         """
         return self.network.embedding_network(
-            self._keys, self._poolings, self.preprocessing, torch.device(device), precision
+            self._keys,
+            self._poolings,
+            self.preprocessing,
+            torch.device(device),
+            precision,
+            packed_for=packed_for,
         )
 
     def compiled_module(

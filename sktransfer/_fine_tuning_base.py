@@ -451,11 +451,13 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         if "_tuned" not in vars(self):
             raise AttributeError(f"This {type(self).__name__} is not fitted yet: it has no net_.")
         if self._tuned.net is None:
-            from sktransfer._training import make_net
+            from sktransfer._training import made_for, make_net
 
             module = self._tuned.module()
             module.freeze(min(self._tuned.lowest, len(module.stages)))
-            self._tuned.net = make_net(module, self._training_settings(module))
+            settings = self._training_settings(module)
+            self._tuned.net = make_net(module, settings)
+            self._tuned.net_made_for = made_for(settings)
         return self._tuned.net
 
     def __sklearn_is_fitted__(self):

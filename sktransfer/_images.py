@@ -235,7 +235,20 @@ class Images:
     def picture(self, i: int, min_size: tuple[int, int] | None = None) -> Image.Image | np.ndarray:
         """Read picture `i` as `decode` does, but as a PIL image where it becomes one anyway.
 
-        It may be the user's own.
+        Parameters
+        ----------
+        i, min_size
+            As in :meth:`decode`.
+
+        Returns
+        -------
+        PIL image in RGB, or ndarray of shape (H, W, 3), uint8
+            Either may be the user's own.
+
+        Raises
+        ------
+        BadImage
+            With the reason.
         """
         content = self._content(i, keep=False)
         note = self._noter(i)

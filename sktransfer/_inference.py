@@ -9,6 +9,7 @@ memory and the calling thread alone speaks to the device.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import threading
@@ -30,6 +31,8 @@ _ACCELERATOR_BATCH = 256
 # has: what is larger is asked of the system anew, and zeroed by it, at every layer. With 8 pictures
 # of 224 × 224 that is 1.0 to 1.3 times as fast as with 32 (docs/benchmarks/batch_size.py).
 _CPU_PIXELS, _SMALLEST_CPU_BATCH, _LARGEST_CPU_BATCH = 8 * 224 * 224, 4, 32
+# As many images, if not known yet, are worth a copy of the network packed for them.
+_MANY_IMAGES = 128
 # Towards the end batches shrink to this, so that all workers end at about the same time.
 _LAST_BATCH = 8
 
@@ -149,8 +152,9 @@ def _run_on_cpu(
 ) -> None:
     # A few wide workers rather than many narrow ones where there are many cores.
     n_workers = min(n_threads, 8)
+    size = run.backbone.input_size
     if batch_size == "auto":
-        limit = _BatchLimit(cpu_batch_size(run.backbone.input_size))
+        limit = _BatchLimit(_LARGEST_CPU_BATCH if is_compiled else cpu_batch_size(size))
     else:
         limit = _BatchLimit(int(batch_size))
     # A handful of images is shared out rather than given to one worker.
@@ -160,11 +164,15 @@ def _run_on_cpu(
     if not is_compiled:  # what is compiled is compiled for a number of threads
         n_workers = min(n_workers, -(-len(run.images) // limit.size))
     n_inner = max(1, n_threads // n_workers)
-    network = _network_of(run, torch.device("cpu"), is_compiled)
+    packed_for = (*size[-2:], n_inner) if len(run.images) >= _MANY_IMAGES else None
+    # Asked for when it is needed: rows that are all known need no network.
+    network = functools.cache(
+        lambda: _network_of(run, torch.device("cpu"), is_compiled, packed_for)
+    )
 
     def work(indices: list[int]) -> tuple[list[int], list[torch.Tensor]]:
         good, batch = run.decode(indices)
-        return good, [] if batch is None else run.forward(limit, network, good, batch)
+        return good, [] if batch is None else run.forward(limit, network(), good, batch)
 
     with _new_threads_unchanged as changes:
         pool = ThreadPoolExecutor(n_workers, initializer=changes.set_number, initargs=(n_inner,))
@@ -175,10 +183,12 @@ def _run_on_cpu(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _network_of(run: EmbeddingRun, device: torch.device, is_compiled: bool) -> Any:
+def _network_of(
+    run: EmbeddingRun, device: torch.device, is_compiled: bool, packed_for: tuple | None = None
+) -> Any:
     if is_compiled:
         return run.backbone.compiled_module(device, run.precision)
-    return run.backbone.inference_module(device, run.precision)
+    return run.backbone.inference_module(device, run.precision, packed_for)
 
 
 class _NewThreadsUnchanged:

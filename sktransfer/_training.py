@@ -19,7 +19,7 @@ from sktransfer._learning._augment import resolve_augment
 from sktransfer._learning._gradient_scaling import GradientScaling
 from sktransfer._learning._losses import WeightedLoss
 from sktransfer._learning._mixing import mix
-from sktransfer._learning._optimizers import make_optimizer, parameter_groups
+from sktransfer._learning._optimizers import Optimizer, make_optimizer, parameter_groups
 from sktransfer._learning._schedules import resolve_schedule
 from sktransfer._learning._training_callbacks import (
     EpochLog,
@@ -121,8 +121,8 @@ def train(
     first_epoch : int, default=0
         Epochs trained before.
     keeps_net : bool, default=False
-        Whether to go on with the optimizer and the callbacks that are there (``partial_fit``),
-        if they are the ones that are asked for.
+        Whether to go on with the net that is there, its optimizer, callbacks and history
+        (``partial_fit``), if those are the optimizer and the callbacks that are asked for.
     """
     module = tuned.module(whole=entry < len(tuned.stage_names))
     module.entry = entry if module.stages else 0
@@ -146,8 +146,7 @@ def train(
         module.to(settings.device)
         module.stages.to(memory_format=torch.channels_last)  # as the batches are
         net = tuned.net if keeps_net else None
-        made_for = (repr(settings.optimizer), list(settings.callbacks or []))
-        if tuned.net_made_for != made_for:
+        if tuned.net_made_for != made_for(settings):
             net = None
         start = min(first_stage(1), len(module.stages))
         if net is not None and (net.device != str(settings.device) or start > module.n_frozen):
@@ -184,7 +183,7 @@ def train(
             vars(net).update(iterators, batch_size=settings.batch_size)
             net.criterion_.label_smoothing = settings.label_smoothing
             _change_groups(net.optimizer_, _all_groups(module, settings, 0))
-        tuned.net, tuned.net_made_for = net, made_for
+        tuned.net, tuned.net_made_for = net, made_for(settings)
         try:
             result.is_interrupted = _run(net, train_set, max_epochs)
         finally:
@@ -241,6 +240,16 @@ def make_net(
         arguments["predict_nonlinearity"] = torch.sigmoid
     net = kinds.get(settings.kind, NeuralNet)(module, **arguments)
     return net.initialize()
+
+
+def made_for(settings: TrainingSettings) -> tuple[Any, list[Any]]:
+    """What a net is made for: where it is no longer the same, the net is made anew."""
+    optimizer = settings.optimizer
+    if isinstance(optimizer, str):
+        optimizer = Optimizer(optimizer)
+    if isinstance(optimizer, Optimizer):
+        optimizer = optimizer.get_params()
+    return optimizer, list(settings.callbacks or [])
 
 
 def _softmax(scores: torch.Tensor) -> torch.Tensor:

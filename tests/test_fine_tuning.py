@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.ensemble import RandomForestClassifier, StackingClassifier
@@ -683,9 +684,11 @@ def test_partial_fit_with_another_optimizer_or_callback(stripes):
     X, y = stripes
     model = small(unfreeze=1, optimizer=Optimizer("sgd")).partial_fit(X, y)
     first = model.net_
-    model.partial_fit(X, y)
+    with config_context(print_changed_only=False):
+        model.partial_fit(X, y)
+    model.set_params(optimizer="sgd").partial_fit(X, y)
     assert model.net_ is first
-    model.set_params(optimizer__momentum=0.5).partial_fit(X, y)
+    model.set_params(optimizer=Optimizer("sgd", momentum=0.5)).partial_fit(X, y)
     assert {group["momentum"] for group in model.net_.optimizer_.param_groups} == {0.5}
     seen = []
 
@@ -696,7 +699,11 @@ def test_partial_fit_with_another_optimizer_or_callback(stripes):
     model.set_params(callbacks=[Watch()]).partial_fit(X, y)
     model.partial_fit(X, y)
     assert len(seen) == 2
-    assert model.n_iter_ == 5
+    assert model.n_iter_ == 6
+    again = pickle.loads(pickle.dumps(model.set_params(callbacks=None)))
+    first = again.net_
+    again.partial_fit(X, y)
+    assert again.net_ is first
 
 
 def test_partial_fit_freezes_stages_again(stripes):

@@ -124,11 +124,10 @@ def test_workers_share_out_the_last_batches(batch_size, monkeypatch):
 def test_large_pictures_come_in_small_batches(side, largest, monkeypatch):
     X = np.random.default_rng(0).integers(0, 256, (40, 20, 20, 3), dtype=np.uint8)
     sizes = []
-    forward = _inference._BatchLimit.forward
 
     def noting(self, network, batch, device=None):
         sizes.append(len(batch))
-        return forward(self, network, batch, device)
+        return [torch.zeros(len(batch), 1408)]
 
     monkeypatch.setattr(_inference._BatchLimit, "forward", noting)
     options = {"preprocessing": {"size": side, "crop": side}, "n_jobs": 1, "memory": False}

@@ -34,9 +34,13 @@ class ManyViews:
         self.group_fingerprints = [f"{f}-views{n_views}" for f in backbone.group_fingerprints]
 
     def inference_module(
-        self, device: torch.device | str = "cpu", precision: str = "float32"
+        self,
+        device: torch.device | str = "cpu",
+        precision: str = "float32",
+        packed_for: tuple | None = None,
     ) -> nn.Module:
-        return _MeanOverViews(self.backbone.inference_module(device, precision), self.n_views)
+        network = self.backbone.inference_module(device, precision, packed_for)
+        return _MeanOverViews(network, self.n_views)
 
 
 class Corners:
@@ -60,9 +64,13 @@ class Corners:
         ]
 
     def inference_module(
-        self, device: torch.device | str = "cpu", precision: str = "float32"
+        self,
+        device: torch.device | str = "cpu",
+        precision: str = "float32",
+        packed_for: tuple | None = None,
     ) -> nn.Module:
-        return _EachCorner(self.backbone.inference_module(device, precision), self.n_corners)
+        network = self.backbone.inference_module(device, precision, packed_for)
+        return _EachCorner(network, self.n_corners)
 
 
 class _MeanOverViews(nn.Module):

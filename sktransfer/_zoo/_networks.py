@@ -60,12 +60,15 @@ class Network:
         precision: str,
         *,
         is_compiled: bool = False,
+        packed_for: tuple | None = None,
     ) -> Any:
         """What turns a batch of pixels into rows: made once for each set of arguments."""
         mean = std = None
         if isinstance(preprocessing, Preprocessing):
             mean, std = preprocessing.mean, preprocessing.std
-        key = (tuple(keys), tuple(poolings), mean, std, device, precision, is_compiled)
+        key = (
+            tuple(keys), tuple(poolings), mean, std, device, precision, is_compiled, packed_for
+        )  # fmt: skip
         with self._lock:
             if key in self._copies:
                 self._copies.move_to_end(key)
@@ -76,7 +79,7 @@ class Network:
             extractor = self.plan.extractor(list(keys), [Pooling(*p) for p in poolings])
             if isinstance(extractor, torch.fx.GraphModule):
                 extractor = inference_copy(extractor, device, dtype, channels_last=channels_last)
-                if device.type == "cpu" and not is_compiled:
+                if packed_for is not None:
                     pack_convolutions(extractor)
             else:
                 extractor = extractor.copy_to(device, dtype)

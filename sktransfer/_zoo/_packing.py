@@ -3,72 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx, nn
 
 
 def pack_convolutions(network: fx.GraphModule) -> None:
-    """Replace a network's convolutions by packed ones where those are known to be faster."""
-    if not torch.backends.mkldnn.is_available() or not _has_wide_registers():
+    """Replace a network's convolutions by packed ones, where this machine gains by it.
+
+    Those that are more than a convolution stay: subclasses, and what has hooks, another
+    ``forward`` or tensors that the graph reads as well.
+    """
+    mkldnn = torch.backends.mkldnn
+    if not mkldnn.is_available() or not mkldnn.enabled or not _has_wide_registers():
         return
+    are_read = {
+        str(node.target).rpartition(".")[0] for node in network.graph.nodes if node.op == "get_attr"
+    }
     done: dict[int, PackedConv] = {}
     for node in network.graph.nodes:
-        if node.op != "call_module":
+        path = str(node.target)
+        if node.op != "call_module" or path in are_read:
             continue
-        layer = network.get_submodule(str(node.target))
-        if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+        layer = network.get_submodule(path)
+        if _is_plain(layer):
             if id(layer) not in done:
                 done[id(layer)] = PackedConv(layer)
-            network.set_submodule(str(node.target), done[id(layer)])
+            network.set_submodule(path, done[id(layer)])
 
 
 def _has_wide_registers() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    return (
+        type(layer) is nn.Conv2d
+        and layer.padding_mode == "zeros"
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and vars(layer).keys().isdisjoint({"forward", "_conv_forward"})
+    )
+
+
 class PackedConv(nn.Module):
     """A convolution whose weights are brought into oneDNN's blocks once, not in every call.
 
-    That is done for the shape of the first batch; other batches may be of any size. The
-    operators are those that ``torch.compile`` makes use of on a CPU. Where torch lacks them, or
-    refuses these settings, the convolution is computed as ever.
+    The blocks are those for the height, width and number of torch threads of the first batch:
+    other ones give the same numbers, but slowly. The operators are those that ``torch.compile``
+    makes use of on a CPU. Where torch lacks them, or refuses these settings, the convolution is
+    computed as ever.
 
     Parameters
     ----------
-    conv : nn.Conv2d
-        Frozen, on the CPU. It is let go when its weights are packed.
+    conv : nn.Module
+        A plain Conv2d, frozen, on the CPU. It is let go when its weights are packed.
     """
 
-    def __init__(self, conv: nn.Conv2d):
+    def __init__(self, conv: nn.Module):
         super().__init__()
-        self.conv: nn.Conv2d | None = conv
+        self.conv: nn.Module | None = conv
         self._run: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         # In this order: another thread puts `_run` there before it takes `conv` away.
         conv, run = self.conv, self._run
         if run is None:
             assert conv is not None
-            run = self._run = _packed(conv, x)
+            run = self._run = _packed(conv, input)
             self.conv = None
-        return run(x)
+        return run(input)
 
 
-def _packed(conv: nn.Conv2d, x: torch.Tensor) -> Any:
-    """What computes `conv`, quickest for batches like `x`."""
+def _packed(conv: nn.Module, first: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What computes `conv`, quickest for batches like the first."""
     settings = (conv.padding, conv.stride, conv.dilation, conv.groups)
     bias = conv.bias
     try:
-        weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight, *settings, list(x.shape))
+        weight = torch.ops.mkldnn._reorder_convolution_weight(
+            conv.weight, *settings, list(first.shape)
+        )
 
         def run(x: torch.Tensor) -> torch.Tensor:
             return torch.ops.mkldnn._convolution_pointwise(
                 x, weight, bias, *settings, "none", [], ""
             )
 
-        run(x[:1])
+        run(first[:1])
     except (AttributeError, RuntimeError, TypeError):
-        return conv
+        return conv.forward
     return run

@@ -147,20 +147,19 @@ class Preprocessing:
         if len(self.mean) == 1:
             picture = picture.convert("L")
         kind = _FILTERS[self.interpolation]
-        is_resized = (new_h, new_w) != (height, width)
-        if not is_resized or max(new_h, new_w) <= _MAX_STRETCH * min(new_h, new_w):
-            if is_resized:
-                picture = picture.resize((new_w, new_h), kind)
-            if (kept_h, kept_w) != (new_h, new_w):
-                picture = picture.crop((left, top, left + kept_w, top + kept_h))
+        kept = (slice(top, top + kept_h), slice(left, left + kept_w))
+        if (new_h, new_w) == (height, width):
+            pixels = np.asarray(picture)[kept]
+        elif max(new_h, new_w) <= _MAX_STRETCH * min(new_h, new_w):
+            pixels = np.asarray(picture.resize((new_w, new_h), kind))[kept]
         else:
             # 1 × 100,000 pixels would become 256 × 25,600,000: only the kept part is computed.
             # Pillow holds the box in single precision, so that a value may differ by one.
             y, x = height / new_h, width / new_w
             right, bottom = min((left + kept_w) * x, width), min((top + kept_h) * y, height)
-            box = (left * x, top * y, right, bottom)
-            picture = picture.resize((kept_w, kept_h), kind, box=box)
-        pixels = np.asarray(picture)
+            pixels = np.asarray(
+                picture.resize((kept_w, kept_h), kind, box=(left * x, top * y, right, bottom))
+            )
         if pixels.ndim == 2:
             pixels = pixels[:, :, None]
         if (kept_h, kept_w) != (crop_h, crop_w):
@@ -168,7 +167,7 @@ class Preprocessing:
             pad_h, pad_w = (crop_h - kept_h) // 2, (crop_w - kept_w) // 2
             padded[pad_h : pad_h + kept_h, pad_w : pad_w + kept_w] = pixels
             return padded
-        return pixels
+        return np.ascontiguousarray(pixels)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         if isinstance(self.size, tuple):
