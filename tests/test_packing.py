@@ -10,12 +10,10 @@ from torch import fx, nn
 
 from sktransfer import PretrainedFeatureExtractor, load_backbone
 from sktransfer._zoo import _networks, _packing
-from sktransfer._zoo._packing import PackedConv, pack_convolutions
+from sktransfer._zoo._packing import PackedConv, can_pack, pack_convolutions
 
-needs_kernels = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available() or not _packing._has_wide_registers(),
-    reason="convolutions are packed on x86 alone",
-)
+CAN_PACK = can_pack(torch.float32)
+needs_kernels = pytest.mark.skipif(not CAN_PACK, reason="convolutions are packed on x86 alone")
 
 
 def frozen(*args, dtype=torch.float32, **kwargs):
@@ -90,7 +88,7 @@ def test_what_is_packed(many):
     torch.testing.assert_close(network(x), expected)
     left_alone = ("reflecting", "hooked", "pre_hooked", "replaced", "read")
     assert all(type(getattr(network, name)) is nn.Conv2d for name in left_alone)
-    if torch.backends.mkldnn.is_available() and _packing._has_wide_registers():
+    if CAN_PACK:
         assert is_packed(network.plain)
 
 
@@ -110,19 +108,22 @@ def test_many_images_through_a_network(backbone, many, monkeypatch):
     np.testing.assert_allclose(got, few, rtol=1e-4, atol=1e-5 * np.abs(few).max())
     copies = extractor.backbone_.network._copies
     n_packed = [sum(map(is_packed, network.modules())) for network in copies.values()]
-    if torch.backends.mkldnn.is_available() and _packing._has_wide_registers():
+    if CAN_PACK:
         assert sorted(n_packed) == [0, 1 if odd else 20]  # the few are not worth it
 
 
-@needs_kernels
-def test_the_user_switched_onednn_off():
-    network = fx.symbolic_trace(nn.Sequential(frozen(3, 4, 3)))
+def test_where_nothing_is_packed(many, monkeypatch):
+    assert not can_pack(torch.float16)
     before = torch.backends.mkldnn.set_flags(False)
     try:
-        pack_convolutions(network)
+        assert not can_pack(torch.float32)
     finally:
         torch.backends.mkldnn.set_flags(before[0])
-    assert type(network.get_submodule("0")) is nn.Conv2d
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert not can_pack(torch.float32)
+    backbone = load_backbone("builtin")
+    packed = backbone.inference_module(packed_for=(80, 80, 1))
+    assert packed is backbone.inference_module()
 
 
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError, TypeError])

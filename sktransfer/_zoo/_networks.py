@@ -13,7 +13,7 @@ from torch import nn
 from sktransfer._stages import plan_stages
 from sktransfer._zoo._compiling import CompiledNetwork
 from sktransfer._zoo._folding import EmbeddingNetwork, inference_copy
-from sktransfer._zoo._packing import pack_convolutions
+from sktransfer._zoo._packing import can_pack, pack_convolutions
 from sktransfer._zoo._pooling import Pooling
 from sktransfer._zoo._preprocessing import AnyPreprocessing, Preprocessing
 from sktransfer._zoo._source import Source
@@ -66,6 +66,9 @@ class Network:
         mean = std = None
         if isinstance(preprocessing, Preprocessing):
             mean, std = preprocessing.mean, preprocessing.std
+        dtype = _DTYPES[precision]
+        if packed_for is not None and not can_pack(dtype):
+            packed_for = None  # the same as for all
         key = (
             tuple(keys), tuple(poolings), mean, std, device, precision, is_compiled, packed_for
         )  # fmt: skip
@@ -74,7 +77,6 @@ class Network:
                 self._copies.move_to_end(key)
                 return self._copies[key]
             _ = self.module  # the weights
-            dtype = _DTYPES[precision]
             channels_last = device.type in ("cpu", "cuda")
             extractor = self.plan.extractor(list(keys), [Pooling(*p) for p in poolings])
             if isinstance(extractor, torch.fx.GraphModule):

@@ -8,15 +8,20 @@ import torch
 from torch import fx, nn
 
 
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this machine gains by packed convolutions."""
+    mkldnn = torch.backends.mkldnn
+    has_wide_registers = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    is_on = mkldnn.is_available() and mkldnn.enabled
+    return bool(is_on and has_wide_registers and dtype in (torch.float32, torch.bfloat16))
+
+
 def pack_convolutions(network: fx.GraphModule) -> None:
-    """Replace a network's convolutions by packed ones, where this machine gains by it.
+    """Replace a network's convolutions by packed ones.
 
     Those that are more than a convolution stay: subclasses, and what has hooks, another
     ``forward`` or tensors that the graph reads as well.
     """
-    mkldnn = torch.backends.mkldnn
-    if not mkldnn.is_available() or not mkldnn.enabled or not _has_wide_registers():
-        return
     are_read = {
         str(node.target).rpartition(".")[0] for node in network.graph.nodes if node.op == "get_attr"
     }
@@ -30,10 +35,6 @@ def pack_convolutions(network: fx.GraphModule) -> None:
             if id(layer) not in done:
                 done[id(layer)] = PackedConv(layer)
             network.set_submodule(path, done[id(layer)])
-
-
-def _has_wide_registers() -> bool:
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 def _is_plain(layer: nn.Module) -> bool:
