@@ -78,6 +78,8 @@ BAD_CELLS = {
     "complex": (np.zeros((4, 4), complex), "Complex data not supported"),
     "strings": (np.array([["a", "b"]]), "its dtype is <U1; pixels are bool, integers or floats"),
     "ragged": ([[1, 2], [3]], "it does not become an array"),
+    "PIL, no pixel": (Image.new("RGB", (0, 5)), "it has no pixel: its size is 0 × 5"),
+    "PIL, no grey pixel": (Image.new("L", (5, 0)), "it has no pixel: its size is 5 × 0"),
     "dict": ({"data": b""}, r"a dict with the keys \['data'\]; \"bytes\" or \"path\" must hold"),
     "empty dict": ({"bytes": None, "path": None}, '"bytes" or "path" must hold a picture'),
     "dict type": ({"bytes": 3}, '"bytes" of the cell is of type int'),

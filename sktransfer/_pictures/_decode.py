@@ -315,6 +315,8 @@ def pil_content(image: Image.Image) -> tuple[str, bytes]:
 
 def _own(image: Image.Image) -> tuple[Image.Image, int]:
     """Load a PIL image of the user and return it, or a copy, with its orientation."""
+    if 0 in image.size:
+        raise BadImage(f"it has no pixel: its size is {image.width} × {image.height}")
     try:
         with _user_lock:
             image.load()
