@@ -19,7 +19,12 @@ from sktransfer._learning._augment import resolve_augment
 from sktransfer._learning._gradient_scaling import GradientScaling
 from sktransfer._learning._losses import WeightedLoss
 from sktransfer._learning._mixing import mix
-from sktransfer._learning._optimizers import Optimizer, make_optimizer, parameter_groups
+from sktransfer._learning._optimizers import (
+    Optimizer,
+    as_optimizer,
+    make_optimizer,
+    parameter_groups,
+)
 from sktransfer._learning._schedules import resolve_schedule
 from sktransfer._learning._training_callbacks import (
     EpochLog,
@@ -145,9 +150,8 @@ def train(
         )  # fmt: skip
         module.to(settings.device)
         module.stages.to(memory_format=torch.channels_last)  # as the batches are
-        net = tuned.net if keeps_net else None
-        if tuned.net_made_for != made_for(settings):
-            net = None
+        asked = made_for(settings)
+        net = tuned.net if keeps_net and tuned.net_made_for == asked else None
         start = min(first_stage(1), len(module.stages))
         if net is not None and (net.device != str(settings.device) or start > module.n_frozen):
             net = None  # its optimizer is on the other device, or holds what is frozen now
@@ -183,7 +187,7 @@ def train(
             vars(net).update(iterators, batch_size=settings.batch_size)
             net.criterion_.label_smoothing = settings.label_smoothing
             _change_groups(net.optimizer_, _all_groups(module, settings, 0))
-        tuned.net, tuned.net_made_for = net, made_for(settings)
+        tuned.net, tuned.net_made_for = net, asked
         try:
             result.is_interrupted = _run(net, train_set, max_epochs)
         finally:
@@ -244,9 +248,7 @@ def make_net(
 
 def made_for(settings: TrainingSettings) -> tuple[Any, list[Any]]:
     """What a net is made for: where it is no longer the same, the net is made anew."""
-    optimizer = settings.optimizer
-    if isinstance(optimizer, str):
-        optimizer = Optimizer(optimizer)
+    optimizer = as_optimizer(settings.optimizer)
     if isinstance(optimizer, Optimizer):
         optimizer = optimizer.get_params()
     return optimizer, list(settings.callbacks or [])

@@ -80,7 +80,7 @@ class Odd(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def test_what_is_packed(many):
+def test_what_is_packed():
     network = fx.symbolic_trace(Odd().eval().requires_grad_(False))
     x = torch.randn(2, 3, 20, 20)
     expected = network(x)
@@ -98,7 +98,7 @@ def many():
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "odd"])
-def test_many_images_through_a_network(backbone, many, monkeypatch):
+def test_many_images_through_a_network(backbone, many):
     odd = backbone == "odd"
     options = {"preprocessing": {"size": 24, "crop": 24}, "memory": False}
     options |= {} if odd else {"weights": None}
@@ -112,7 +112,7 @@ def test_many_images_through_a_network(backbone, many, monkeypatch):
         assert sorted(n_packed) == [0, 1 if odd else 20]  # the few are not worth it
 
 
-def test_where_nothing_is_packed(many, monkeypatch):
+def test_where_nothing_is_packed(monkeypatch):
     assert not can_pack(torch.float16)
     before = torch.backends.mkldnn.set_flags(False)
     try:

@@ -63,12 +63,11 @@ def boundary_rows(
     for start in range(0, len(missing), batch_size):
         index = missing[start : start + batch_size]
         batch = pixels.take(positions[index])
+        step = len(batch)
         if device.type == "cpu":
             step = max(1, cpu_batch_size(batch.shape) // batch.shape[1])
-            parts = [module.run_frozen(part, stop) for part in batch.split(step)]
-            values = torch.cat(parts).numpy()
-        else:
-            values = module.run_frozen(batch.to(device), stop).cpu().numpy()
+        parts = [module.run_frozen(p.to(device), stop).cpu() for p in batch.split(step)]
+        values = torch.cat(parts).numpy()
         if start == 0 and (fingerprint is None or len(keys) * values[0].nbytes > MAX_SHARED_BYTES):
             own = allocate((len(keys), *values.shape[1:]), values.dtype)
             if own is None:

@@ -56,10 +56,14 @@ class Optimizer(BaseEstimator):
         )
 
 
+def as_optimizer(optimizer: Any) -> Any:
+    """The parameter ``optimizer`` with a name as the :class:`Optimizer` it stands for."""
+    return Optimizer(optimizer) if isinstance(optimizer, str) else optimizer
+
+
 def make_optimizer(optimizer: Any, groups: list[dict[str, Any]], lr: float) -> Any:
     """The torch optimizer that the parameter ``optimizer`` stands for."""
-    if isinstance(optimizer, str):
-        optimizer = Optimizer(optimizer)
+    optimizer = as_optimizer(optimizer)
     if isinstance(optimizer, Optimizer):
         return optimizer.make(groups, lr)
     return optimizer(groups, lr=lr)

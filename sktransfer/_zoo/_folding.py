@@ -91,7 +91,7 @@ def inference_copy(
             layer = copied.get_submodule(str(node.target))
             if id(layer) not in done:
                 done[id(layer)] = _converted(layer, device, dtype, channels_last)
-            _put(copied, str(node.target), done[id(layer)])
+            copied.set_submodule(str(node.target), done[id(layer)])
         elif node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             holder = copied.get_submodule(owner)
@@ -131,13 +131,13 @@ def _fold_batch_norms(network: fx.GraphModule) -> None:
         ):
             continue
         with torch.no_grad():
-            _put(network, str(before.target), fuse_conv_bn_eval(conv, norm))
+            network.set_submodule(str(before.target), fuse_conv_bn_eval(conv, norm))
         rest = _after_norm(norm)
         if rest is None:
             node.replace_all_uses_with(before)
             network.graph.erase_node(node)
         else:
-            _put(network, str(node.target), rest)
+            network.set_submodule(str(node.target), rest)
     network.graph.lint()
     network.recompile()
     network.delete_all_unused_submodules()
@@ -176,11 +176,6 @@ def _converted_tensor(
 ) -> torch.Tensor:
     moved = value.detach().to(device, dtype if value.is_floating_point() else value.dtype)
     return nn.Parameter(moved, requires_grad=False) if isinstance(value, nn.Parameter) else moved
-
-
-def _put(network: nn.Module, path: str, layer: nn.Module) -> None:
-    owner, _, name = path.rpartition(".")
-    setattr(network.get_submodule(owner), name, layer)
 
 
 def _put_tensor(holder: nn.Module, name: str, value: torch.Tensor) -> None:
