@@ -384,13 +384,13 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     def _embed(self, X) -> np.ndarray:
         """Tuned embeddings, from the store where it has them; unreadable rows are NaN."""
         from sktransfer._learning._training_data import _handle, embed_rows
-        from sktransfer._learning._views import ManyViews
+        from sktransfer._learning._views import mean_over_views
 
         check_is_fitted(self)
         images = check_images(self, X, reset=False)
         backbone = self._tuned.tuned_backbone()
         if self.n_views > 1:
-            backbone = ManyViews(backbone, self.n_views)
+            backbone = mean_over_views(backbone, self.n_views)
         rows, self.bad_images_ = embed_rows(images, backbone, self._embedding_settings())
         if assumed := images.take_warnings():
             warnings.warn(assumed, UserWarning, stacklevel=4)

@@ -10,6 +10,7 @@ memory and the calling thread alone speaks to the device.
 from __future__ import annotations
 
 import functools
+import math
 import multiprocessing
 import os
 import threading
@@ -30,7 +31,7 @@ _ACCELERATOR_BATCH = 256
 # On a CPU a batch is as large as lets the widest layers' values stay in memory that the process
 # has: what is larger is asked of the system anew, and zeroed by it, at every layer. With 8 pictures
 # of 224 × 224 that is 1.0 to 1.3 times as fast as with 32 (docs/benchmarks/batch_size.py).
-_CPU_PIXELS, _SMALLEST_CPU_BATCH, _LARGEST_CPU_BATCH = 8 * 224 * 224, 4, 32
+_CPU_VALUES, _SMALLEST_CPU_BATCH, _LARGEST_CPU_BATCH = 8 * 3 * 224 * 224, 4, 32
 # As many images, if not known yet, are worth a copy of the network packed for them.
 _MANY_IMAGES = 128
 # Towards the end batches shrink to this, so that all workers end at about the same time.
@@ -142,9 +143,9 @@ def n_decoding_threads(n_jobs: int | None) -> int:
 
 
 def cpu_batch_size(input_size: Sequence[int]) -> int:
-    """Images that a network takes at once on a CPU, by their size (…, height, width)."""
-    size = _CPU_PIXELS // (input_size[-2] * input_size[-1])
-    return max(_SMALLEST_CPU_BATCH, min(size, _LARGEST_CPU_BATCH))
+    """Images, or maps within a network, to take at once on a CPU, by their size (C, H, W)."""
+    n_values = max(3, input_size[0]) * math.prod(input_size[1:])
+    return max(_SMALLEST_CPU_BATCH, min(_CPU_VALUES // n_values, _LARGEST_CPU_BATCH))
 
 
 def _run_on_cpu(

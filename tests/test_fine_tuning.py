@@ -35,9 +35,11 @@ from sktransfer import (
     load_backbone,
 )
 from sktransfer._images import as_images
+from sktransfer._inference import cpu_batch_size
 from sktransfer._learning import _boundary as boundary
 from sktransfer._learning import _linear_probe as linear_probe
 from sktransfer._learning import _training_rows as training_rows
+from sktransfer._learning import _tuned_module as tuned_module
 from sktransfer._learning._tuned_network import learnt
 from sktransfer._random_state import own_random_state
 
@@ -61,6 +63,31 @@ def assert_same_model(a, b, **tolerance):
     assert left.keys() == right.keys()
     for name in left:
         np.testing.assert_allclose(left[name], right[name], err_msg=name, **tolerance)
+
+
+# -- parts of a batch ------------------------------------------------------------------------
+@pytest.mark.parametrize("unfreeze", [1, "all", "gradual"])
+def test_a_batch_in_parts_trains_the_same_model(stripes, monkeypatch, unfreeze):
+    whole = small(unfreeze=unfreeze).fit(*stripes)
+    parts = []
+    monkeypatch.setattr(tuned_module, "cpu_batch_size", lambda shape: parts.append(shape) or 3)
+    in_parts = small(unfreeze=unfreeze, memory=False).fit(*stripes)
+    assert parts
+    assert_same_model(in_parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_that_move_are_those_of_whole_batches(stripes, monkeypatch):
+    whole = small(batch_norm="moving").fit(*stripes)
+    monkeypatch.setattr(tuned_module, "cpu_batch_size", lambda shape: 3)
+    assert_same_model(small(batch_norm="moving").fit(*stripes), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "n"), [
+    ((3, 224, 224), 8), ((1, 224, 224), 8), ((3, 1000, 1000), 4), ((3, 80, 80), 32),
+    ((24, 56, 56), 16), ((32, 112, 112), 4), ((96, 14, 14), 32), ((197, 768), 7),
+])  # fmt: skip
+def test_how_much_goes_through_a_cpu_at_once(shape, n):
+    assert cpu_batch_size(shape) == n
 
 
 # -- the start -------------------------------------------------------------------------------

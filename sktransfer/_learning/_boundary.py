@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from sktransfer._cache import MemoryStore, as_store
-from sktransfer._inference import cpu_batch_size
 from sktransfer._learning._training_rows import Kept, Pixels, allocate
 
 # What stays in this process for the fits to come. A fit that needs more keeps it to itself.
@@ -63,11 +62,7 @@ def boundary_rows(
     for start in range(0, len(missing), batch_size):
         index = missing[start : start + batch_size]
         batch = pixels.take(positions[index])
-        step = len(batch)
-        if device.type == "cpu":
-            step = max(1, cpu_batch_size(batch.shape) // batch.shape[1])
-        parts = [module.run_frozen(p.to(device), stop).cpu() for p in batch.split(step)]
-        values = torch.cat(parts).numpy()
+        values = module.run_frozen(batch.to(device), stop).cpu().numpy()
         if start == 0 and (fingerprint is None or len(keys) * values[0].nbytes > MAX_SHARED_BYTES):
             own = allocate((len(keys), *values.shape[1:]), values.dtype)
             if own is None:

@@ -16,7 +16,7 @@ from sktransfer._images import Images
 from sktransfer._inference import BadRow, n_decoding_threads
 from sktransfer._learning._boundary import boundary_rows, keeps_anything
 from sktransfer._learning._training_rows import Kept, Pixels, digest_rows, merge_rows, rows_of
-from sktransfer._learning._views import Corners
+from sktransfer._learning._views import each_corner
 
 _N_REPORTED = 10
 
@@ -133,7 +133,7 @@ class TrainingData:
         own = self.embeddings[rows].reshape(n_rows, self._n_columns, 1, -1)
         if n_views > 1:
             images = rows_of(self._images, self._index[rows])
-            flat, _ = embed_rows(images, Corners(self._backbone, n_views - 1), self._settings)
+            flat, _ = embed_rows(images, each_corner(self._backbone, n_views - 1), self._settings)
             corners = flat.reshape(n_rows, self._n_columns, n_views - 1, -1)
             corners = np.where(np.isnan(corners), own, corners)
             own = np.concatenate([own, corners], axis=2)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+_MakeViews = Callable[[torch.Tensor], list[torch.Tensor]]
 
 _ZOOM = 0.875  # of an enlarged centre
 _CORNER = 0.85  # of an enlarged corner, of the picture's side
@@ -14,84 +18,57 @@ _CORNER = 0.85  # of an enlarged corner, of the picture's side
 _CORNERS = ((0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0))
 
 
-class ManyViews:
-    """A backbone that embeds a picture as the mean over views of it.
-
-    One view is the picture, two add its mirror image, three and four a slightly enlarged centre
-    and that one's mirror image.
+class Views:
+    """A backbone that sees several views of each picture: as their mean, or one after another.
 
     Parameters
     ----------
     backbone : Backbone
-    n_views : int
+    make_views : callable
+        A batch of pictures -> the batches of their views.
+    names : list of str
+        What each view's columns are known by in the store; a single name is that of the mean
+        over all views.
     """
 
-    def __init__(self, backbone: Any, n_views: int):
-        self.backbone, self.n_views = backbone, n_views
+    def __init__(self, backbone: Any, make_views: _MakeViews, names: list[str]):
+        self.backbone, self.make_views, self.names = backbone, make_views, names
         self.name, self.preprocessing = backbone.name, backbone.preprocessing
         self.input_size = backbone.input_size
-        self.feature_groups, self.n_features = backbone.feature_groups, backbone.n_features
-        self.group_fingerprints = [f"{f}-views{n_views}" for f in backbone.group_fingerprints]
-
-    def inference_module(
-        self,
-        device: torch.device | str = "cpu",
-        precision: str = "float32",
-        packed_for: tuple | None = None,
-    ) -> nn.Module:
-        network = self.backbone.inference_module(device, precision, packed_for)
-        return _MeanOverViews(network, self.n_views)
-
-
-class Corners:
-    """A backbone that embeds enlarged corners of a picture, each as a group of columns.
-
-    Parameters
-    ----------
-    backbone : Backbone
-    n_corners : int
-        Up to 4.
-    """
-
-    def __init__(self, backbone: Any, n_corners: int):
-        self.backbone, self.n_corners = backbone, n_corners
-        self.name, self.preprocessing = backbone.name, backbone.preprocessing
-        self.input_size = backbone.input_size
-        self.feature_groups = list(backbone.feature_groups) * n_corners
-        self.n_features = backbone.n_features * n_corners
+        self.feature_groups = list(backbone.feature_groups) * len(names)
+        self.n_features = backbone.n_features * len(names)
         self.group_fingerprints = [
-            f"{f}-corner{k}" for k in range(n_corners) for f in backbone.group_fingerprints
+            f"{fingerprint}-{name}" for name in names for fingerprint in backbone.group_fingerprints
         ]
 
-    def inference_module(
-        self,
-        device: torch.device | str = "cpu",
-        precision: str = "float32",
-        packed_for: tuple | None = None,
-    ) -> nn.Module:
-        network = self.backbone.inference_module(device, precision, packed_for)
-        return _EachCorner(network, self.n_corners)
+    def inference_module(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The backbone's own, run on each view."""
+        network = self.backbone.inference_module(*args, **kwargs)
+        return _OnViews(network, self.make_views, len(self.names) == 1)
 
 
-class _MeanOverViews(nn.Module):
-    def __init__(self, network: nn.Module, n_views: int):
+def mean_over_views(backbone: Any, n_views: int) -> Views:
+    """A backbone that embeds a picture as the mean over :func:`views` of it."""
+    return Views(backbone, partial(views, n_views=n_views), [f"views{n_views}"])
+
+
+def each_corner(backbone: Any, n_corners: int) -> Views:
+    """A backbone that embeds :func:`corners` of a picture, each as a group of columns."""
+    names = [f"corner{k}" for k in range(n_corners)]
+    return Views(backbone, partial(corners, n_corners=n_corners), names)
+
+
+class _OnViews(nn.Module):
+    def __init__(self, network: nn.Module, make_views: _MakeViews, is_mean: bool):
         super().__init__()
-        self.network, self.n_views = network, n_views
+        self.network, self.make_views, self.is_mean = network, make_views, is_mean
 
     @torch.inference_mode()
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        groups = [self.network(view) for view in views(x, self.n_views)]
-        return [torch.stack(parts).mean(0) for parts in zip(*groups, strict=True)]
-
-
-class _EachCorner(nn.Module):
-    def __init__(self, network: nn.Module, n_corners: int):
-        super().__init__()
-        self.network, self.n_corners = network, n_corners
-
-    @torch.inference_mode()
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [part for view in corners(x, self.n_corners) for part in self.network(view)]
+        rows = [self.network(view) for view in self.make_views(x)]
+        if self.is_mean:
+            return [torch.stack(parts).mean(0) for parts in zip(*rows, strict=True)]
+        return [part for groups in rows for part in groups]
 
 
 def views(x: torch.Tensor, n_views: int) -> list[torch.Tensor]:
