@@ -30,8 +30,20 @@ __all__ = [
 
 Store = MemoryStore | DiskStore
 
+# What frozen stages made of pictures, for the fits to come. A fit that needs more keeps its own.
+MAX_ACTIVATION_BYTES = 2**30
+activations = MemoryStore(MAX_ACTIVATION_BYTES)
+
+
+class _ProcessStore(MemoryStore):
+    def clear(self) -> None:
+        """Forget everything, and what frozen stages made of pictures."""
+        super().clear()
+        activations.clear()
+
+
 # What all extractors of this process share when they are given no memory.
-_process_store = MemoryStore(DEFAULT_MEMORY_BYTES)
+_process_store = _ProcessStore(DEFAULT_MEMORY_BYTES)
 _no_store = MemoryStore(0)
 
 # Folders in use stay open between calls: closing one writes its log back.
@@ -106,8 +118,9 @@ def embedding_store(memory: Any = None, *, max_bytes: int | str | None = "defaul
         ``store.info()`` tells what is kept (`n_rows`, `n_bytes`, `max_bytes`, `n_files`,
         `rows_by_fingerprint`); ``store.reduce_size(bytes_limit=None,
         items_limit=None, age_limit=None)`` and ``store.clear()`` drop rows, as those of
-        `joblib.Memory` do. Clones of an estimator share it; sent to another process, one in
-        memory arrives empty, and one on disk is opened there.
+        `joblib.Memory` do; for ``None``, ``clear`` also frees what the fits of fine-tuning
+        estimators left for each other. Clones of an estimator share it; sent to another
+        process, one in memory arrives empty, and one on disk is opened there.
 
     Raises
     ------

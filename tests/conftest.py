@@ -53,13 +53,9 @@ def picture_files(pictures, tmp_path):
 @pytest.fixture(autouse=True)
 def empty_store():
     """Each test starts without rows that another test computed."""
-    import sys
-
     from sktransfer._cache import as_store
 
     as_store(None).clear()
-    if boundary := sys.modules.get("sktransfer._learning._boundary"):
-        boundary.shared_rows.clear()
 
 
 @pytest.fixture(scope="session")

@@ -835,7 +835,7 @@ def test_pictures_that_vanish_while_training(picture_files, monkeypatch, paramet
     with pytest.warns(UserWarning, match=r"1 of 12 rows are left out of the rest of training"):
         model.set_params(on_error="skip").fit(X, y)
     assert [bad.row for bad in model.bad_images_] == [3]
-    assert boundary.shared_rows.info().n_rows == 0
+    assert boundary.activations.info().n_rows == 0
 
 
 def test_a_vanished_picture_weighs_nothing(picture_files):

@@ -7,7 +7,7 @@ import pytest
 from sklearn.model_selection import GridSearchCV
 from test_fine_tuning import assert_same_model, small
 
-from sktransfer import _fine_tuning_base
+from sktransfer import _fine_tuning_base, embedding_store
 from sktransfer._cache import MemoryStore
 from sktransfer._learning import _boundary as boundary
 from sktransfer._learning._tuned_module import TunedModule
@@ -77,20 +77,27 @@ def test_trained_stages_that_are_frozen_again_are_not_shared(stripes):
 def test_bound(stripes, passes, monkeypatch):
     X, y = stripes
     small(unfreeze=1).fit(X[:24], y[:24])
-    assert boundary.shared_rows.info().n_rows == 24
+    assert boundary.activations.info().n_rows == 24
     # Rows at hand are taken, but what does not fit as a whole stays with the fit.
-    monkeypatch.setattr(boundary, "MAX_SHARED_BYTES", 1000)
+    monkeypatch.setattr(boundary, "MAX_ACTIVATION_BYTES", 1000)
     over = small(unfreeze=1).fit(X, y)
     assert sum(passes) == len(X)
-    assert boundary.shared_rows.info().n_rows == 24
+    assert boundary.activations.info().n_rows == 24
     alone = small(unfreeze=1, memory=False).fit(X, y)
     assert_same_model(over, alone, rtol=1e-5, atol=1e-6)
     # Rows that are driven out meanwhile are those of the fit still.
     monkeypatch.undo()
-    monkeypatch.setattr(boundary, "shared_rows", MemoryStore(5000))
+    monkeypatch.setattr(boundary, "activations", MemoryStore(5000))
     driven_out = small(unfreeze=1).fit(X, y)
-    assert 0 < boundary.shared_rows.info().n_rows < len(X)
+    assert 0 < boundary.activations.info().n_rows < len(X)
     assert_same_model(driven_out, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_clearing_the_store_of_this_process_frees_them(stripes):
+    small(unfreeze=1).fit(*stripes)
+    assert boundary.activations.info().n_bytes > 0
+    embedding_store().clear()
+    assert boundary.activations.info().n_bytes == 0
 
 
 def test_unreadable_pictures_leave_nothing(stripes, picture_files, tmp_path):
@@ -100,7 +107,7 @@ def test_unreadable_pictures_leave_nothing(stripes, picture_files, tmp_path):
     for _ in range(2):
         with pytest.warns(UserWarning, match="left out of training"):
             model.fit(X, y)
-        assert boundary.shared_rows.info().n_rows == 6
+        assert boundary.activations.info().n_rows == 6
     again = small(unfreeze=1, head_init="random").fit(X[:6], y[:6])
     np.testing.assert_allclose(again.predict_proba(X[:6]), model.predict_proba(X[:6]), rtol=1e-5)
 
@@ -115,4 +122,4 @@ def test_a_picture_that_vanishes_meanwhile_is_an_error(picture_files, monkeypatc
     monkeypatch.setattr(_fine_tuning_base, "fit_probe", lose_one)
     with pytest.raises(ValueError, match=r"row 3.*picture_03[\s\S]*could be read at the start"):
         small(unfreeze=1).fit(picture_files, ["a", "b"] * 6)
-    assert boundary.shared_rows.info().n_rows == 0
+    assert boundary.activations.info().n_rows == 0

@@ -8,12 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sktransfer._cache import MemoryStore, as_store
+from sktransfer._cache import MAX_ACTIVATION_BYTES, MemoryStore, activations, as_store
 from sktransfer._learning._training_rows import Kept, Pixels, allocate
-
-# What stays in this process for the fits to come. A fit that needs more keeps it to itself.
-MAX_SHARED_BYTES = 2**30
-shared_rows = MemoryStore(MAX_SHARED_BYTES)
 
 
 def boundary_rows(
@@ -55,7 +51,7 @@ def boundary_rows(
     """
     rows: list[np.ndarray | None] = [None] * len(keys)
     if fingerprint is not None:
-        rows = shared_rows.get_many(fingerprint, keys)
+        rows = activations.get_many(fingerprint, keys)
     missing = np.array([i for i, row in enumerate(rows) if row is None], dtype=int)
     own: np.ndarray | None = None
     module.eval()
@@ -63,7 +59,9 @@ def boundary_rows(
         index = missing[start : start + batch_size]
         batch = pixels.take(positions[index])
         values = module.run_frozen(batch.to(device), stop).cpu().numpy()
-        if start == 0 and (fingerprint is None or len(keys) * values[0].nbytes > MAX_SHARED_BYTES):
+        if start == 0 and (
+            fingerprint is None or len(keys) * values[0].nbytes > MAX_ACTIVATION_BYTES
+        ):
             own = allocate((len(keys), *values.shape[1:]), values.dtype)
             if own is None:
                 return None
@@ -77,10 +75,10 @@ def boundary_rows(
         new_keys = [keys[i] for i in index]
         is_read = ~pixels.is_bad[positions[index]]  # what is not of the picture is not shared
         read_keys = [key for key, was_read in zip(new_keys, is_read, strict=True) if was_read]
-        shared_rows.put_many(fingerprint, read_keys, values[is_read])
+        activations.put_many(fingerprint, read_keys, values[is_read])
         # The store's own copies, so that a row is in memory once. Another fit, in another thread,
         # may have driven them out already.
-        found = shared_rows.get_many(fingerprint, new_keys)
+        found = activations.get_many(fingerprint, new_keys)
         for i, row, value in zip(index, found, values, strict=True):
             rows[i] = np.array(value) if row is None else row
     return Kept(rows if own is None else own)
