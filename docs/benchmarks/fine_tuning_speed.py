@@ -129,16 +129,21 @@ def main():
     PretrainedFeatureExtractor(
         options.backbone, weights=WEIGHTS[options.backbone], memory=False
     ).fit_transform(X[:32])  # what is loaded once is not measured
-    figures = {"options": vars(options)}
+
+    def keep(part, figures):
+        # A file for each part, so that each can be run again alone.
+        content = {"options": vars(options), part: figures}
+        save(f"fine_tuning_speed_{part}_{options.backbone}", content)
+
     if 1 in options.parts:
         extraction, fit = head_only(options.backbone, X, y, options.rounds)
         print(
             f"head only, 20 epochs: {fit:.2f} s, one extraction {extraction:.2f} s, "
             f"ratio {fit / extraction:.2f} (aim: at most 1.3)"
         )
-        figures["head_only"] = {"fit": fit, "extraction": extraction, "ratio": fit / extraction}
+        keep("head_only", {"fit": fit, "extraction": extraction, "ratio": fit / extraction})
     if 2 in options.parts:
-        figures["last_stage"] = []
+        draws = []
         for seed in range(options.seeds):
             drawn = read_set("flowers5", options.images // 5, seed, 40)
             n_trained, rows = last_stage(options.backbone, *drawn, seed)
@@ -149,7 +154,8 @@ def main():
                     f"accuracy {accuracy:.3f}",
                     flush=True,
                 )
-            figures["last_stage"].append({"n_trained": n_trained, "rows": rows})
+            draws.append({"n_trained": n_trained, "rows": rows})
+        keep("last_stage", draws)
     if 3 in options.parts:
         ours, alone, plain = busy(options.backbone, X, y)
         print(
@@ -157,8 +163,7 @@ def main():
             f"ratio {ours / alone:.2f} (aim: at least 0.9); of the plain network {plain:.1f}, "
             f"ratio {ours / plain:.2f}"
         )
-        figures["busy"] = {"ours": ours, "alone": alone, "plain": plain, "ratio": ours / alone}
-    save(f"fine_tuning_speed_{options.backbone}", figures)
+        keep("busy", {"ours": ours, "alone": alone, "plain": plain, "ratio": ours / alone})
 
 
 if __name__ == "__main__":
