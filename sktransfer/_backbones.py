@@ -215,6 +215,11 @@ class Backbone:
             f"one of the stages {names}, or None; and pooling='auto' if that was changed."
         )
 
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether these came from a file that stands alone, so that no name brings them back."""
+        return isinstance(self._source, GivenSource)
+
     def make_pooling(self) -> Pooling:
         """What turns the one asked layer's values into rows."""
         return Pooling(*self._poolings[0])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from sktransfer._backbones import Backbone
+from sktransfer._cache import FileStat
 from sktransfer._images import BadImage, Images
 
 # Images whose store rows are looked up at once; their files are read again for decoding
@@ -80,6 +81,8 @@ class EmbeddingRun:
         self._asked_fingerprints = [self.fingerprints[g] for g in groups]
         self._bad: dict[int, str] = {}  # row -> what is wrong with its image
         self._digests: dict[int, bytes] = {}  # of the rows to compute
+        self._stamps: dict[int, int] = {}  # of the rows to compute: a digest of their file's stat
+        self._changed: set[int] = set()  # rows whose file is no longer the one that was digested
         self._first: dict[bytes, int] = {}  # digest -> the row that is computed for it
         self._twins: list[tuple[int, int]] = []  # (row, the row computed for the same image)
         self._claimed: set[int] = set()  # rows that other processes now leave to this one
@@ -116,7 +119,10 @@ class EmbeddingRun:
 
     def _missing(self, pool: ThreadPoolExecutor) -> Iterator[int]:
         for start in range(0, len(self.images), _CHUNK):
-            digests = self._digest(range(start, min(start + _CHUNK, len(self.images))), pool)
+            chunk = range(start, min(start + _CHUNK, len(self.images)))
+            taken_at = time.time_ns()
+            stats = [self.images.stat(i) for i in chunk]
+            digests = self._digest(chunk, stats, taken_at, pool)
             found = self._look_up(list(digests), list(digests.values()))
             n_known = int(found.sum())
             for (i, digest), is_found in zip(digests.items(), found, strict=True):
@@ -127,13 +133,15 @@ class EmbeddingRun:
                     n_known += 1
                 else:
                     self._digests[i] = digest
+                    if (stat := stats[i - start]) is not None:
+                        self._stamps[i] = hash(stat)
                     yield i
             self._tell(n_known)
 
-    def _digest(self, chunk: range, pool: ThreadPoolExecutor) -> dict[int, bytes]:
+    def _digest(
+        self, chunk: range, stats: list[FileStat | None], taken_at: int, pool: ThreadPoolExecutor
+    ) -> dict[int, bytes]:
         """Return the digest of each image, from the store's list of files where it knows."""
-        taken_at = time.time_ns()
-        stats = [self.images.stat(i) for i in chunk]
         digests = self.store.get_file_digests(stats)
         unknown = [k for k, digest in enumerate(digests) if digest is None]
         # Several at once: handing one small array to a thread costs more than its digest.
@@ -221,6 +229,9 @@ class EmbeddingRun:
                 )
             into[len(good)] = array
             good.append(i)
+            stamp = self._stamps.pop(i, None)
+            if stamp is not None and stamp != hash(self.images.stat(i)):
+                self._changed.add(i)
         if batch is None:
             return [], None
         batch = batch[: len(good)]
@@ -253,12 +264,15 @@ class EmbeddingRun:
             return
         parts = [tensor.numpy() for tensor in tensors]
         self.rows[indices] = np.concatenate([parts[g] for g in self.groups], axis=1)
-        digests = [self._digests[i] for i in indices]
+        # What is of another content than the digest says is for this call alone.
+        known = [k for k, i in enumerate(indices) if i not in self._changed]
+        digests = [self._digests[indices[k]] for k in known]
         # The claim is on what is asked for first and is given back when that is put: last.
         first = self.groups[0]
         for g in sorted(range(len(parts)), key=lambda g: g == first):
-            self.store.put_many(self.fingerprints[g], digests, parts[g])
-        self._claimed.difference_update(indices)
+            rows = parts[g] if len(known) == len(indices) else parts[g][known]
+            self.store.put_many(self.fingerprints[g], digests, rows)
+        self._claimed.difference_update(indices[k] for k in known)
         self._tell(len(indices))
 
     def fail(self, i: int, error: BadImage) -> None:

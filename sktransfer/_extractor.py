@@ -18,6 +18,7 @@ from sktransfer._validation import (
     FitProgress,
     check_images,
     image_column_names,
+    is_empty_part,
     keep_index,
     set_image_tags,
     with_callbacks,
@@ -271,7 +272,8 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         Parameters
         ----------
         X : list, array, Series or data frame of n_samples images
-            The same columns as in `fit`; see the class's Notes.
+            The same columns as in `fit`; see the class's Notes. A data frame without rows, as
+            parts of a larger one may be, gives none.
 
         Returns
         -------
@@ -285,7 +287,11 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
             reported, and the rows of the others stay in the store.
         """
         check_is_fitted(self)
-        return keep_index(self, self._embed(check_images(self, X, reset=False)), X)
+        if is_empty_part(self, X):
+            rows = np.empty((0, self.n_features_out_), dtype=np.float32)
+        else:
+            rows = self._embed(check_images(self, X, reset=False))
+        return keep_index(self, rows, X)
 
     def get_feature_names_out(self, input_features=None):
         """Return the names of the columns: ``<column>_<backbone>_007``.

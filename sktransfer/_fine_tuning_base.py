@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -104,8 +105,10 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     # -- fit --------------------------------------------------------------------------------
     def _fit(self, X, y, sample_weight=None, X_val=None, y_val=None, *, goes_on=False):
-        """Fit; where that fails the estimator is what it was, but for weights already moved."""
+        """Fit; where that fails the estimator is what it was."""
         before = dict(vars(self))
+        if "_tuned" in before and (goes_on or self.warm_start):
+            before["_tuned"] = copy.deepcopy(before["_tuned"])  # it is trained in place
         try:
             return self._fit_from(X, y, sample_weight, X_val, y_val, goes_on)
         except BaseException:
@@ -128,7 +131,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         rng, seed = as_random_seed(self.random_state)
         device = check_place(self.memory, self.device)
 
-        backbone = self._load_backbone() if reset else old.backbone
+        is_same = is_resumed and old.backbone.has_own_weights and old.backbone.name == self.backbone
+        backbone = old.backbone if is_same or not reset else self._load_backbone()
         max_epochs = 1 if goes_on else self.max_epochs
         plan = UnfreezePlan(self.unfreeze, backbone.stage_names_to_layer, self.max_epochs)
         lowest = plan.lowest
@@ -169,6 +173,15 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             fraction = self.validation_fraction
             valid_rows = stratified_part(codes, fraction, rng, len(data))
             train_rows = np.setdiff1d(train_rows, valid_rows)
+            if not len(valid_rows):
+                keeps_best = False
+                warnings.warn(
+                    f"There is no early stopping: validation_fraction={fraction} of {len(data)} "
+                    "different rows leaves no row to validate on. Give a larger "
+                    "validation_fraction, more rows of each class, or X_val and y_val.",
+                    UserWarning,
+                    stacklevel=5,
+                )
 
         # Where the network's own weights move and no validation part tells when they have moved
         # too far, more care is taken of the start, and of staying near it.
@@ -400,8 +413,13 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     def _scores(self, X) -> np.ndarray:
         """What the head says, float64 (n_rows, n_outputs)."""
+        from sktransfer._learning._training_data import check_finite
+
         rows = self._embed(X)
-        unreadable = np.isnan(rows).any(axis=1)
+        unreadable = np.zeros(len(rows), dtype=bool)
+        unreadable[[bad.row for bad in self.bad_images_]] = True
+        is_readable = np.flatnonzero(~unreadable)
+        check_finite(rows[is_readable], is_readable)
         scores = self._tuned.scores(np.where(unreadable[:, None], 0, rows))
         # Of a picture that nobody can read only the training set's average is known.
         scores[unreadable] = self._blind_scores

@@ -272,7 +272,13 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     def _read_target(self, y, n_rows, *, reset, name="y"):
         check_y_given(y, type(self).__name__)
         labels, is_multilabel = read_labels(y, n_rows, name)
+        given = vars(self).get("_classes_given")
         if not reset:
+            if given is not None and not np.array_equal(given, self.classes_):
+                raise ValueError(
+                    f"classes={given!r} is not the same as in the first call to partial_fit, "
+                    f"which was {self.classes_!r}."
+                )
             if is_multilabel != (self._kind == "multilabel") or (
                 is_multilabel and labels.shape[1] != len(self.classes_)
             ):
@@ -281,7 +287,6 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
                     f"on {self._kind} targets with {len(self.classes_)} classes."
                 )
             return labels if is_multilabel else codes_of(labels, self.classes_, name)
-        given = vars(self).get("_classes_given")
         classes = np.arange(labels.shape[1]) if is_multilabel else sorted_classes(labels)
         if given is not None and not is_multilabel:
             codes_of(labels, given, name)

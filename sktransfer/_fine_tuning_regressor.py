@@ -220,7 +220,8 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
             share = weight / weight.sum()
             self._target_mean = share @ target
             scale = np.sqrt(share @ (target - self._target_mean) ** 2)
-            self._target_scale = np.where(scale > 1e-12, scale, 1.0)
+            is_spread = scale > 1e-12 * np.abs(target).max(axis=0)
+            self._target_scale = np.where(is_spread, scale, 1.0)
             self._blind_scores = np.zeros(target.shape[1])
         return ((target - self._target_mean) / self._target_scale).astype(np.float32)
 

@@ -59,7 +59,14 @@ def save(estimator: Any, path: str | os.PathLike, *, standalone: bool = False) -
         By custom it ends in ``.safetensors``.
     standalone : bool, default=False
         Whether the file holds all of the network's weights. Otherwise it holds those that were
-        trained, and how to bring back the others, with their digest.
+        trained, and how to bring back the others, with their digest. What came from a file that
+        stands alone is written as one.
+
+    Raises
+    ------
+    ValueError
+        If parameters were changed after `fit`, so that nobody could open the file; none is
+        written.
 
     See Also
     --------
@@ -93,6 +100,8 @@ def save(estimator: Any, path: str | os.PathLike, *, standalone: bool = False) -
     if name not in _CLASSES or kind is not _class(name):
         raise TypeError(f"save writes {list(_CLASSES)}; got {estimator!r}.")
     check_is_fitted(estimator)
+    is_named = isinstance(estimator.backbone, str)
+    standalone = standalone or (is_named and estimator.backbone_.has_own_weights)
     tensors: dict[str, np.ndarray] = {}
     attributes = {}
     for key in _CLASSES[name]:
@@ -112,7 +121,7 @@ def save(estimator: Any, path: str | os.PathLike, *, standalone: bool = False) -
     parameters = {
         k: v
         for k, v in estimator.get_params(deep=False).items()
-        if k not in _OF_THE_MACHINE and not (k == "backbone" and not isinstance(v, str))
+        if k not in _OF_THE_MACHINE and (k != "backbone" or is_named)
     }
     header = {
         "format": FORMAT,
@@ -129,9 +138,22 @@ def save(estimator: Any, path: str | os.PathLike, *, standalone: bool = False) -
     part = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
     try:
         save_file(contiguous, part, metadata={_KEY: json.dumps(header)})
+        _check_opens(part, estimator, None if is_named else estimator.backbone)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _check_opens(part: Path, estimator: Any, backbone: Any) -> None:
+    """Parameters may have been changed since the fit, and then do not fit what it left."""
+    try:
+        load(part, backbone=backbone)
+    except ValueError as error:
+        raise ValueError(
+            f"This {type(estimator).__name__} could not be loaded again, so it is not saved. Were "
+            "parameters such as `head`, `weights`, `layer` or `preprocessing` changed after fit? "
+            f"Fit again, or set them to what they were. (Loading says: {error})"
+        ) from error
 
 
 def load(path: str | os.PathLike, *, backbone: Any = None) -> Any:

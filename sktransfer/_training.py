@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dis
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
-from skorch.callbacks import Callback
+from skorch.callbacks import Callback, LRScheduler
 from skorch.helper import predefined_split
 from torch.nn import functional as F
 
@@ -32,6 +33,7 @@ from sktransfer._learning._training_callbacks import (
     GradientRules,
     LearningRates,
     Unfreezing,
+    not_finite,
     restore,
 )
 from sktransfer._learning._training_rows import Batches, TrainingSet
@@ -129,6 +131,7 @@ def train(
         Whether to go on with the net that is there, its optimizer, callbacks and history
         (``partial_fit``), if those are the optimizer and the callbacks that are asked for.
     """
+    _check_callbacks(settings)
     module = tuned.module(whole=entry < len(tuned.stage_names))
     module.entry = entry if module.stages else 0
     n_batches = -(-len(train_set) // settings.batch_size)
@@ -200,6 +203,10 @@ def train(
         result.best_epoch = log.best_epoch
         restore(module, log.best_state)
         log.best_state = {}
+    # The last step's weights have seen no loss.
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise not_finite(f"The trained weights {name} are no finite numbers.", settings.lr)
     if log.valid is not None:
         result.start_score, result.best_score = log.start_score, log.best_score
         log.valid = None
@@ -254,6 +261,17 @@ def made_for(settings: TrainingSettings) -> tuple[Any, list[Any]]:
     return optimizer, list(settings.callbacks or [])
 
 
+def _check_callbacks(settings: TrainingSettings) -> None:
+    for callback in settings.callbacks or []:
+        kept = callback[1] if isinstance(callback, tuple) else callback
+        is_scheduler = kept is LRScheduler or isinstance(kept, LRScheduler)
+        if is_scheduler and settings.lr_schedule != "constant":
+            raise ValueError(
+                f"callbacks holds {kept!r}, and lr_schedule={settings.lr_schedule!r} would undo at "
+                "each step what it sets: give lr_schedule='constant' with it, or leave it out."
+            )
+
+
 def _softmax(scores: torch.Tensor) -> torch.Tensor:
     return scores.softmax(-1)
 
@@ -265,16 +283,22 @@ def _run(net: NeuralNet, train_set: TrainingSet, max_epochs: int) -> bool:
         net.notify("on_train_begin", X=train_set, y=None)
         net.fit_loop(train_set, epochs=max_epochs)
     except KeyboardInterrupt as interrupt:
-        # A callback's way to end a training is the same exception: see who raised it.
-        trace = interrupt.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        where = trace.tb_frame if trace is not None else None
-        is_callback = where is not None and isinstance(where.f_locals.get("self"), Callback)
-        is_interrupted = not is_callback
+        is_interrupted = not _raised_by_callback(interrupt)
     finally:
         net.notify("on_train_end", X=train_set, y=None)
     return is_interrupted
+
+
+def _raised_by_callback(interrupt: KeyboardInterrupt) -> bool:
+    """Whether a callback ended the training; its way to do so is Ctrl-C's exception."""
+    trace = interrupt.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not isinstance(trace.tb_frame.f_locals.get("self"), Callback):
+        return False
+    # Ctrl-C may hit a callback anywhere; its own `raise` is one instruction.
+    code = trace.tb_frame.f_code.co_code
+    return code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _groups_of(module: Any, settings: TrainingSettings) -> Callable[[int, int], list]:

@@ -40,6 +40,7 @@ __all__ = [
     "check_images",
     "check_weight",
     "image_column_names",
+    "is_empty_part",
     "keep_index",
     "set_image_tags",
     "with_callbacks",
@@ -104,6 +105,20 @@ def check_images(estimator: Any, X: Any, *, reset: bool) -> Images:
             "the same image columns, or flat rows of as many pixels."
         )
     return images
+
+
+def is_empty_part(estimator: Any, X: Any) -> bool:
+    """Whether ``X`` is a data frame or Series without rows, as parts of a larger one may be.
+
+    Its columns must be those of ``fit`` all the same.
+    """
+    if not hasattr(X, "columns") and not hasattr(X, "to_frame"):
+        return False
+    if len(X):
+        return False
+    if hasattr(X, "columns"):
+        _check_feature_names(estimator, X, reset=False)
+    return True
 
 
 def check_weight(sample_weight: Any, n_samples: int) -> np.ndarray:

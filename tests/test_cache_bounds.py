@@ -161,3 +161,25 @@ def test_info_and_repr(store):
     assert repr(store).endswith(
         "at most 10 GiB>" if isinstance(store, DiskStore) else "<MemoryStore of at most 512 MiB>"
     )
+
+
+@pytest.mark.parametrize(
+    ("limits", "error", "message"),
+    [
+        ({"items_limit": 2.5}, ValueError, "items_limit must be a whole number >= 0.*got 2.5"),
+        ({"items_limit": -1}, ValueError, "items_limit must be a whole number >= 0.*got -1"),
+        ({"age_limit": 5}, TypeError, "age_limit must be a datetime.timedelta.*got 5"),
+    ],
+    ids=str,
+)
+def test_limits_that_are_none(store, limits, error, message):
+    store.put_many("f", digests_of(range(4)), rows_of(range(4)))
+    with pytest.raises(error, match=message):
+        store.reduce_size(**limits)
+    assert store.info().n_rows == 4
+
+
+def test_a_limit_of_numpy(store):
+    store.put_many("f", digests_of(range(4)), rows_of(range(4)))
+    store.reduce_size(items_limit=np.int64(3))
+    assert store.info().n_rows == 3

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import joblib
 import numpy as np
@@ -26,6 +27,7 @@ from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sktransfer import PretrainedFeatureExtractor
+from sktransfer._images import Images
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,43 @@ def test_own_module_with_changed_parameters_is_another_network(pictures):
         module[0].weight.mul_(2)
     after = extractor.fit_transform(pictures)
     assert np.abs(before - after).max() > 1e-3
+
+
+@pytest.mark.parametrize("is_on_disk", [False, True])
+def test_a_file_replaced_meanwhile_leaves_no_wrong_row(
+    picture_files, tmp_path, monkeypatch, is_on_disk
+):
+    path, other = (Path(picture_files[i]) for i in (2, 7))
+    old, new = path.read_bytes(), other.read_bytes()
+    extractor = PretrainedFeatureExtractor(memory=tmp_path / "store" if is_on_disk else None)
+    expected = clone(extractor).set_params(memory=False).fit_transform(picture_files)
+    read = Images.picture
+
+    def replace_and_read(self, i, min_size=None):
+        if i == 2:
+            path.write_bytes(new)
+        return read(self, i, min_size)
+
+    with monkeypatch.context() as context:
+        context.setattr(Images, "picture", replace_and_read)
+        extractor.fit_transform(picture_files[:4])
+    path.write_bytes(old)
+    for X in (picture_files, [*picture_files[:2], old]):
+        rows = extractor.transform(X)
+        np.testing.assert_allclose(rows, expected[: len(X)], rtol=1e-4, atol=1e-4)
+
+
+def test_no_rows_are_no_rows(pictures):
+    frame = pd.DataFrame({"front": list(pictures[:2]), "back": list(pictures[2:4])})
+    extractor = PretrainedFeatureExtractor().fit(frame)
+    assert extractor.transform(frame[:0]).shape == (0, extractor.n_features_out_)
+    with pytest.raises(ValueError, match="feature names"):
+        extractor.transform(frame[:0].rename(columns=str.upper))
+    with pytest.raises(ValueError, match="minimum of 1"):
+        extractor.transform([])
+    assert list(extractor.set_output(transform="pandas").transform(frame[:0]).columns) == list(
+        extractor.get_feature_names_out()
+    )
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(pictures, monkeypatch):

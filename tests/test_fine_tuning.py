@@ -4,8 +4,11 @@ import copy
 import os
 import pathlib
 import pickle
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import joblib
@@ -21,7 +24,7 @@ from sklearn.ensemble import RandomForestClassifier, StackingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
-from skorch.callbacks import Callback, EarlyStopping, EpochScoring
+from skorch.callbacks import Callback, EarlyStopping, EpochScoring, LRScheduler
 from tiny_networks import tiny_network
 
 import sktransfer
@@ -130,6 +133,22 @@ def test_never_below_the_probe_on_the_validation_part(stripes):
     for name, value in load_backbone(tiny_network, preprocessing=SMALL["preprocessing"]
                                      ).network.module.state_dict().items():  # fmt: skip
         np.testing.assert_array_equal(model._tuned._root.state_dict()[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 50])
+def test_the_scale_of_weights_does_not_matter(stripes, scale):
+    X, y = stripes
+    start = small(max_epochs=0).fit(X, y)
+    weighted = small(max_epochs=0).fit(X, y, sample_weight=np.full(len(y), scale))
+    np.testing.assert_allclose(weighted.predict_proba(X), start.predict_proba(X), atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e12])
+def test_the_scale_of_numbers_does_not_matter(stripes, scale):
+    X, y = stripes
+    numbers = np.unique(y, return_inverse=True)[1] + 1.0
+    model, scaled = (small(FineTuningRegressor).fit(X, numbers * s) for s in (1, scale))
+    np.testing.assert_allclose(scaled.predict(X) / scale, model.predict(X), rtol=1e-4)
 
 
 # -- what is frozen --------------------------------------------------------------------------
@@ -347,6 +366,22 @@ def test_bad_labels_are_clear_errors(stripes, y, message):
         small().fit(stripes[0], y)
 
 
+@pytest.mark.parametrize("change", [lambda y: 2 * y, lambda y: 2 * y - 1], ids=["0, 2", "-1, 1"])
+def test_indicators_are_0_and_1(stripes, change):
+    X, y = stripes
+    indicators = np.stack([y == "down", y != "plain"], axis=1).astype(int)
+    with pytest.raises(ValueError, match="no indicator matrix of 0 and 1"):
+        small().fit(X, change(indicators))
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0.0])
+def test_impossible_class_weights_are_told(stripes, factor):
+    X, y = stripes
+    class_weight = dict.fromkeys(np.unique(y), factor)
+    with pytest.raises(ValueError, match="none may be negative, and not all zero"):
+        small(class_weight=class_weight).fit(X, y)
+
+
 # -- training --------------------------------------------------------------------------------
 def test_same_seed_same_model_and_global_seeds_left_alone(stripes, monkeypatch):
     X, y = stripes
@@ -469,6 +504,56 @@ def test_patience_ends_training(stripes):
 def test_infinite_loss_is_an_error_that_names_the_learning_rate(stripes):
     with pytest.raises(ValueError, match=r"loss became (nan|inf) in epoch.*lr=1e\+30"):
         small(lr=1e30, optimizer="sgd", max_epochs=5).fit(*stripes)
+
+
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+def test_weights_that_became_infinite_in_the_last_step_are_an_error(stripes, method):
+    class Spoil(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            net.module_.head.linear.bias.data[1] = np.inf
+
+    with pytest.raises(ValueError, match=r"weights head.linear.bias are no finite.*lr=0.1"):
+        getattr(small(lr=0.1, max_epochs=1, callbacks=[Spoil()]), method)(*stripes)
+
+
+def test_a_scheduler_of_skorch_sets_the_rates_where_they_are_constant(stripes):
+    rates = []
+
+    class Note(Callback):
+        def on_batch_begin(self, net, training, **kwargs):
+            rates.append(net.optimizer_.param_groups[0]["lr"])
+
+    scheduler = LRScheduler(policy="StepLR", step_size=1, gamma=0.1)
+    settings = {"callbacks": [("note", Note()), scheduler], "batch_size": 64, "lr": 1e-2}
+    small(lr_schedule="constant", max_epochs=3, **settings).fit(*stripes)
+    np.testing.assert_allclose(rates, [1e-2, 1e-3, 1e-4])
+    with pytest.raises(ValueError, match="lr_schedule='one_cycle' would undo"):
+        small(**settings).fit(*stripes)
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], slice(None)], ids=["one of each", "small part"])
+def test_no_row_to_validate_on_is_told(stripes, rows):
+    X, y = stripes
+    model = small(early_stopping=True, validation_fraction=1e-3)
+    with pytest.warns(UserWarning, match=r"no early stopping: validation_fraction=0.001 of \d+"):
+        model.fit(X[rows], y[rows])
+    assert_same_model(model, small(early_stopping=False).fit(X[rows], y[rows]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("is_deliberate", [False, True])
+def test_ctrl_c_within_a_callback_is_no_wish_of_it(stripes, is_deliberate):
+    class Stop(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            if is_deliberate:
+                raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(10)
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = small(callbacks=[Stop()], max_epochs=5).fit(*stripes)
+    assert model.n_iter_ == 1
+    assert any("interrupted after 1 epochs" in str(w.message) for w in told) != is_deliberate
 
 
 @pytest.mark.filterwarnings("ignore:.*did not improve")
@@ -771,6 +856,28 @@ def test_a_fit_that_fails_takes_nothing_away(stripes, cls):
     np.testing.assert_array_equal(model.predict(X[:5]), before)
 
 
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+def test_a_training_that_fails_leaves_the_last_model(stripes, method):
+    X, y = stripes
+    model = small(warm_start=True).partial_fit(X, y)
+    before, proba = state_of(model), model.predict_proba(X)
+    model.set_params(lr=1e30, optimizer="sgd", batch_size=8)
+    with pytest.raises(ValueError, match="training loss became"):
+        getattr(model, method)(X, y)
+    np.testing.assert_array_equal(model.predict_proba(X), proba)
+    np.testing.assert_equal(state_of(model), before)
+    model.set_params(lr=1e-3, batch_size=32).partial_fit(X, y)
+    assert np.isfinite(model.predict_proba(X)).all()
+
+
+def test_classes_stay_those_of_the_first_call(stripes):
+    X, y = stripes
+    model = small().partial_fit(X, y, classes=["across", "down", "plain"])
+    model.partial_fit(X, y, classes=["plain", "down", "across"])
+    with pytest.raises(ValueError, match="not the same as in the first call to partial_fit"):
+        model.partial_fit(X, y, classes=["across", "down"])
+
+
 def test_a_head_that_is_built_otherwise_cannot_go_on(stripes):
     X, y = stripes
     model = small(unfreeze=0, warm_start=True, max_epochs=1).fit(X, y)
@@ -868,6 +975,44 @@ def test_pictures_are_let_go_once_frozen_stages_have_seen_them(stripes, monkeypa
     small(unfreeze="all", head_init="random").fit(*stripes)
     assert len(made) == 2
     assert seen == [0, 1]
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_missing_file_without_weight_is_not_there(picture_files, tmp_path, on_error):
+    paths, y = [*picture_files, str(tmp_path / "none.png")], np.arange(len(picture_files) + 1) % 2
+    weight = np.ones(len(y))
+    weight[-1] = 0
+    model = small(max_epochs=1, on_error=on_error).fit(paths, y, sample_weight=weight)
+    assert model.bad_images_ == []
+    assert_same_model(model, small(max_epochs=1).fit(paths[:-1], y[:-1]), rtol=0, atol=0)
+
+
+class NanForEven(torch.nn.Module):
+    """Divides by the spread of a picture, of which even ones have none."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = x / (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
+        return self.head(self.conv(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["predict", "predict_proba", "decision_function"])
+def test_a_network_that_gives_nan_is_an_error(stripes, method):
+    X, y = stripes
+    X, y, even = X[y != "plain"], y[y != "plain"], np.full_like(X[:3], 7)
+    model = small(
+        backbone=NanForEven(), preprocessing={"mean": [0] * 3, "std": [1] * 3, "size": 16}
+    )
+    model.fit(X, y)
+    for on_error in ("raise", "skip"):
+        model.set_params(on_error=on_error)
+        with pytest.raises(ValueError, match=r"NaN or infinity for 3 of 8 rows, .* row 5"):
+            getattr(model, method)([*X[:5], *even])
+    with pytest.raises(ValueError, match=f"NaN or infinity for 2 of 34 rows.* row {len(X)}[.]"):
+        clone(model).fit([*X, *even], [*y, *y[:3]])
 
 
 # -- pickling --------------------------------------------------------------------------------

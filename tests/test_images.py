@@ -4,8 +4,10 @@ import base64
 import functools
 import http.server
 import io
+import os
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -418,14 +420,27 @@ def test_digest_of_pil_sees_palette_and_orientation():
 def test_stat_is_of_local_files_only(stack, folder):
     path = folder / "0.png"
     status = path.stat()
-    expected = (str(path), status.st_size, status.st_mtime_ns, status.st_ino)
     X = [str(path), path, path.as_uri(), {"bytes": None, "path": str(path)}]
     images = as_images(X)
-    assert [images.stat(i) for i in range(len(X))] == [expected] * len(X)
+    stats = [images.stat(i) for i in range(len(X))]
+    assert stats == stats[:1] * len(X)
+    assert stats[0][:3] == (str(path), status.st_size, status.st_mtime_ns)
     X = [stack[0], path.read_bytes(), "none.png", None, np.nan, "", "a\0b", "memory://a", "data:,"]
     X.append({"bytes": b"12", "path": str(path)})
     images = as_images(X)
     assert [images.stat(i) for i in range(len(X))] == [None] * len(X)
+
+
+def test_stat_sees_a_change_that_left_size_and_time(tmp_path):
+    path = tmp_path / "picture"
+    path.write_bytes(b"old")
+    images, status = as_images([path]), path.stat()
+    before = images.stat(0)
+    time.sleep(0.02)  # for the file system's clock
+    path.write_bytes(b"new")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert images.stat(0)[:3] == before[:3]
+    assert images.stat(0) != before
 
 
 # ---------------------------------------------------------------------------

@@ -89,6 +89,25 @@ def test_file_is_as_small_as_what_was_trained(pictures, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["head", "whole"]
 
 
+def test_what_stands_alone_is_written_so_again(pictures, tmp_path):
+    model, X = fitted("stage", pictures, warm_start=True)
+    save(model, tmp_path / "first", standalone=True)
+    save(load(tmp_path / "first"), tmp_path / "second")
+    again = load(tmp_path / "second")
+    np.testing.assert_array_equal(again.predict(X), model.predict(X))
+    again.set_params(memory=False).fit(X, model.predict(X))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"head": (8,)}, {"layer": "stage2"}, {"weights": None}], ids=str
+)
+def test_what_could_not_be_opened_is_not_written(changed, pictures, tmp_path):
+    model, _ = fitted("head", pictures)
+    with pytest.raises(ValueError, match=r"it is not saved[\s\S]*changed after fit"):
+        save(model.set_params(**changed), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 def test_own_module_is_given_again(pictures, tmp_path):
     module = tiny_network()
     model, X = fitted("stage", pictures, backbone=module, preprocessing={"size": 32, "crop": 32})

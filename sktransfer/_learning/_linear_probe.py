@@ -130,6 +130,7 @@ def _logistic(
     if len(present) == 1:
         intercept[present] = 0.0
         return coef, intercept
+    weight = weight / weight.mean()  # C weighs the losses' sum against the penalty
     strength = _choose_strength(z[:, 0], codes, weight, rng)
     model = _solve(*_spread(z, codes, weight), strength)
     if len(present) == 2:

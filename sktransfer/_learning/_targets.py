@@ -40,7 +40,8 @@ def read_labels(y: Any, n_rows: int, name: str = "y") -> tuple[np.ndarray, bool]
                     "Every row needs a label; leave out those without."
                 )
     if labels.ndim == 2 and labels.shape[1] > 1:
-        if type_of_target(labels, input_name=name) != "multilabel-indicator":
+        is_indicator = type_of_target(labels, input_name=name) == "multilabel-indicator"
+        if not is_indicator or not np.isin(labels, (0, 1)).all():
             raise ValueError(
                 f"{name} has shape {labels.shape} and is no indicator matrix of 0 and 1. Unknown "
                 "label type: give one label per row, or a 0/1 column per label."
@@ -108,6 +109,11 @@ def class_factors(
         factors = counts.sum() / (n_present * np.where(counts > 0, counts, 1.0))
     else:
         factors = compute_class_weight(class_weight, classes=classes, y=classes[codes])
+    if not (factors[codes] >= 0).all() or not factors[codes].any():
+        raise ValueError(
+            f"class_weight={class_weight!r} gives the classes {classes[:20].tolist()} the weights "
+            f"{factors[:20].tolist()}: none may be negative, and not all zero."
+        )
     return factors[codes]
 
 

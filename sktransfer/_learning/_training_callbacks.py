@@ -42,7 +42,9 @@ class Unfreezing(Callback):
 
 
 class LearningRates(Callback):
-    """Sets ``group["lr"]`` before each step.
+    """Sets ``group["lr"]`` before each step where the schedule changes it.
+
+    A rate that stays the same is left to whoever else sets it, such as skorch's ``LRScheduler``.
 
     Parameters
     ----------
@@ -60,7 +62,9 @@ class LearningRates(Callback):
         if training:
             factor = float(self.schedule((self.step + 0.5) / self.n_steps))
             for group in net.optimizer_.param_groups:
-                group["lr"] = group["base_lr"] * factor
+                lr = group["base_lr"] * factor
+                if group.get("scheduled_lr") != lr:
+                    group["lr"] = group["scheduled_lr"] = lr
             self.step += 1
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
@@ -111,14 +115,19 @@ class FiniteLoss(Callback):
     ) -> None:
         if training and not math.isfinite(value := float(loss.detach())):
             n_batches = len(net.history[-1, "batches"])
-            raise ValueError(
-                f"The training loss became {value} in epoch {len(net.history)}, batch "
-                f"{n_batches}. The likely cause is a learning rate that is "
-                f"too large: lr={self.lr!r}; try a tenth of it, or gradient_clip=1.0. Other "
-                "causes: precision='float16', whose largest number is 65504 ('bfloat16' is not so "
-                "bound), very large sample weights or targets, an `augment` or `preprocessing` "
-                "function that returns NaN."
-            )
+            where = f"in epoch {len(net.history)}, batch {n_batches}"
+            raise not_finite(f"The training loss became {value} {where}.", self.lr)
+
+
+def not_finite(what: str, lr: float) -> ValueError:
+    """An error that names the likely causes."""
+    return ValueError(
+        f"{what} The likely cause is a learning rate that is "
+        f"too large: lr={lr!r}; try a tenth of it, or gradient_clip=1.0. Other "
+        "causes: precision='float16', whose largest number is 65504 ('bfloat16' is not so "
+        "bound), very large sample weights or targets, an `augment` or `preprocessing` "
+        "function that returns NaN."
+    )
 
 
 class EpochLog(Callback):

@@ -93,6 +93,7 @@ class TrainingData:
         self._memory, self._n_rows, self._what = settings.memory, images.n_rows, what
         n_threads = n_decoding_threads(settings.n_jobs)
         keys, bad = digest_rows(images, as_store(settings.memory), n_threads)
+        bad = [b for b in bad if weight[b.row] != 0]
         index, weight = merge_rows(keys, target, weight)
         view = rows_of(images, index)
         self._pixels = Pixels(view, images.n_columns, backbone.preprocessing, n_threads, on_error)
@@ -118,6 +119,8 @@ class TrainingData:
         self.target = target[index][self._positions]
         self.weight = weight[self._positions]
         self.embeddings = None if rows is None else rows[self._positions]
+        if self.embeddings is not None:
+            check_finite(self.embeddings, self._index)
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -189,6 +192,19 @@ class TrainingData:
         if lost := [bad for bad in self._pixels.bad if bad.row not in known]:
             self.bad += lost
             _handle(lost, self._n_rows, "skip", f"the rest of {self._what}")
+
+
+def check_finite(rows: np.ndarray, index: np.ndarray) -> None:
+    """Refuse embeddings that are no numbers; `index` tells where each row stands in ``X``."""
+    is_finite = np.isfinite(rows).all(axis=1)
+    if not is_finite.all():
+        where = index[~is_finite]
+        raise ValueError(
+            f"The network gives NaN or infinity for {len(where)} of {len(rows)} rows, the first "
+            f"of them row {where[0]}. Either it cannot deal with these pictures (a module or "
+            "`preprocessing` that divides by the spread of an even one), its numbers grow too "
+            "large for precision='float16', or it was trained at too large an lr."
+        )
 
 
 def _handle(bad: list[BadRow], n_rows: int, on_error: str, what: str, stacklevel: int = 7) -> None:

@@ -14,7 +14,15 @@ import numpy as np
 from sktransfer._stores._claims import Refusals
 from sktransfer._stores._memory_store import MemoryStore
 from sktransfer._stores._sqlite_file import SQLiteFile, transaction
-from sktransfer._stores._store_contract import FileStat, StoreInfo, as_bytes, in_words, is_settled
+from sktransfer._stores._store_contract import (
+    FileStat,
+    StoreInfo,
+    as_bytes,
+    as_count,
+    as_seconds,
+    in_words,
+    is_settled,
+)
 
 from . import _embedding_tables as tables
 
@@ -265,15 +273,16 @@ class DiskStore:
 
         The file shrinks with them.
         """
-        limit = as_bytes(bytes_limit, "bytes_limit")
+        n_bytes = as_bytes(bytes_limit, "bytes_limit")
+        n_rows, age = as_count(items_limit, "items_limit"), as_seconds(age_limit, "age_limit")
 
         def reduce(connection: sqlite3.Connection) -> None:
-            if age_limit is not None:
-                tables.delete_older(connection, time.time() - age_limit.total_seconds())
-            if items_limit is not None:
-                tables.delete_down_to_rows(connection, items_limit)
-            if limit is not None:
-                tables.delete_down_to_bytes(connection, limit)
+            if age is not None:
+                tables.delete_older(connection, time.time() - age)
+            if n_rows is not None:
+                tables.delete_down_to_rows(connection, n_rows)
+            if n_bytes is not None:
+                tables.delete_down_to_bytes(connection, n_bytes)
             tables.delete_loose_files(connection)
 
         self._write(reduce, None, shrink=True)

@@ -12,7 +12,15 @@ import numpy as np
 
 from sktransfer._stores._claims import Refusals
 from sktransfer._stores._fork_safety import hold_across_fork
-from sktransfer._stores._store_contract import FileStat, StoreInfo, as_bytes, in_words, is_settled
+from sktransfer._stores._store_contract import (
+    FileStat,
+    StoreInfo,
+    as_bytes,
+    as_count,
+    as_seconds,
+    in_words,
+    is_settled,
+)
 
 DEFAULT_MEMORY_BYTES = 512 * 2**20
 
@@ -182,14 +190,16 @@ class MemoryStore:
         age_limit: datetime.timedelta | None = None,
     ) -> None:
         """Drop the least recently used rows until all limits hold, as ``joblib.Memory`` does."""
+        n_bytes = as_bytes(bytes_limit, "bytes_limit")
+        n_rows, age = as_count(items_limit, "items_limit"), as_seconds(age_limit, "age_limit")
         with self.fork_lock:
-            if age_limit is not None:
-                oldest = time.time() - age_limit.total_seconds()
+            if age is not None:
+                oldest = time.time() - age
                 for key in [key for key, (_, used) in self._rows.items() if used < oldest]:
                     self._drop_row(key)
-            while items_limit is not None and len(self._rows) > items_limit:
+            while n_rows is not None and len(self._rows) > n_rows:
                 self._drop_row(next(iter(self._rows)))
-            self._fit_into(as_bytes(bytes_limit, "bytes_limit"))
+            self._fit_into(n_bytes)
 
     def clear(self) -> None:
         """Forget everything."""

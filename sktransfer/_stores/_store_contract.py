@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import operator
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-# (absolute path, size in bytes, modification time in ns, inode), taken *before* the file is read.
+# (absolute path, size in bytes, modification time in ns, number made of the inode and the time of
+# the last change), taken *before* the file is read.
 FileStat = tuple[str, int, int, int]
 
 # A file changed in place with its size kept may keep its modification time too, as long as the
@@ -69,6 +73,26 @@ def as_bytes(limit: int | str | None, name: str) -> int | None:
             f"or None for no bound; got {limit!r}."
         )
     return n_bytes
+
+
+def as_count(limit: Any, name: str) -> int | None:
+    """A number of rows from any whole number."""
+    if limit is None:
+        return None
+    try:
+        count = operator.index(limit)
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise ValueError(f"{name} must be a whole number >= 0, or None; got {limit!r}.")
+    return count
+
+
+def as_seconds(limit: Any, name: str) -> float | None:
+    """A length of time in seconds."""
+    if limit is None or isinstance(limit, datetime.timedelta):
+        return None if limit is None else limit.total_seconds()
+    raise TypeError(f"{name} must be a datetime.timedelta, or None; got {limit!r}.")
 
 
 def in_words(n_bytes: int | None) -> str:

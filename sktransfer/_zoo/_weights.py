@@ -154,7 +154,8 @@ _digests_lock = threading.Lock()
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, computed once while the file stays as it is."""
     stat = path.stat()
-    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    times = stat.st_mtime_ns, stat.st_ctime_ns
+    key = (str(path.resolve()), stat.st_size, times, stat.st_ino)
     with _digests_lock:
         if key in _digests:
             return _digests[key]
