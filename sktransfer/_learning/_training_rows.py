@@ -268,6 +268,7 @@ class Batches:
     Parameters
     ----------
     dataset : TrainingSet
+        Or any other, should somebody call the net itself: its rows come in order.
     batch_size : int
         At most; the rows are dealt out evenly, so that no batch is a rest of one row.
     device : torch.device
@@ -279,7 +280,7 @@ class Batches:
 
     def __init__(
         self,
-        dataset: TrainingSet,
+        dataset: Any,
         batch_size: int,
         device: torch.device | str = "cpu",
         generator: torch.Generator | None = None,
@@ -291,7 +292,10 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Any, torch.Tensor]]:
+        if not isinstance(self.dataset, TrainingSet):
+            yield from torch.utils.data.DataLoader(self.dataset, self.batch_size)
+            return
         n = len(self.dataset)
         order = np.arange(n)
         if self.generator is not None:
