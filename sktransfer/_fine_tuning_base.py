@@ -131,8 +131,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         rng, seed = as_random_seed(self.random_state)
         device = check_place(self.memory, self.device)
 
-        is_same = is_resumed and old.backbone.has_own_weights and old.backbone.name == self.backbone
-        backbone = old.backbone if is_same or not reset else self._load_backbone()
+        # No name brings back the weights of a model that was loaded from a file of its own.
+        is_own = is_resumed and old.backbone.has_own_weights and old.backbone.name == self.backbone
+        backbone = old.backbone if is_own or not reset else self._load_backbone()
         max_epochs = 1 if goes_on else self.max_epochs
         plan = UnfreezePlan(self.unfreeze, backbone.stage_names_to_layer, self.max_epochs)
         lowest = plan.lowest

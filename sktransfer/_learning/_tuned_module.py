@@ -110,11 +110,12 @@ class TunedModule(nn.Module):
 
     def _n_at_once(self, x: torch.Tensor) -> int:
         """How much of a batch to send through at once; the sum of the gradients is the same."""
-        n_trained = sum(p.numel() for p in self.stages.parameters() if p.requires_grad)
-        sees_batch = any(part.training and _has_statistics(part) for part in self.stages.modules())
-        if x.device.type != "cpu" or n_trained > _MANY_PARAMETERS or sees_batch:
-            return max(1, len(x))
-        return cpu_batch_size(x.shape[1:])
+        if x.device.type == "cpu":
+            n_trained = sum(p.numel() for p in self.stages.parameters() if p.requires_grad)
+            has_moving = any(p.training and _has_statistics(p) for p in self.stages.modules())
+            if n_trained <= _MANY_PARAMETERS and not has_moving:
+                return cpu_batch_size(x.shape[1:])
+        return max(1, len(x))
 
     @property
     def _is_mixed(self) -> bool:
