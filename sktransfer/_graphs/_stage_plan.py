@@ -55,6 +55,11 @@ class StagePlan:
 
     def __init__(self, traced: Traced, input_size: tuple[int, int, int], name: str):
         self.traced, self.network_name, self._size = traced, name, input_size
+        if traced.output is traced.input:
+            raise ValueError(
+                f"{name} returns the picture as it gets it: a network with at least one operation "
+                "is needed. nn.Flatten() gives the pixels themselves."
+            )
         self.shapes = self._shapes_to_plan_by(input_size)
         self._cuts = traced.cuts()
         self._expanded = {""}
@@ -115,7 +120,8 @@ class StagePlan:
 
     def shape(self, key: str, input_size: tuple[int, int, int]) -> tuple[int, ...]:
         """Shape of a layer's value for two pictures of `input_size`."""
-        return self._shapes(input_size).get(self._node(key), ())
+        shape = self._shapes(input_size).get(self._node(key), ())
+        return checked_shape(shape, key, self.network_name)
 
     def is_channels_last(self, key: str, input_size: tuple[int, int, int]) -> bool:
         """Whether a 4-D value is N×H×W×C."""
@@ -410,6 +416,17 @@ def unknown_layer(layer: str, network: str, stages: list[str], names: list[str])
         f"layer={layer!r} is not in {network}.{hint} Its stages are {stages}; the dotted name of "
         f"any sub-module or operation is accepted too ({examples}, …: {len(names)} in all)."
     )
+
+
+def checked_shape(shape: tuple[int, ...], key: str, network: str) -> tuple[int, ...]:
+    """The shape of a layer's value for two pictures, if its first axis is the pictures'."""
+    if shape and shape[0] != 2:
+        raise ValueError(
+            f"{key.removeprefix('>')!r} of {network} gives values of shape {shape} for two "
+            "pictures: the first axis has to be that of the pictures, one row for each. Give "
+            "another layer, or a network that keeps the batch."
+        )
+    return shape
 
 
 def not_accepted(network: str, input_size: tuple[int, int, int], error: Exception) -> ValueError:

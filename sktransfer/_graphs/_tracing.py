@@ -7,7 +7,6 @@ module's own objects: freezing or training one in the graph does so in the modul
 
 from __future__ import annotations
 
-import copy
 import operator
 import os
 import re
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+
+from sktransfer._graphs._copies import are_same, contents, is_patched, shallow_copy, structural_copy
 
 # Modules of these packages are one operation each. Their containers are looked into.
 _LEAF_PACKAGES = ("torch.nn.", "torchvision.ops.", "torch.ao.nn.")
@@ -78,8 +79,12 @@ class _Tracer(fx.Tracer):
             m.__module__.startswith(_LEAF_PACKAGES)
             or isinstance(m, self._leaves)
             or type(m).__name__ in ("DropPath", "StochasticDepth")
-            # timm's batch norms with an activation: one layer, so that they can be folded.
-            or isinstance(m, nn.BatchNorm2d)
+            # timm's batch norms with an activation: one layer, so that they can be folded. One
+            # whose forward is the user's own cannot.
+            or (
+                isinstance(m, nn.BatchNorm2d)
+                and m.forward.__module__.startswith(("torch.", "timm."))
+            )
         )
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -109,17 +114,24 @@ class _Tracer(fx.Tracer):
 def trace(module: nn.Module) -> Traced:
     """Write down what `module` does in eval mode.
 
+    A copy runs, so that what `forward` keeps on the module never reaches the user's.
+
     Raises
     ------
     TracingError
-        If ``forward`` does what no graph can hold: branches on pixel values, several inputs.
+        If ``forward`` does what no graph can hold: branches on pixel values, several inputs,
+        values kept for later, hooks of more than a layer.
     """
-    modes = {name: m.training for name, m in module.named_modules()}
-    module.eval()
     tracer = _Tracer()
+    for path, part in module.named_modules():
+        if is_patched(part) and not tracer.is_leaf_module(part, path):
+            # They would run while this is written down, and hold what is no tensor.
+            raise TracingError(f"{path or 'the module'} has hooks or a forward of its own")
     try:
         with _trace_lock:
-            graph = tracer.trace(module)
+            copied = structural_copy(module).eval()
+            before = contents(copied)
+            graph = tracer.trace(copied)
         output = next(node for node in graph.nodes if node.op == "output")
         if not isinstance(output.args[0], fx.Node):
             raise TracingError("forward returns something other than one tensor")
@@ -127,10 +139,18 @@ def trace(module: nn.Module) -> Traced:
         raise
     except Exception as error:
         raise TracingError(f"{type(error).__name__}: {error}") from error
-    finally:
-        for name, m in module.named_modules():
-            m.training = modes[name]
-    return Traced(module, graph, tracer.module_outputs)
+    constants = {
+        name: vars(copied).pop(name)
+        for name in list(vars(copied))
+        if name.startswith("_tensor_constant") and name not in vars(module)
+    }
+    if not are_same(before, contents(copied)):
+        raise TracingError("forward alters the module")
+    traced = Traced(module, graph, tracer.module_outputs, constants)
+    if any(traced.is_patched_before_norm(node) for node in traced.nodes):
+        # The norm would be folded into the layer, and what was added to either would be lost.
+        raise TracingError("a batch norm, or what feeds one, has hooks or a forward of its own")
+    return traced
 
 
 class Traced:
@@ -140,6 +160,8 @@ class Traced:
     ----------
     root : nn.Module
         The module that was traced. The graph calls its own layers.
+    constants : dict of str to tensor
+        What ``forward`` makes anew each time, under the names by which the graph reads it.
     nodes : list of fx.Node
         In the order in which they run, without the output.
     names : dict of str to fx.Node
@@ -148,8 +170,15 @@ class Traced:
         torchvision's feature extraction names it).
     """
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, module_outputs: dict[str, fx.Node]):
-        self.root = root
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        module_outputs: dict[str, fx.Node],
+        constants: dict[str, Any],
+    ):
+        self.constants = constants
+        self.root = shallow_copy(root, constants) if constants else root
         self.graph = graph
         self.nodes = [node for node in graph.nodes if node.op != "output"]
         self.order = {node: i for i, node in enumerate(self.nodes)}
@@ -184,6 +213,14 @@ class Traced:
     def layer(self, node: fx.Node) -> nn.Module | None:
         """The module that `node` calls, if it calls one."""
         return self.modules[str(node.target)] if node.op == "call_module" else None
+
+    def is_patched_before_norm(self, node: fx.Node) -> bool:
+        """Whether `node` calls a patched layer that is a batch norm or is followed by one."""
+        layer = self.layer(node)
+        if layer is None or not is_patched(layer):
+            return False
+        near = [layer, *map(self.layer, node.users)]
+        return any(isinstance(other, nn.modules.batchnorm._NormBase) for other in near)
 
     def cuts(self) -> dict[int, fx.Node]:
         """Where the graph can be cut: position -> the one value that crosses there.
@@ -268,16 +305,12 @@ class Traced:
         """Whether the graph computes what the module does, for two random pictures."""
         shape = (2, *input_size)
         x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-        modes = {name: m.training for name, m in self.modules.items()}
-        self.root.eval()
-        try:
-            with torch.no_grad():
-                expected = self.root(x.clone())
-                got = fx.GraphModule(self.root, self.graph)(x.clone())
-        finally:
-            for name, m in self.modules.items():
-                m.training = modes[name]
-        scale = float(expected.abs().max())
+        module = structural_copy(self.root).eval()
+        with torch.no_grad():
+            expected = module(x.clone())
+            got = fx.GraphModule(module, self.graph)(x.clone())
+        finite = expected[expected.isfinite()].abs()
+        scale = float(finite.max()) if finite.numel() else 0.0
         return bool(torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * scale, equal_nan=True))
 
     def shapes(self, input_size: tuple[int, int, int]) -> dict[fx.Node, tuple[int, ...]]:
@@ -332,8 +365,10 @@ class _ShapeRun(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         layer = self.fetch_attr(target)
-        if isinstance(layer, _SHAPE_KEEPING) and args:
+        if isinstance(layer, _SHAPE_KEEPING) and args and not is_patched(layer):
             return args[0]
+        if is_patched(layer):  # a hook may want to see values
+            return _run_on_zeros(layer, args, kwargs)
         return meta_copy(layer)(*args, **kwargs)
 
     def get_attr(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -341,9 +376,22 @@ class _ShapeRun(fx.Interpreter):
         return value.detach().to("meta") if isinstance(value, torch.Tensor) else value
 
 
+def _run_on_zeros(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+
+    def moved(values: Any, where: torch.device | str) -> Any:
+        return fx.node.map_aggregate(
+            values,
+            lambda v: torch.zeros_like(v, device=where) if isinstance(v, torch.Tensor) else v,
+        )
+
+    copied = structural_copy(layer).eval()
+    return moved(copied(*moved(args, device), **moved(kwargs, device)), "meta")
+
+
 def meta_copy(module: nn.Module) -> nn.Module:
     """A stand-in for `module` whose tensors have shapes and no values; shares all the rest."""
-    copied = copy.copy(module)
+    copied = shallow_copy(module, {})
     copied._parameters = {
         name: None if p is None else nn.Parameter(p.detach().to("meta"), requires_grad=False)
         for name, p in module._parameters.items()

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from typing import Any
 
 import torch
 from torch import nn
 
-from sktransfer._graphs._stage_plan import not_accepted, unknown_layer
+from sktransfer._graphs._copies import structural_copy
+from sktransfer._graphs._stage_plan import checked_shape, not_accepted, unknown_layer
 
 # Hooks hang on the module itself: two threads' passes must not fill each other's values.
 _one_at_a_time = threading.RLock()
 
+if hasattr(os, "register_at_fork"):
+    # A fork waits for the pass under way: the child would inherit the hooks of a thread that it
+    # does not have.
+    os.register_at_fork(
+        before=_one_at_a_time.acquire,
+        after_in_parent=_one_at_a_time.release,
+        after_in_child=_one_at_a_time.release,
+    )
 
-class _Reached(Exception):
-    """Ends a forward pass as soon as all that was asked for is there."""
+
+class _Reached(BaseException):
+    """Ends a forward pass as soon as all that was asked for is there.
+
+    Not an Exception: the network may catch those.
+    """
 
 
 class HookedPlan:
@@ -24,6 +38,7 @@ class HookedPlan:
 
     An ``nn.Sequential`` has its children for stages. Of any other network the last linear
     layer, if the network returns what it gives, is the ``"head"`` and the rest the ``"body"``.
+    Of a layer that runs several times the first call counts.
     """
 
     def __init__(self, module: nn.Module, input_size: tuple[int, int, int], name: str):
@@ -82,7 +97,7 @@ class HookedPlan:
                 f"layer={key!r} of {self.network_name} does not run when a picture is embedded, or "
                 "does not return one tensor."
             )
-        return shapes[key]
+        return checked_shape(shapes[key], key or "output", self.network_name)
 
     def is_channels_last(self, key: str, input_size: tuple[int, int, int]) -> bool:
         """Whether a 4-D value is N×H×W×C, as far as its shape tells."""
@@ -107,27 +122,22 @@ class HookedPlan:
         def note(name: str) -> Any:
             def hook(layer: nn.Module, args: Any, value: Any) -> None:
                 if isinstance(value, torch.Tensor):
-                    shapes[name] = tuple(value.shape)
+                    shapes.setdefault(name, tuple(value.shape))
                 if isinstance(layer, nn.Linear) and args:
-                    shapes[f">{name}"] = tuple(args[0].shape)
+                    shapes.setdefault(f">{name}", tuple(args[0].shape))
                     last.update(name=name, value=value)
 
             return hook
 
-        was_training = {name: part.training for name, part in self.modules.items()}
-        hooks = [part.register_forward_hook(note(name)) for name, part in self.modules.items()]
         try:
-            self.module.eval()
+            module = structural_copy(self.module).eval()
+            for name, part in module.named_modules():
+                part.register_forward_hook(note(name))
             with torch.no_grad():
-                device = next((p.device for p in self.module.parameters()), "cpu")
-                out = self.module(torch.zeros((2, *input_size), device=device))
+                device = next((p.device for p in module.parameters()), "cpu")
+                out = module(torch.zeros((2, *input_size), device=device))
         except Exception as error:
             raise not_accepted(self.network_name, input_size, error) from error
-        finally:
-            for handle in hooks:
-                handle.remove()
-            for name, part in self.modules.items():
-                part.training = was_training[name]
         if not isinstance(out, torch.Tensor):
             raise TypeError(
                 f"{self.network_name} returns {type(out).__name__}: its forward has to return one "
@@ -170,7 +180,10 @@ class HookedExtractor(nn.Module):
         modules = dict(self.module.named_modules())
         hooks = []
 
-        def keep(k: int, value: torch.Tensor) -> None:
+        def keep(k: int, value: Any) -> None:
+            # The first call's, whatever else is asked for.
+            if k in values or not isinstance(value, torch.Tensor):
+                return
             values[k] = self.poolings[k](value)
             if len(values) == len(self.keys):
                 raise _Reached
@@ -178,7 +191,11 @@ class HookedExtractor(nn.Module):
         for k, key in enumerate(self.keys):
             layer = modules[key.removeprefix(">")]
             if key.startswith(">"):
-                hooks.append(layer.register_forward_pre_hook(lambda _, args, k=k: keep(k, args[0])))
+                hooks.append(
+                    layer.register_forward_pre_hook(
+                        lambda _, args, k=k: keep(k, args[0] if args else None)
+                    )
+                )
             else:
                 hooks.append(layer.register_forward_hook(lambda _, args, out, k=k: keep(k, out)))
         try:
@@ -188,6 +205,11 @@ class HookedExtractor(nn.Module):
         finally:
             for handle in hooks:
                 handle.remove()
+        if missing := [key for k, key in enumerate(self.keys) if k not in values]:
+            raise ValueError(
+                f"layer {missing[0].removeprefix('>')!r} did not run for these pictures, though it "
+                "did for others: give as `layer` one that always runs."
+            )
         return [values[k] for k in range(len(self.keys))]
 
 

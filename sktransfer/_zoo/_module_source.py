@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import copy
-import hashlib
+import os
 import threading
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from sktransfer._graphs._copies import copied_results
 from sktransfer._graphs._tracing import TracingError, trace
 from sktransfer._stages import plan_stages
 from sktransfer._zoo import _weights
+from sktransfer._zoo._digests import architecture_digest
 from sktransfer._zoo._preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from sktransfer._zoo._source import RANDOM_SEED, Source, building, file_source, finish
 from sktransfer._zoo._timm_source import timm_preprocessing
 
 _snapshots: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 _snapshots_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _snapshots_lock
+    _snapshots_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class ModuleSource(Source):
@@ -28,7 +41,8 @@ class ModuleSource(Source):
 
     def __init__(self, module: nn.Module, name: str):
         self.name = name
-        self.digest = f"{_architecture_digest(module)}:{_weights.state_digest(module)}"
+        state = _weights.state_digest(module)
+        self.digest = f"{_architecture_digest(module)}:{state}"
         with _snapshots_lock:
             kept = _snapshots.get(self.digest)
             if kept is None:
@@ -59,27 +73,40 @@ def snapshot(module: nn.Module) -> nn.Module:
         for p in module.parameters()
     }
     memo.update({id(b): b.detach().to("cpu", copy=True) for b in module.buffers()})
+    memo.update({key: value.to("cpu") for key, value in copied_results(module).items()})
     return finish(copy.deepcopy(module, memo))
 
 
 def _architecture_digest(module: nn.Module) -> str:
-    """Digest of classes, settings and code; of tensors only where they hang."""
-    digest = hashlib.sha256()
-    for path, part in module.named_modules():
-        kind = type(part)
-        settings = {
-            name: value
-            for name, value in sorted(vars(part).items())
-            if not name.startswith("_")
-            and name != "training"
-            and isinstance(value, (int, float, str, bool, tuple, type(None)))
-        }
-        digest.update(f"{path}|{kind.__module__}.{kind.__qualname__}|{settings!r};".encode())
+    """Digest of classes, settings and code; of parameters and buffers only where they hang."""
     try:
-        digest.update(str(trace(module).graph).encode())
+        traced = trace(module)
     except TracingError:
-        digest.update(b"untraced")
-    return digest.hexdigest()
+        return architecture_digest(module, "untraced")
+    return architecture_digest(module, str(traced.graph), traced.constants)
+
+
+def _check_layers(module: nn.Module, name: str) -> None:
+    for path, parameter in module.named_parameters():
+        if is_lazy(parameter) or parameter.is_meta:
+            raise ValueError(
+                f"{name} holds no values in {path!r} yet: send one batch through a lazy module, or "
+                "load the weights of one that was built on the meta device, first."
+            )
+    for path, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{name} is or holds a torch.jit module ({path or 'the network itself'!r}), whose "
+                "layers cannot be told apart: give the torch.nn.Module it was made from."
+            )
+        if isinstance(part, (nn.modules.conv._ConvNd, nn.Linear)):
+            dtype = getattr(getattr(part, "weight", None), "dtype", torch.float32)
+            if dtype.is_floating_point and dtype != torch.float32:
+                raise ValueError(
+                    f"{name} holds weights of type {dtype} ({path or type(part).__name__!r}): "
+                    "give a float32 module (module.float()); precision= chooses the type that is "
+                    "computed in."
+                )
 
 
 def module_preprocessing(module: nn.Module) -> Preprocessing:
@@ -100,6 +127,7 @@ def own_source(module: nn.Module, weights: Any) -> ModuleSource:
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         module = module.module
     name = type(module).__name__
+    _check_layers(module, name)
     path = file_source(weights)
     if path is not None:
         module = snapshot(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -97,6 +98,18 @@ class Network:
 _networks: OrderedDict[tuple, Network] = OrderedDict()
 _being_made: dict[tuple, threading.Lock] = {}
 _lock = threading.Lock()
+
+
+def _renew_locks() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _being_made.clear()
+    for network in _networks.values():
+        network._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # the other threads' loading does not go on in the child
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def get_network(source: Source, input_size: tuple[int, int, int]) -> Network:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import pickle
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
@@ -12,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from sktransfer._zoo._digests import digest_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -267,45 +266,14 @@ def _without_padding(asked: dict[str, Any], default: Preprocessing) -> dict[str,
 
 
 def _callable_digest(function: Any) -> str:
-    """Digest of what a callable does: its name, code, defaults and what it carries along."""
+    """Digest of what a callable does: its code, what that reads, and what it carries along."""
     own = getattr(function, "fingerprint", None)
-    if isinstance(own, str):
-        return own
-    digest = hashlib.sha256()
-    _feed(digest, function, 0)
-    return digest.hexdigest()
+    return own if isinstance(own, str) else digest_of(function, _refuse)
 
 
-def _feed(digest: Any, value: Any, depth: int) -> None:
-    if isinstance(value, types.MethodType):
-        _feed(digest, value.__func__, depth + 1)
-        value = value.__self__
-    if isinstance(value, types.FunctionType) and depth < 8:
-        code = value.__code__
-        digest.update(f"{value.__module__}.{value.__qualname__}".encode())
-        digest.update(code.co_code + repr(code.co_names).encode())
-        _feed_constants(digest, code, depth)
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        for part in (*(value.__defaults__ or ()), *cells):
-            _feed(digest, part, depth + 1)
-        return
-    if isinstance(value, np.ndarray):
-        digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
-        return
-    try:
-        digest.update(pickle.dumps(value, protocol=4))
-    except Exception as error:
-        raise ValueError(
-            f"preprocessing uses {value!r}, which cannot be pickled, so that nobody could tell "
-            "one such function from another. Define it at the top of a module, or give it an "
-            "attribute `fingerprint` (a string that changes when what it does changes)."
-        ) from error
-
-
-def _feed_constants(digest: Any, code: types.CodeType, depth: int) -> None:
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            digest.update(constant.co_code + repr(constant.co_names).encode())
-            _feed_constants(digest, constant, depth)
-        else:
-            digest.update(repr(constant).encode())
+def _refuse(value: Any) -> bytes:
+    raise ValueError(
+        f"preprocessing uses {value!r}, of which no digest can be made, so that nobody could tell "
+        "one such function from another. Do without it, or give the function an attribute "
+        "`fingerprint` (a string that changes when what it does changes)."
+    )
