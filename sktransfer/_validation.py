@@ -112,9 +112,7 @@ def is_empty_part(estimator: Any, X: Any) -> bool:
 
     Its columns must be those of ``fit`` all the same.
     """
-    if not hasattr(X, "columns") and not hasattr(X, "to_frame"):
-        return False
-    if len(X):
+    if not (hasattr(X, "columns") or hasattr(X, "to_frame")) or len(X):
         return False
     if hasattr(X, "columns"):
         _check_feature_names(estimator, X, reset=False)

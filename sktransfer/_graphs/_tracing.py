@@ -365,10 +365,10 @@ class _ShapeRun(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         layer = self.fetch_attr(target)
-        if isinstance(layer, _SHAPE_KEEPING) and args and not is_patched(layer):
-            return args[0]
         if is_patched(layer):  # a hook may want to see values
             return _run_on_zeros(layer, args, kwargs)
+        if isinstance(layer, _SHAPE_KEEPING) and args:
+            return args[0]
         return meta_copy(layer)(*args, **kwargs)
 
     def get_attr(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

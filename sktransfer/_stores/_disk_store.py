@@ -18,10 +18,9 @@ from sktransfer._stores._store_contract import (
     FileStat,
     StoreInfo,
     as_bytes,
-    as_count,
-    as_seconds,
     in_words,
     is_settled,
+    read_limits,
 )
 
 from . import _embedding_tables as tables
@@ -273,8 +272,7 @@ class DiskStore:
 
         The file shrinks with them.
         """
-        n_bytes = as_bytes(bytes_limit, "bytes_limit")
-        n_rows, age = as_count(items_limit, "items_limit"), as_seconds(age_limit, "age_limit")
+        n_bytes, n_rows, age = read_limits(bytes_limit, items_limit, age_limit)
 
         def reduce(connection: sqlite3.Connection) -> None:
             if age is not None:

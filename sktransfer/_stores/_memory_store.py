@@ -16,10 +16,9 @@ from sktransfer._stores._store_contract import (
     FileStat,
     StoreInfo,
     as_bytes,
-    as_count,
-    as_seconds,
     in_words,
     is_settled,
+    read_limits,
 )
 
 DEFAULT_MEMORY_BYTES = 512 * 2**20
@@ -190,8 +189,7 @@ class MemoryStore:
         age_limit: datetime.timedelta | None = None,
     ) -> None:
         """Drop the least recently used rows until all limits hold, as ``joblib.Memory`` does."""
-        n_bytes = as_bytes(bytes_limit, "bytes_limit")
-        n_rows, age = as_count(items_limit, "items_limit"), as_seconds(age_limit, "age_limit")
+        n_bytes, n_rows, age = read_limits(bytes_limit, items_limit, age_limit)
         with self.fork_lock:
             if age is not None:
                 oldest = time.time() - age

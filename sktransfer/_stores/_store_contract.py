@@ -75,24 +75,25 @@ def as_bytes(limit: int | str | None, name: str) -> int | None:
     return n_bytes
 
 
-def as_count(limit: Any, name: str) -> int | None:
-    """A number of rows from any whole number."""
-    if limit is None:
-        return None
-    try:
-        count = operator.index(limit)
-    except TypeError:
-        count = -1
-    if count < 0:
-        raise ValueError(f"{name} must be a whole number >= 0, or None; got {limit!r}.")
-    return count
-
-
-def as_seconds(limit: Any, name: str) -> float | None:
-    """A length of time in seconds."""
-    if limit is None or isinstance(limit, datetime.timedelta):
-        return None if limit is None else limit.total_seconds()
-    raise TypeError(f"{name} must be a datetime.timedelta, or None; got {limit!r}.")
+def read_limits(
+    bytes_limit: Any, items_limit: Any, age_limit: Any
+) -> tuple[int | None, int | None, float | None]:
+    """The limits of ``reduce_size`` as bytes, rows and seconds; None for each that is none."""
+    n_bytes, n_rows, seconds = as_bytes(bytes_limit, "bytes_limit"), None, None
+    if items_limit is not None:
+        try:
+            n_rows = operator.index(items_limit)
+        except TypeError:
+            n_rows = -1
+        if n_rows < 0:
+            raise ValueError(
+                f"items_limit must be a whole number >= 0, or None; got {items_limit!r}."
+            )
+    if age_limit is not None:
+        if not isinstance(age_limit, datetime.timedelta):
+            raise TypeError(f"age_limit must be a datetime.timedelta, or None; got {age_limit!r}.")
+        seconds = age_limit.total_seconds()
+    return n_bytes, n_rows, seconds
 
 
 def in_words(n_bytes: int | None) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
+from sktransfer._graphs._copies import is_patched
+
 
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this machine gains by packed convolutions."""
@@ -31,20 +33,11 @@ def pack_convolutions(network: fx.GraphModule) -> None:
         if node.op != "call_module" or path in are_read:
             continue
         layer = network.get_submodule(path)
-        if _is_plain(layer):
+        is_plain = type(layer) is nn.Conv2d and layer.padding_mode == "zeros"
+        if is_plain and not is_patched(layer):
             if id(layer) not in done:
                 done[id(layer)] = PackedConv(layer)
             network.set_submodule(path, done[id(layer)])
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    return (
-        type(layer) is nn.Conv2d
-        and layer.padding_mode == "zeros"
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and vars(layer).keys().isdisjoint({"forward", "_conv_forward"})
-    )
 
 
 class PackedConv(nn.Module):
