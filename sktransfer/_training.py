@@ -162,7 +162,9 @@ def train(
             module.freeze(start)
         average: Callback | None = None
         if settings.weight_averaging is not None:
-            average = WeightAverage(settings.weight_averaging, tuned.lowest, max_epochs, n_batches)
+            average = WeightAverage(
+                settings.weight_averaging, tuned.lowest, max_epochs, n_batches, len(train_set)
+            )
         is_half = bool(module.stages) and module.precision == "float16"
         callbacks = [
             ("weight_average", average or Callback()),

@@ -12,6 +12,7 @@ from tiny_networks import tiny_network
 from torch.nn import functional as F
 
 from sktransfer import FineTuningClassifier, FineTuningRegressor, _backbones, load_backbone
+from sktransfer._learning import _weight_average
 from sktransfer._learning._gradient_scaling import GradientScaling
 from sktransfer._learning._losses import WeightedLoss
 from sktransfer._learning._mixing import mix
@@ -196,9 +197,14 @@ def weights_of(model):
     return {k: v.double() for k, v in model.net_.module_.state_dict().items()}
 
 
-@pytest.mark.parametrize("unfreeze", [1, "all", "gradual"])
-def test_wise_ft_is_half_way(stripes, unfreeze):
-    X, y = stripes
+@pytest.mark.parametrize(
+    ("unfreeze", "rows", "share"),
+    [(1, None, 0.5), ("all", None, 0.5), ("gradual", (40, 56), 0.625), (1, (4, 40), 0.75)],
+)
+def test_wise_ft_is_half_way_or_further(stripes, unfreeze, rows, share, monkeypatch):
+    X, y = stripes  # 48 rows
+    if rows is not None:
+        monkeypatch.setattr(_weight_average, "_WISE_FT_ROWS", rows)
     settings = {"unfreeze": unfreeze, "lr": 0.01, "max_epochs": 4, "random_state": 0}
     settings |= {"batch_size": 8, "batch_norm": "moving", "probe_views": 3}
     start, end, averaged = (
@@ -212,7 +218,8 @@ def test_wise_ft_is_half_way(stripes, unfreeze):
     assert any(not torch.equal(start[name], end[name]) for name in start)
     for name, value in averaged.items():
         if not name.endswith("num_batches_tracked"):
-            torch.testing.assert_close(value, (start[name] + end[name]) / 2, rtol=1e-5, atol=1e-6)
+            expected = (1 - share) * start[name] + share * end[name]
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_when_auto_averages(stripes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from skorch.callbacks import Callback
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
@@ -11,7 +12,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 # Of the whole training: how far back an exponential average looks, what "last" means.
 _EMA_SHARE = 0.1
 _LAST_SHARE = 0.25
-_WISE_FT_SHARE = 0.5  # of the way from the start to the end
+# How far along the way from the start to the end "wise_ft" goes, by the number of rows: what many
+# rows have taught can be trusted further (docs/fine_tuning.md, "The defaults").
+_WISE_FT_ROWS, _WISE_FT_SHARES = (200, 600), (0.5, 0.75)
 
 
 class WeightAverage(Callback):
@@ -24,7 +27,8 @@ class WeightAverage(Callback):
     Parameters
     ----------
     kind : {"wise_ft", "ema", "last"}
-        ``"wise_ft"``: half way between where the training began and where it is [2]_.
+        ``"wise_ft"``: half way between where the training began and where it is [2]_, and from
+        200 rows on further, up to three quarters of the way with 600.
         ``"ema"``: from the first step on an exponential moving average that looks back over a
         tenth of the training's steps. ``"last"``: the mean over the steps of the last quarter
         of the epochs [1]_; before these there is no average.
@@ -32,6 +36,8 @@ class WeightAverage(Callback):
         Position of the lowest stage that is ever trained.
     max_epochs, n_batches : int
         Epochs, and steps of one.
+    n_rows : int
+        Rows that are trained on.
 
     References
     ----------
@@ -41,8 +47,9 @@ class WeightAverage(Callback):
        https://arxiv.org/abs/2109.01903
     """
 
-    def __init__(self, kind: str, lowest: int, max_epochs: int, n_batches: int):
+    def __init__(self, kind: str, lowest: int, max_epochs: int, n_batches: int, n_rows: int):
         self.lowest = lowest
+        self.share = float(np.interp(n_rows, _WISE_FT_ROWS, _WISE_FT_SHARES))
         n_steps = max(1, max_epochs * n_batches)
         self.kind, self.first_step = kind, 1
         if kind == "last":
@@ -103,7 +110,7 @@ class WeightAverage(Callback):
     @torch.no_grad()
     def _put_average(self) -> None:
         if self._start and self.step and not self._weights:
-            self._mean = list(torch._foreach_lerp(self._start, self._trained, _WISE_FT_SHARE))
+            self._mean = list(torch._foreach_lerp(self._start, self._trained, self.share))
         if self._mean and not self._weights:
             self._weights = [tensor.detach().clone() for tensor in self._trained]
             torch._foreach_copy_(self._trained, self._mean)
