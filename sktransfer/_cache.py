@@ -8,10 +8,10 @@ file known already is not even read.
 from __future__ import annotations
 
 import os
-import threading
 from collections import OrderedDict
 from typing import Any
 
+from sktransfer._process_lock import ProcessLock
 from sktransfer._stores._disk_store import DEFAULT_DISK_BYTES, DiskStore
 from sktransfer._stores._memory_store import DEFAULT_MEMORY_BYTES, MemoryStore
 from sktransfer._stores._store_contract import FileStat, StoreInfo
@@ -49,7 +49,7 @@ _no_store = MemoryStore(0)
 # Folders in use stay open between calls: closing one writes its log back.
 _N_OPEN = 8
 _open_stores: OrderedDict[str, DiskStore] = OrderedDict()
-_lock = threading.Lock()
+_lock = ProcessLock()
 
 
 def as_store(memory: Any) -> Store:
@@ -172,12 +172,3 @@ def _open(folder: str) -> DiskStore:
         if len(_open_stores) > _N_OPEN:
             _open_stores.popitem(last=False)  # closes itself when its last user lets go
         return store
-
-
-def _unlock_in_child() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock_in_child)

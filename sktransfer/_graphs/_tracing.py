@@ -8,7 +8,6 @@ module's own objects: freezing or training one in the graph does so in the modul
 from __future__ import annotations
 
 import operator
-import os
 import re
 import sys
 import threading
@@ -18,13 +17,14 @@ import torch
 from torch import fx, nn
 
 from sktransfer._graphs._copies import are_same, contents, is_patched, shallow_copy, structural_copy
+from sktransfer._process_lock import ProcessLock
 
 # Modules of these packages are one operation each. Their containers are looked into.
 _LEAF_PACKAGES = ("torch.nn.", "torchvision.ops.", "torch.ao.nn.")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 # torch.fx traces by replacing nn.Module's own methods for a while, for all threads.
-_trace_lock = threading.RLock()
+_trace_lock = ProcessLock(is_reentrant=True)
 
 
 class TracingError(RuntimeError):
@@ -40,15 +40,6 @@ def _timm_leaves() -> tuple[tuple[type, ...], tuple[Any, ...]]:
     except ImportError:
         return (), ()
     return tuple(get_notrace_modules()), tuple(get_notrace_functions())
-
-
-def _renew_lock() -> None:
-    global _trace_lock
-    _trace_lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):  # the other threads' tracing does not go on in the child
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class _Tracer(fx.Tracer):

@@ -9,7 +9,6 @@ import os
 import re
 import stat
 import struct
-import threading
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
@@ -18,6 +17,7 @@ from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
 from sktransfer._pictures._pixels import BadImage, Note, over_white, read_only, to_rgb
+from sktransfer._process_lock import ProcessLock
 
 # Also chained ones, "simplecache::s3://…"; "C:" is a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+(::[A-Za-z0-9+.\-]+)*://")
@@ -34,16 +34,7 @@ _TRANSPOSE = {
 }
 # A PIL image loads itself at its first use, and the user may have put the same one
 # into several rows: only one thread at a time may touch what is the user's.
-_user_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _user_lock
-    _user_lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # another thread may have held it at the fork
-    os.register_at_fork(after_in_child=_renew_lock)
+_user_lock = ProcessLock()
 
 
 # ---------------------------------------------------------------------------

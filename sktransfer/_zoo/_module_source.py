@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import threading
 import weakref
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from sktransfer._graphs._copies import copied_results
 from sktransfer._graphs._tracing import TracingError, trace
+from sktransfer._process_lock import ProcessLock
 from sktransfer._stages import plan_stages
 from sktransfer._zoo import _weights
 from sktransfer._zoo._digests import architecture_digest
@@ -22,16 +21,7 @@ from sktransfer._zoo._source import RANDOM_SEED, Source, building, file_source, 
 from sktransfer._zoo._timm_source import timm_preprocessing
 
 _snapshots: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
-_snapshots_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _snapshots_lock
-    _snapshots_lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+_snapshots_lock = ProcessLock()
 
 
 class ModuleSource(Source):

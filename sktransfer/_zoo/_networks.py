@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sktransfer._process_lock import ProcessLock
 from sktransfer._stages import plan_stages
 from sktransfer._zoo._compiling import CompiledNetwork
 from sktransfer._zoo._folding import EmbeddingNetwork, inference_copy
@@ -97,12 +98,10 @@ class Network:
 
 _networks: OrderedDict[tuple, Network] = OrderedDict()
 _being_made: dict[tuple, threading.Lock] = {}
-_lock = threading.Lock()
+_lock = ProcessLock()
 
 
 def _renew_locks() -> None:
-    global _lock
-    _lock = threading.Lock()
     _being_made.clear()
     for network in _networks.values():
         network._lock = threading.RLock()
