@@ -16,6 +16,14 @@ WEIGHTS = {
 }
 
 
+def input_settings(backbone, size=0):
+    """Parameters that load a backbone's weights, for pictures of `size` pixels; 0: its own."""
+    settings = {"weights": WEIGHTS[backbone]}
+    if size:
+        settings["preprocessing"] = {"size": size * 8 // 7, "crop": size}
+    return settings
+
+
 def head_of(backbone):
     """Name of the network's last layer."""
     return "head" if backbone == "builtin" else "classifier.1"
@@ -71,7 +79,7 @@ def module_of(backbone, n_classes=None):
     return module
 
 
-def pictures(backbone, paths, targets, is_augmented=False):
+def pictures(backbone, paths, targets, is_augmented=False, size=0):
     """A torch data set that decodes each picture when it is asked for, as tutorials do.
 
     Augmented as in PyTorch's transfer-learning tutorial: a random part of it, perhaps mirrored.
@@ -82,7 +90,7 @@ def pictures(backbone, paths, targets, is_augmented=False):
 
     from sktransfer import load_backbone
 
-    preprocessing = load_backbone(backbone, weights=WEIGHTS[backbone]).preprocessing
+    preprocessing = load_backbone(backbone, **input_settings(backbone, size)).preprocessing
     mean = torch.tensor(preprocessing.mean).view(3, 1, 1)
     std = torch.tensor(preprocessing.std).view(3, 1, 1)
     crop = v2.Compose([v2.RandomResizedCrop(preprocessing.crop_size), v2.RandomHorizontalFlip()])

@@ -27,6 +27,7 @@ from _fine_tuning_peers import (
     SETS,
     WEIGHTS,
     head_of,
+    input_settings,
     module_of,
     pictures,
     read_set,
@@ -37,16 +38,20 @@ from _fine_tuning_peers import (
 from _report import save
 
 
-def ours(backbone, X, y, X_test, seed, epochs):
+def ours(backbone, X, y, X_test, seed, epochs, size):
     from sktransfer import FineTuningClassifier
 
     model = FineTuningClassifier(
-        backbone, weights=WEIGHTS[backbone], max_epochs=epochs, random_state=seed, memory=False
+        backbone,
+        **input_settings(backbone, size),
+        max_epochs=epochs,
+        random_state=seed,
+        memory=False,
     )
     return model.fit(X, y).predict(X_test)
 
 
-def probe(backbone, X, y, X_test, seed, epochs):
+def probe(backbone, X, y, X_test, seed, epochs, size):
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
@@ -54,7 +59,7 @@ def probe(backbone, X, y, X_test, seed, epochs):
 
     from sktransfer import PretrainedFeatureExtractor
 
-    extractor = PretrainedFeatureExtractor(backbone, weights=WEIGHTS[backbone], memory=False)
+    extractor = PretrainedFeatureExtractor(backbone, **input_settings(backbone, size), memory=False)
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     grid = {"logisticregression__C": [1e-3, 1e-2, 1e-1, 1]}
     search = GridSearchCV(classifier, grid, cv=3)
@@ -62,7 +67,7 @@ def probe(backbone, X, y, X_test, seed, epochs):
     return search.fit(rows, y).predict(extractor.transform(X_test))
 
 
-def fastai(backbone, X, y, X_test, seed, epochs):
+def fastai(backbone, X, y, X_test, seed, epochs, size):
     from fastai.vision.all import (
         ImageDataLoaders,
         Normalize,
@@ -77,7 +82,7 @@ def fastai(backbone, X, y, X_test, seed, epochs):
     from sktransfer import load_backbone
 
     set_seed(seed, reproducible=True)
-    size = load_backbone(backbone, weights=WEIGHTS[backbone]).input_size[1]
+    size = load_backbone(backbone, **input_settings(backbone, size)).input_size[1]
     labels = dict(zip(X, y, strict=True))
     loaders = ImageDataLoaders.from_lists(
         Path("."), X, [labels[x] for x in X], valid_pct=0.0, item_tfms=Resize(size),
@@ -101,11 +106,11 @@ def fastai(backbone, X, y, X_test, seed, epochs):
     return np.array(loaders.vocab)[scores.argmax(1).numpy()]
 
 
-def skorch(backbone, X, y, X_test, seed, epochs):
-    return shorter_skorch(backbone, X, y, X_test, seed, 25)
+def skorch(backbone, X, y, X_test, seed, epochs, size):
+    return shorter_skorch(backbone, X, y, X_test, seed, 25, size)
 
 
-def shorter_skorch(backbone, X, y, X_test, seed, epochs):
+def shorter_skorch(backbone, X, y, X_test, seed, epochs, size):
     import torch
 
     torch.manual_seed(seed)
@@ -115,8 +120,8 @@ def shorter_skorch(backbone, X, y, X_test, seed, epochs):
         module_of(backbone, len(classes)), lambda name: not name.startswith(head), epochs,
         batch_size=4,
     )  # fmt: skip
-    net.fit(pictures(backbone, X, codes, is_augmented=True), None)
-    return classes[net.predict(pictures(backbone, X_test, np.zeros(len(X_test))))]
+    net.fit(pictures(backbone, X, codes, is_augmented=True, size=size), None)
+    return classes[net.predict(pictures(backbone, X_test, np.zeros(len(X_test)), size=size))]
 
 
 METHODS = {
@@ -153,7 +158,9 @@ def main():
     parser.add_argument("--per-class", type=int, default=50, help="0: all")
     parser.add_argument("--max-test", type=int, default=0, help="test images a class; 0: all")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--size", type=int, default=0, help="pixels; 0: the backbone's own")
     parser.add_argument("--name", default="fine_tuning")
     options = parser.parse_args()
     figures = []
@@ -161,17 +168,19 @@ def main():
     X, y, X_test, _ = read_set(options.sets[0], 4, 0, 2)
     for method in list(options.methods):
         try:
-            METHODS[method](options.backbones[0], X, y, X_test, 0, 2)
+            METHODS[method](options.backbones[0], X, y, X_test, 0, 2, options.size)
         except ImportError as error:
             print(f"{method} is left out: {error}")
             options.methods.remove(method)
     for name in options.sets:
         for backbone in options.backbones:
-            for seed in range(options.seeds):
+            for seed in range(options.first_seed, options.first_seed + options.seeds):
                 X, y, X_test, y_test = read_set(name, options.per_class, seed, options.max_test)
                 for method in options.methods:
                     start = time.perf_counter()
-                    got = METHODS[method](backbone, X, y, X_test, seed, options.epochs)
+                    got = METHODS[method](
+                        backbone, X, y, X_test, seed, options.epochs, options.size
+                    )
                     seconds = time.perf_counter() - start
                     figures.append(
                         {

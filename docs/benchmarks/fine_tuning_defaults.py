@@ -14,7 +14,7 @@ import time
 import warnings
 
 import numpy as np
-from _fine_tuning_peers import SETS, WEIGHTS, read_set, score, scores_of
+from _fine_tuning_peers import SETS, WEIGHTS, input_settings, read_set, score, scores_of
 from _report import save
 
 from sktransfer import FineTuningClassifier
@@ -54,9 +54,7 @@ def main():
 
         torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    common = {"weights": WEIGHTS[options.backbone]}
-    if options.size:
-        common["preprocessing"] = {"size": options.size * 8 // 7, "crop": options.size}
+    common = input_settings(options.backbone, options.size)
     figures = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for name in options.sets:
