@@ -78,7 +78,11 @@ class EmbeddingRun:
         self._progress = progress or (lambda n: None)
         self._n_bad_told = 0
         self.fingerprints = [f"{f}-{precision}" for f in backbone.group_fingerprints]
-        self._asked_fingerprints = [self.fingerprints[g] for g in groups]
+        # A claim is on the first of these: one and the same whichever of the groups, which are all
+        # computed together, is asked for.
+        self._last_group = min(range(len(self.fingerprints)), key=self.fingerprints.__getitem__)
+        asked = [self.fingerprints[g] for g in groups if g != self._last_group]
+        self._claim_fingerprints = [self.fingerprints[self._last_group], *asked]
         self._bad: dict[int, str] = {}  # row -> what is wrong with its image
         self._digests: dict[int, bytes] = {}  # of the rows to compute
         self._stamps: dict[int, int] = {}  # of the rows to compute: a digest of their file's stat
@@ -101,6 +105,15 @@ class EmbeddingRun:
             left_to_others += [i for i in batch if i not in self._claimed]
             if mine:
                 yield mine
+        yield from self._found_or_computed(left_to_others, limit)
+        if self._twins:
+            yield []  # only then is it known whose picture could not serve its twins
+            yield from self._found_or_computed(self._twins_left_alone(), limit)
+
+    def _found_or_computed(
+        self, left_to_others: list[int], limit: BatchLimit
+    ) -> Iterator[list[int]]:
+        """Wait until others have computed these rows, or claim and yield them."""
         while left_to_others:
             digests = [self._digests[i] for i in left_to_others]
             found = self._look_up(left_to_others, digests)
@@ -128,13 +141,12 @@ class EmbeddingRun:
             for (i, digest), is_found in zip(digests.items(), found, strict=True):
                 if is_found:
                     continue
+                if (stat := stats[i - start]) is not None:
+                    self._stamps[i] = hash(stat)
                 if (first := self._first.setdefault(digest, i)) != i:
                     self._twins.append((i, first))
-                    n_known += 1
                 else:
                     self._digests[i] = digest
-                    if (stat := stats[i - start]) is not None:
-                        self._stamps[i] = hash(stat)
                     yield i
             self._tell(n_known)
 
@@ -189,7 +201,7 @@ class EmbeddingRun:
 
     def _claim(self, batch: list[int]) -> list[int]:
         digests = [self._digests[i] for i in batch]
-        is_mine = self.store.claim(self._asked_fingerprints, digests, _CLAIM_SECONDS)
+        is_mine = self.store.claim(self._claim_fingerprints, digests, _CLAIM_SECONDS)
         mine = [i for i, m in zip(batch, is_mine, strict=True) if m]
         self._claimed.update(mine)
         return mine
@@ -198,7 +210,7 @@ class EmbeddingRun:
         """Let others compute what this call claimed and did not finish."""
         digests = [self._digests[i] for i in self._claimed]
         if digests:
-            self.store.release(self._asked_fingerprints, digests)
+            self.store.release(self._claim_fingerprints, digests)
             self._claimed.clear()
 
     def decode(self, indices: Sequence[int], pinned: bool = False) -> tuple[list[int], Any]:
@@ -267,9 +279,8 @@ class EmbeddingRun:
         # What is of another content than the digest says is for this call alone.
         known = [k for k, i in enumerate(indices) if i not in self._changed]
         digests = [self._digests[indices[k]] for k in known]
-        # The claim is on what is asked for first and is given back when that is put: last.
-        first = self.groups[0]
-        for g in sorted(range(len(parts)), key=lambda g: g == first):
+        # The claim is given back when the rows that it is on are put: last.
+        for g in sorted(range(len(parts)), key=lambda g: g == self._last_group):
             rows = parts[g] if len(known) == len(indices) else parts[g][known]
             self.store.put_many(self.fingerprints[g], digests, rows)
         self._claimed.difference_update(indices[k] for k in known)
@@ -290,13 +301,20 @@ class EmbeddingRun:
         self._progress(n_done + n_bad - self._n_bad_told)
         self._n_bad_told = n_bad
 
+    def _twins_left_alone(self) -> list[int]:
+        """Rows that are computed after all: the file of their twin changed or went meanwhile."""
+        lost = self._changed | self._bad.keys()
+        alone = [(i, first) for i, first in self._twins if first in lost]
+        self._twins = [pair for pair in self._twins if pair[1] not in lost]
+        self.give_claims_back()
+        self._digests.update({i: self._digests[first] for i, first in alone})
+        return [i for i, _ in alone]
+
     def copy_to_twins(self) -> None:
-        """Give equal images their row, or their error."""
-        self._tell(0)
+        """Give equal images their row."""
+        self._tell(len(self._twins))
         for i, first in self._twins:
             self.rows[i] = self.rows[first]
-            if first in self._bad:
-                self._bad[i] = self._bad[first]
 
 
 def _batched(indices: Iterable[int], limit: BatchLimit, n: int) -> Iterator[list[int]]:

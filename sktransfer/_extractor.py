@@ -289,6 +289,7 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         check_is_fitted(self)
         if is_empty_part(self, X):
             rows = np.empty((0, self.n_features_out_), dtype=np.float32)
+            self.bad_images_ = []
         else:
             rows = self._embed(check_images(self, X, reset=False))
         return keep_index(self, rows, X)
@@ -342,7 +343,7 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         n_asked = 1 if self.layer is None or isinstance(self.layer, str) else len(self.layer)
         widths = [width for _, width in self.backbone_.feature_groups[:n_asked]]
         self.n_features_out_ = images.n_columns * sum(widths)
-        self.bad_images_: list[BadRow] = []
+        self.bad_images_ = []
         return images
 
     def _asked_groups(self) -> range:

@@ -28,7 +28,8 @@ from sktransfer._pictures._pixels import BadImage, Note, Notes, check_values, re
 
 __all__ = ["BadImage", "Images", "as_images"]
 
-# What digest() fetched from a URL is kept, up to this many bytes, for decode().
+# What digest() read of URLs, streams and unread PIL images is kept, up to this many bytes, for
+# decode(): it is of the same picture then, and no second way over a network.
 _MAX_FETCHED = 1 << 28
 # Keeps neighbouring inodes apart in a stat, whatever the time in ns.
 _FAR_APART = 0x9E3779B97F4A7C15
@@ -195,7 +196,7 @@ class Images:
         cell = self._cell(i)
         if type(cell) is not str:
             if isinstance(cell, dict):
-                if cell.get("bytes") is not None:
+                if not is_missing(cell.get("bytes")):
                     return None
                 cell = cell.get("path")
             if isinstance(cell, os.PathLike):
@@ -300,14 +301,14 @@ class Images:
     def _content(self, i: int, keep: bool) -> np.ndarray | Image.Image | bytes:
         """Resolve a cell to pixels, a PIL image or encoded bytes; raise BadImage."""
         cell = self._cell(i)
-        if isinstance(cell, str) and is_url(cell):
+        if _is_read_anew(cell):
             number = int(self._numbers[i])
-            data = self._fetched.pop(number)
-            if data is None:
-                data = read_text(cell)
-            if keep:
-                self._fetched.put(number, data)
-            return data
+            content: Any = self._fetched.pop(number)
+            if content is None:
+                content = _read_cell(cell)
+            if keep and isinstance(content, bytes):
+                self._fetched.put(number, content)
+            return content
         if self._image_shape is not None and getattr(cell, "ndim", None) == 1:
             cell = _unflatten(cell, self._image_shape)
         return _read_cell(cell)
@@ -317,16 +318,32 @@ class Images:
         if self._is_view:  # to another process a view takes only its own pictures along
             positions = np.asarray(self._positions, dtype=np.intp)
             cells: Any
-            if len(self._columns) == 1 and isinstance(self._columns[0], np.ndarray):
-                cells = self._columns[0][positions]
+            first = self._columns[0]
+            if len(self._columns) == 1 and (isinstance(first, np.ndarray) or is_tensor(first)):
+                cells = first[positions]
             else:
-                cells = [self._cell(i) for i in range(len(self))]
+                cells = [_alone(self._cell(i)) for i in range(len(self))]
             state |= {"_columns": [cells], "_positions": range(len(self))}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         fresh = {"_notes": Notes(state["_notes"]), "_fetched": _Fetched()}
         self.__dict__.update(state | fresh)
+
+
+def _is_read_anew(cell: Any) -> bool:
+    """Whether a cell is read again for decoding and no `stat` would tell that it has changed."""
+    if isinstance(cell, str):
+        return is_url(cell)
+    is_stream = hasattr(cell, "read") and hasattr(cell, "seek")
+    return is_stream or isinstance(cell, Image.Image)
+
+
+def _alone(cell: Any) -> Any:
+    """A cell that pickles without the rest of the tensor that it is a view of."""
+    if is_tensor(cell) and cell.untyped_storage().nbytes() > cell.numel() * cell.element_size():
+        return cell.clone()
+    return cell
 
 
 def _read_cell(cell: Any) -> np.ndarray | Image.Image | bytes:
@@ -452,7 +469,7 @@ def _describe(cell: Any) -> str:
 
 
 class _Fetched:
-    """Bytes that came over the network, kept between digest() and decode()."""
+    """Bytes that were read for digest() and are kept for decode()."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

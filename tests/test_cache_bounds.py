@@ -75,6 +75,19 @@ def test_the_bound_holds_while_writing(tmp_path, clock):
     assert os.path.getsize(store.path) <= 500 * 1024
 
 
+def test_known_files_leave_room_for_rows(tmp_path, clock):
+    """Many names of few pictures: what is known of the files must not drive all rows out."""
+    files = [(f"/pictures/{k:05d}.jpg", 9, OLD_NS, k) for k in range(4000)]
+    for store in (MemoryStore("500K"), DiskStore(tmp_path, "500K")):
+        store.put_file_digests(files, digests_of([0]) * len(files), NOW_NS)
+        numbers = range(100)
+        store.put_many("f", digests_of(numbers), rows_of(numbers, 512))
+        info = store.info()
+        assert info.n_bytes <= 500 * 1024
+        assert present(store, numbers) == list(numbers)
+        store.close()
+
+
 def test_a_use_is_noted_once_an_hour(tmp_path, clock, monkeypatch):
     store = DiskStore(tmp_path)
     store.put_many("f", digests_of(range(5)), rows_of(range(5)))
@@ -144,7 +157,7 @@ def test_clear(store):
         assert os.path.getsize(info.path) < 120_000
 
 
-@pytest.mark.parametrize("bound", [-1, "many", "G", [3]])
+@pytest.mark.parametrize("bound", [-1, "many", "G", [3], True, float("inf"), "inf"])
 def test_a_bound_that_is_none(bound):
     with pytest.raises(ValueError, match=r"max_bytes must be a number of bytes.*got"):
         MemoryStore(bound)
@@ -168,7 +181,10 @@ def test_info_and_repr(store):
     [
         ({"items_limit": 2.5}, ValueError, "items_limit must be a whole number >= 0.*got 2.5"),
         ({"items_limit": -1}, ValueError, "items_limit must be a whole number >= 0.*got -1"),
+        ({"items_limit": True}, ValueError, "items_limit must be a whole number >= 0.*got True"),
+        ({"bytes_limit": True}, ValueError, "bytes_limit must be a number of bytes.*got True"),
         ({"age_limit": 5}, TypeError, "age_limit must be a datetime.timedelta.*got 5"),
+        ({"age_limit": datetime.timedelta(-1)}, ValueError, "age_limit must not be negative"),
     ],
     ids=str,
 )

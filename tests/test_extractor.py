@@ -4,6 +4,8 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import joblib
@@ -26,7 +28,7 @@ from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV, cross_val
 from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sktransfer import PretrainedFeatureExtractor
+from sktransfer import PretrainedFeatureExtractor, embedding_store
 from sktransfer._images import Images
 
 
@@ -191,10 +193,84 @@ def test_a_file_replaced_meanwhile_leaves_no_wrong_row(
         np.testing.assert_allclose(rows, expected[: len(X)], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_a_file_that_changes_meanwhile_leaves_its_twin_alone(
+    picture_files, tmp_path, monkeypatch, is_deleted
+):
+    path, twin = Path(picture_files[2]), tmp_path / "twin"
+    twin.write_bytes(path.read_bytes())
+    X = [*picture_files[:4], str(twin), str(twin)]
+    done = []
+    extractor = PretrainedFeatureExtractor(memory=False, on_error="nan")
+    expected = extractor.fit_transform(X)
+    read = Images.picture
+
+    def change_and_read(self, i, min_size=None):
+        if i == 2:
+            path.unlink() if is_deleted else path.write_bytes(Path(X[0]).read_bytes())
+        done.append(i)
+        return read(self, i, min_size)
+
+    monkeypatch.setattr(Images, "picture", change_and_read)
+    rows = extractor.transform(X)
+    assert [bad.row for bad in extractor.bad_images_] == ([2] if is_deleted else [])
+    assert not np.allclose(rows[2], expected[2], rtol=1e-3, atol=1e-3)
+    assert sorted(done) == [0, 1, 2, 3, 4, 5]
+    kept = [0, 1, 3, 4, 5]
+    np.testing.assert_allclose(rows[kept], expected[kept], rtol=1e-4, atol=1e-4)
+
+
+def test_preprocessing_that_changes_after_fit_leaves_no_wrong_row(pictures):
+    class Darken:
+        def __init__(self, gain):
+            self.gain = gain
+
+        def __call__(self, image):
+            return (image[:32, :32] / 255 * self.gain).transpose(2, 0, 1)
+
+    preprocessing = Darken(1.0)
+    extractor = PretrainedFeatureExtractor(preprocessing=preprocessing).fit(pictures)
+    preprocessing.gain = 0.2
+    changed = extractor.transform(pictures)
+    for gain, same in ((1.0, False), (0.2, True)):
+        stored, alone = (
+            PretrainedFeatureExtractor(preprocessing=Darken(gain), memory=m).fit_transform(pictures)
+            for m in (None, False)
+        )
+        np.testing.assert_allclose(stored, alone, rtol=1e-4, atol=1e-5)
+        assert np.allclose(changed, alone, rtol=1e-4, atol=1e-5) == same
+
+
+@pytest.mark.parametrize("is_on_disk", [False, True])
+def test_layers_that_are_computed_together_are_claimed_together(
+    pictures, tmp_path, is_on_disk, count_embedded
+):
+    """Two threads ask for one layer each while both layers are computed by whoever comes first."""
+    memory = tmp_path if is_on_disk else embedding_store(max_bytes="1G")
+    layers = ["stage2", "stage3"]
+    start = threading.Barrier(2)
+
+    def ask(layer):
+        extractor = PretrainedFeatureExtractor(
+            layer=layer, keep_layers=layers, memory=memory, batch_size=2
+        ).fit(pictures)
+        start.wait()
+        return extractor.transform(pictures)
+
+    with ThreadPoolExecutor(2) as pool:
+        got = list(pool.map(ask, layers))
+    assert count_embedded["images"] == len(pictures)
+    for layer, rows in zip(layers, got, strict=True):
+        alone = PretrainedFeatureExtractor(layer=layer, memory=False).fit_transform(pictures)
+        np.testing.assert_allclose(rows, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_no_rows_are_no_rows(pictures):
     frame = pd.DataFrame({"front": list(pictures[:2]), "back": list(pictures[2:4])})
     extractor = PretrainedFeatureExtractor().fit(frame)
+    extractor.bad_images_ = ["of the call before"]
     assert extractor.transform(frame[:0]).shape == (0, extractor.n_features_out_)
+    assert extractor.bad_images_ == []
     with pytest.raises(ValueError, match="feature names"):
         extractor.transform(frame[:0].rename(columns=str.upper))
     with pytest.raises(ValueError, match="minimum of 1"):

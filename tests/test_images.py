@@ -417,10 +417,35 @@ def test_digest_of_pil_sees_palette_and_orientation():
     assert images.decode(2).shape == (3, 2, 3)
 
 
+def test_digest_of_pil_sees_what_32_bit_numbers_mean():
+    grey = (np.arange(64) * 1000).astype(">u2").reshape(8, 8)
+    of_file = Image.open(io.BytesIO(b"P5 8 8 65535\n" + grey.tobytes()))
+    of_file.load()
+    assert of_file.mode == "I"
+    images = as_images([of_file, of_file.copy()])  # a copy no longer says that it has 16 bits
+    assert np.abs(images.decode(0).astype(int) - images.decode(1)).max() > 0
+    assert images.digest(0) != images.digest(1)
+
+
+@pytest.mark.parametrize("form", [Image.open, functools.partial(open, mode="rb")])
+def test_what_is_decoded_is_what_was_digested(form, stack, folder, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes((folder / "0.png").read_bytes())
+    with form(path) as cell:
+        images = as_images([cell])
+        before = images.digest(0)
+        with open(path, "r+b") as file:  # in place: the open file sees it
+            file.write((folder / "1.png").read_bytes())
+            file.truncate()
+        np.testing.assert_array_equal(images.decode(0), stack[0])
+        assert images.digest(0) != before
+
+
 def test_stat_is_of_local_files_only(stack, folder):
     path = folder / "0.png"
     status = path.stat()
     X = [str(path), path, path.as_uri(), {"bytes": None, "path": str(path)}]
+    X.append({"bytes": np.nan, "path": str(path)})
     images = as_images(X)
     stats = [images.stat(i) for i in range(len(X))]
     assert stats == stats[:1] * len(X)
@@ -545,6 +570,11 @@ def test_a_pickled_view_takes_its_own_pictures_along(stack, folder):
     assert again.row(0) == 500
     assert again.label(0) == view.label(0)
     assert again.digest(0) == view.digest(0)
+    tensor = torch.from_numpy(huge)
+    for X in (tensor, list(tensor)):  # each of the list is a view of them all
+        data = pickle.dumps(as_images(X)[500:501])
+        assert len(data) < 20_000
+        assert pickle.loads(data).digest(0) == view.digest(0)
     frame = pd.DataFrame({"a": paths(stack, folder), "b": contents(stack, folder)})
     again = pickle.loads(pickle.dumps(as_images(frame)[5:]))
     assert again.label(0).startswith("row 2, column 'b'")

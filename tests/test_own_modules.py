@@ -1,6 +1,7 @@
 """Modules of the user's own: told apart by all they do, left as they are, run as they would."""
 
 import functools
+import importlib
 import multiprocessing
 import os
 import subprocess
@@ -549,6 +550,69 @@ def test_globals_that_preprocessing_reads(monkeypatch):
     assert between != before
     monkeypatch.setattr(sys.modules[__name__], "helper", lambda image: image)
     assert identity(through_helper) not in (before, between)
+
+
+HELPERS = {
+    "helper_gain.py": "gain = 1.0\n",
+    "helper_behind.py": "import helper_gain\n",
+    "helper_package/__init__.py": "",
+    "helper_package/tools.py": "gain = 1.0\n",
+    "helper_package/lazy.py": "def use(x):\n    from .tools import gain\n    return x * gain\n",
+}
+USES = """
+def by_name(image):
+    import helper_gain
+    return image * helper_gain.gain
+
+def by_from(image):
+    from helper_gain import gain
+    return image * gain
+
+def by_alias(image):
+    helper = helper_behind.helper_gain
+    return image * helper.gain
+
+def by_path(image):
+    return image * helper_package.tools.gain
+
+def by_submodule(image):
+    from helper_package import tools
+    return image * tools.gain
+
+def by_relative(image):
+    return lazy.use(image)
+
+import helper_behind, helper_package.tools
+from helper_package import lazy
+"""
+USERS = ["by_name", "by_from", "by_alias", "by_path", "by_submodule", "by_relative"]
+
+
+def test_modules_that_preprocessing_imports(tmp_path, monkeypatch):
+    """Wherever in them, and as whatever, functions take something of the user's own modules."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "helper_package").mkdir()
+
+    def identities(changed=None):
+        for name, text in HELPERS.items():
+            (tmp_path / name).write_text(text.replace("1.0", "0.3") if name == changed else text)
+        for name in [name for name in sys.modules if name.startswith("helper_")]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        namespace = {"__name__": "user_script"}
+        exec(USES, namespace)
+        found = {user: identity(namespace[user]) for user in USERS}
+        assert found == {user: identity(namespace[user]) for user in USERS}
+        return found
+
+    before = identities()
+    assert identities() == before
+    for changed in ("helper_gain.py", "helper_package/tools.py"):
+        now = identities(changed)
+        is_of_gain = changed == "helper_gain.py"
+        for user, is_user_of_gain in zip(USERS, [True] * 3 + [False] * 3, strict=True):
+            assert (now[user] != before[user]) == (is_user_of_gain == is_of_gain), user
 
 
 def test_preprocessing_without_a_digest():

@@ -226,8 +226,7 @@ def _simplify(image: Image.Image, orientation: int | None) -> Image.Image:
     image.load()
     if orientation is None and image.format != "TIFF":  # Pillow turns TIFF files itself
         orientation = _info_orientation(image.info)
-    # Pillow gives 16-bit PNM (and, before 11, PNG) files as 32-bit integers.
-    is_16_bit = image.mode == "I" and image.format in ("PNG", "PPM")
+    is_16_bit = _is_16_bit(image)
     if orientation in _TRANSPOSE:
         image = image.transpose(_TRANSPOSE[orientation])
     if is_16_bit:
@@ -243,6 +242,11 @@ def _simplify(image: Image.Image, orientation: int | None) -> Image.Image:
         image = image.convert("LA") if image.mode == "La" else image
         return image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    # Pillow gives 16-bit PNM (and, before 11, PNG) files as 32-bit integers.
+    return image.mode == "I" and image.format in ("PNG", "PPM")
 
 
 def _to_rgb(image: Image.Image, note: Note) -> Image.Image | np.ndarray:
@@ -301,7 +305,8 @@ def pil_content(image: Image.Image) -> tuple[str, bytes]:
         pixels = image.tobytes()
     except Exception as error:
         raise BadImage(f"the PIL image has no pixels to read: {_words(error)}") from error
-    return f"{image.mode} {image.size} {orientation} {palette} {transparency}", pixels
+    mode = f"{image.mode} of 16 bits" if _is_16_bit(image) else image.mode
+    return f"{mode} {image.size} {orientation} {palette} {transparency}", pixels
 
 
 def _own(image: Image.Image) -> tuple[Image.Image, int]:

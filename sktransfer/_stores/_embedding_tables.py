@@ -16,7 +16,7 @@ import numpy as np
 
 from sktransfer._stores._claims import is_gone, this_worker
 from sktransfer._stores._sqlite_file import transaction
-from sktransfer._stores._store_contract import FileStat
+from sktransfer._stores._store_contract import FILES_SHARE, FileStat
 
 FORMAT_VERSION = 1
 APPLICATION_ID = 0x736B7466  # "sktf"
@@ -40,6 +40,7 @@ SCHEMA = (
 # Values in one IN (...): enough to forget Python's own cost, few enough that the rows found
 # are still in the processor's cache when they are copied out.
 _BATCH = 100
+_FILE_BYTES = 50  # of what is known of a file, beside its path
 
 
 class StoredRow(NamedTuple):
@@ -292,6 +293,11 @@ def delete_down_to_bytes(connection: sqlite3.Connection, n_bytes: int) -> None:
     if used_bytes(connection) <= n_bytes:
         return
     delete_loose_files(connection)
+    (file_bytes,) = connection.execute(
+        f"SELECT total(length(path) + {_FILE_BYTES}) FROM files"
+    ).fetchone()
+    if file_bytes > FILES_SHARE * n_bytes:  # a known file saves only a reading
+        connection.execute("DELETE FROM files")
     doomed = _oldest_first(connection)
     for start in range(0, len(doomed), 64):
         if used_bytes(connection) <= n_bytes:

@@ -13,6 +13,7 @@ import numpy as np
 from sktransfer._stores._claims import Refusals
 from sktransfer._stores._fork_safety import hold_across_fork
 from sktransfer._stores._store_contract import (
+    FILES_SHARE,
     FileStat,
     StoreInfo,
     as_bytes,
@@ -52,7 +53,7 @@ class MemoryStore:
         # (fingerprint, digest) -> (thread that computes it, until when in s)
         self._claims: dict[tuple[str, bytes], tuple[int, float]] = {}
         self._refusals = Refusals()
-        self._n_bytes = 0
+        self._n_bytes = self._n_file_bytes = 0  # the latter are part of the former
         self.fork_lock = threading.RLock()
         hold_across_fork(self)
 
@@ -145,7 +146,7 @@ class MemoryStore:
                     continue
                 self._drop_file(stat[0])
                 self._files[stat[0]] = (tuple(stat), digest)  # type: ignore[assignment]
-                self._n_bytes += len(stat[0]) + _FILE_OVERHEAD
+                self._count_file(stat[0], 1)
             self._fit_into(self.max_bytes)
 
     def claim(
@@ -205,7 +206,7 @@ class MemoryStore:
             self._rows.clear()
             self._files.clear()
             self._claims.clear()
-            self._n_bytes = 0
+            self._n_bytes = self._n_file_bytes = 0
 
     def info(self) -> StoreInfo:
         """What is kept."""
@@ -233,12 +234,17 @@ class MemoryStore:
 
     def _drop_file(self, path: str) -> None:
         if self._files.pop(path, None) is not None:
-            self._n_bytes -= len(path) + _FILE_OVERHEAD
+            self._count_file(path, -1)
+
+    def _count_file(self, path: str, n: int) -> None:
+        n_bytes = n * (len(path) + _FILE_OVERHEAD)
+        self._n_bytes += n_bytes
+        self._n_file_bytes += n_bytes
 
     def _fit_into(self, bound: int | None) -> None:
-        # Rows first: they are what takes the room, and a known file saves only a reading.
+        # A known file saves only a reading: rows keep most of the room.
         while bound is not None and self._n_bytes > bound:
-            if self._rows:
+            if self._rows and self._n_file_bytes <= FILES_SHARE * bound:
                 self._drop_row(next(iter(self._rows)))
             else:
                 self._drop_file(next(iter(self._files)))

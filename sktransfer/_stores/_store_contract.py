@@ -18,6 +18,9 @@ FileStat = tuple[str, int, int, int]
 # than this at the moment of its stat is known by its content only (git's "racily clean" rule).
 SETTLED_AFTER_NS = 2_000_000_000
 
+# Of the bound, what is known of files may take so much where rows need the room.
+FILES_SHARE = 0.25
+
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -65,9 +68,9 @@ def as_bytes(limit: int | str | None, name: str) -> int | None:
         number, unit = limit[:-1], _UNITS[limit[-1:].upper()]
     try:
         n_bytes = int(float(number) * unit) if isinstance(number, str) else int(number)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         n_bytes = -1
-    if n_bytes < 0:
+    if n_bytes < 0 or isinstance(limit, bool):
         raise ValueError(
             f"{name} must be a number of bytes (int >= 0), a text such as '500M' or '10G', "
             f"or None for no bound; got {limit!r}."
@@ -85,7 +88,7 @@ def read_limits(
             n_rows = operator.index(items_limit)
         except TypeError:
             n_rows = -1
-        if n_rows < 0:
+        if n_rows < 0 or isinstance(items_limit, bool):
             raise ValueError(
                 f"items_limit must be a whole number >= 0, or None; got {items_limit!r}."
             )
@@ -93,6 +96,8 @@ def read_limits(
         if not isinstance(age_limit, datetime.timedelta):
             raise TypeError(f"age_limit must be a datetime.timedelta, or None; got {age_limit!r}.")
         seconds = age_limit.total_seconds()
+        if seconds < 0:
+            raise ValueError(f"age_limit must not be negative; got {age_limit!r}.")
     return n_bytes, n_rows, seconds
 
 

@@ -1,20 +1,24 @@
 """Digests of code and of what objects carry, equal in every process.
 
 Of the standard library, torch and the like the names tell enough; everybody else's functions and
-methods are told by their bytecode, with the globals, defaults and closures they read. Nothing
-here depends on an ``id()``, an address in a ``repr`` or the order of a set.
+methods are told by their bytecode, with the globals, defaults and closures they read, and modules
+of the user's own by their source. Nothing here depends on an ``id()``, an address in a ``repr`` or
+the order of a set.
 """
 
 from __future__ import annotations
 
 import dis
 import hashlib
+import importlib
+import importlib.util
 import sys
 import threading
 import types
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,7 +126,8 @@ class _Digester:
             constants = map(self.of, value.co_consts)
             return _hash("code", value.co_code, *value.co_names, *constants)
         if isinstance(value, types.ModuleType):
-            return _hash("package", value.__name__)
+            sources = [_source_of(part) for part in _own_modules(value)]
+            return _hash("package", value.__name__, *sources)
         if isinstance(value, type):
             made = [vars(c).get(n) for c in _own_bases(value) for n in ("__init__", "__new__")]
             return _hash("class", self._kind(value), *map(self.of, made))
@@ -255,30 +260,90 @@ def _is_installed(module: types.ModuleType | None) -> bool:
     return "site-packages" in path or "dist-packages" in path
 
 
+def _is_own(module: Any) -> bool:
+    """Whether a module is the user's own."""
+    is_module = isinstance(module, types.ModuleType)
+    return is_module and not (_is_library(module.__name__) or _is_installed(module))
+
+
 def _read_globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """The globals that a function reads, and what it reads of the user's own modules."""
     for path in sorted(set(_global_paths(function.__code__))):
-        name, _, attribute = path.partition(".")
+        name, *attributes = path.split(".")
         if name not in function.__globals__:  # a builtin
             continue
         value = function.__globals__[name]
-        if (
-            attribute
-            and isinstance(value, types.ModuleType)
-            and not (_is_library(value.__name__) or _is_installed(value))
-        ):
+        for attribute in attributes:
+            if not _is_own(value):
+                break
             value = getattr(value, attribute, None)
         yield path, value
+    for name, part in sorted(set(_imports(function.__code__, function.__globals__))):
+        module = _imported(name)
+        yield f"import {name}", module
+        if part and _is_own(module):  # `from package import module`: it may still have to be loaded
+            yield part, getattr(module, part, None) or _imported(f"{name}.{part}")
 
 
 def _global_paths(code: types.CodeType) -> Iterator[str]:
-    """``"scale"``, ``"settings.scale"``: global names and the attribute taken of each."""
-    before = ""
+    """``"scale"``, ``"settings.scale"``: global names and the attributes taken of each."""
+    path = ""
     for step in dis.get_instructions(code):
-        if before:
-            is_attribute = step.opname in ("LOAD_ATTR", "LOAD_METHOD")
-            yield f"{before}.{step.argval}" if is_attribute else before
-        before = str(step.argval) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") else ""
+        if path and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            path += f".{step.argval}"
+            continue
+        if path:
+            yield path
+        path = str(step.argval) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") else ""
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _global_paths(constant)
+
+
+def _imports(code: types.CodeType, namespace: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What code imports when it runs: a module's full name, and what it takes of it, or ""."""
+    steps = list(dis.get_instructions(code))
+    for i, step in enumerate(steps):
+        if step.opname != "IMPORT_NAME":
+            continue
+        level, names = (before.argval for before in steps[i - 2 : i])  # what the import is given
+        package = namespace.get("__package__") or ""
+        try:
+            name = importlib.util.resolve_name("." * int(level or 0) + step.argval, package)
+        except (ImportError, TypeError, ValueError):
+            continue
+        yield from ((name, part) for part in names or ("",))
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _imports(constant, namespace)
+
+
+def _imported(name: str) -> types.ModuleType | None:
+    """A module, loaded as code that imports it is about to do; None for what is none."""
+    if name not in sys.modules and not _is_library(name):
+        try:
+            return importlib.import_module(name)
+        except Exception:  # whatever the module raises is told when the code runs
+            return None
+    return sys.modules.get(name)
+
+
+def _own_modules(module: types.ModuleType) -> list[types.ModuleType]:
+    """The module, if it is the user's own, and all others of theirs that it takes anything from."""
+    found = {module} if _is_own(module) else set()
+    todo = list(found)
+    while todo:
+        values = list(vars(todo.pop()).values())
+        homes = {getattr(value, "__module__", None) for value in values}
+        values += [sys.modules.get(home) for home in homes if isinstance(home, str)]
+        new = {value for value in values if _is_own(value)} - found
+        found |= new
+        todo += new
+    return sorted(found, key=lambda part: part.__name__)
+
+
+def _source_of(module: types.ModuleType) -> bytes:
+    try:
+        return Path(module.__file__ or "").read_bytes()
+    except (AttributeError, OSError):  # a namespace, or made at run time
+        return b""
