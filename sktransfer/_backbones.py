@@ -149,7 +149,7 @@ class Backbone:
         self._keys: list[str] = []
         self._poolings: list[tuple[str, str, int, int]] = []
         self.feature_groups: list[tuple[str, int]] = []
-        self._fingerprint_parts: list[list[str]] = []
+        self.group_fingerprints: list[str] = []
         for asked in layers:
             key = self._resolve(asked)
             shape = plan.shape(key, self.input_size)
@@ -168,28 +168,16 @@ class Backbone:
             self._poolings.append((kind, layout, token or 0, n_prefix))
             self.feature_groups.append((label, pooled_width(kind, layout, shape)))
             parts = [_FORMAT, *source.key, *_flat(self._poolings[-1]), key]
-            self._fingerprint_parts.append([*parts, str(self.input_size)])
+            parts += [str(self.input_size), preprocessing.identity]
+            self.group_fingerprints.append(_digest(parts))
         self.n_features = sum(width for _, width in self.feature_groups)
-        _ = self.group_fingerprints  # a preprocessing without a digest is refused here
+        self.fingerprint = (
+            self.group_fingerprints[0] if len(layers) == 1 else _digest(self.group_fingerprints)
+        )
 
     def __repr__(self) -> str:
         layer = "" if self.layer is None else f", layer={self.layer!r}"
         return f"<Backbone {self.name}{layer}: {self.input_size} -> {self.n_features}>"
-
-    @property
-    def group_fingerprints(self) -> list[str]:
-        """What tells the rows of each feature group from all others.
-
-        A preprocessing function may change after it was given: this is of what it does now.
-        """
-        identity = self.preprocessing.identity
-        return [_digest([*parts, identity]) for parts in self._fingerprint_parts]
-
-    @property
-    def fingerprint(self) -> str:
-        """What tells the backbone's rows from all others."""
-        fingerprints = self.group_fingerprints
-        return fingerprints[0] if len(fingerprints) == 1 else _digest(fingerprints)
 
     @property
     def network(self) -> Network:
@@ -245,7 +233,8 @@ class Backbone:
         """The same cut of `module`, a copy of the network with weights known by `digest`."""
         other = copy.copy(self)
         other._source = GivenSource(self.name, self._source.preprocessing, module, digest)
-        other._fingerprint_parts = [["tuned", digest]]
+        other.fingerprint = f"tuned-{digest}"
+        other.group_fingerprints = [other.fingerprint]
         return other
 
     def copy_stages(self) -> Stages:

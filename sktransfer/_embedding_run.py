@@ -80,9 +80,9 @@ class EmbeddingRun:
         self.fingerprints = [f"{f}-{precision}" for f in backbone.group_fingerprints]
         # A claim is on the first of these: one and the same whichever of the groups, which are all
         # computed together, is asked for.
-        self._last_group = min(range(len(self.fingerprints)), key=self.fingerprints.__getitem__)
-        asked = [self.fingerprints[g] for g in groups if g != self._last_group]
-        self._claim_fingerprints = [self.fingerprints[self._last_group], *asked]
+        self._claim_group = min(range(len(self.fingerprints)), key=self.fingerprints.__getitem__)
+        asked = [self.fingerprints[g] for g in groups if g != self._claim_group]
+        self._claim_fingerprints = [self.fingerprints[self._claim_group], *asked]
         self._bad: dict[int, str] = {}  # row -> what is wrong with its image
         self._digests: dict[int, bytes] = {}  # of the rows to compute
         self._stamps: dict[int, int] = {}  # of the rows to compute: a digest of their file's stat
@@ -108,6 +108,7 @@ class EmbeddingRun:
         yield from self._found_or_computed(left_to_others, limit)
         if self._twins:
             yield []  # only then is it known whose picture could not serve its twins
+            self.give_claims_back()
             yield from self._found_or_computed(self._twins_left_alone(), limit)
 
     def _found_or_computed(
@@ -280,7 +281,7 @@ class EmbeddingRun:
         known = [k for k, i in enumerate(indices) if i not in self._changed]
         digests = [self._digests[indices[k]] for k in known]
         # The claim is given back when the rows that it is on are put: last.
-        for g in sorted(range(len(parts)), key=lambda g: g == self._last_group):
+        for g in sorted(range(len(parts)), key=lambda g: g == self._claim_group):
             rows = parts[g] if len(known) == len(indices) else parts[g][known]
             self.store.put_many(self.fingerprints[g], digests, rows)
         self._claimed.difference_update(indices[k] for k in known)
@@ -306,7 +307,6 @@ class EmbeddingRun:
         lost = self._changed | self._bad.keys()
         alone = [(i, first) for i, first in self._twins if first in lost]
         self._twins = [pair for pair in self._twins if pair[1] not in lost]
-        self.give_claims_back()
         self._digests.update({i: self._digests[first] for i, first in alone})
         return [i for i, _ in alone]
 

@@ -66,7 +66,8 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
     preprocessing : "auto", dict or callable, default="auto"
         ``"auto"``: what the weights were trained with. A dict overrides parts of it
         (``size``, ``crop``, ``mean``, ``std``, ``interpolation``, ``fast_decode``). A
-        callable takes the uint8 H×W×3 array and returns a float 3×H×W array.
+        callable takes the uint8 H×W×3 array and returns a float 3×H×W array; `fit` copies
+        it as it is then.
 
     image_shape : tuple of int or None, default=None
         The shape of one image, ``(height, width)`` or ``(height, width, channels)``, for

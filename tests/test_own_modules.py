@@ -615,6 +615,52 @@ def test_modules_that_preprocessing_imports(tmp_path, monkeypatch):
             assert (now[user] != before[user]) == (is_user_of_gain == is_of_gain), user
 
 
+def test_imports_are_read_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    path = tmp_path / "helper_exits.py"
+    namespace = {"__name__": "user_script"}
+    exec("def use(image, fails=False):\n    if fails:\n        import helper_exits", namespace)
+    found = []
+    for text in ("raise SystemExit", "raise SystemExit  # changed", "not ( Python"):
+        path.write_text(text)
+        found.append(identity(namespace["use"]))
+    assert len(set(found)) == 3
+    assert "helper_exits" not in sys.modules
+
+
+def test_a_module_is_what_was_loaded(tmp_path, monkeypatch):
+    """An edit that was not loaded again is not what runs."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    path = tmp_path / "helper_edited.py"
+    path.write_text("import numpy\nMEAN = numpy.zeros(3)\n")
+    namespace = {"__name__": "user_script"}
+    exec("def use(image):\n    from helper_edited import MEAN\n    return image - MEAN", namespace)
+    use = namespace["use"]
+    use(np.zeros(3))
+    before = identity(use)
+    path.write_text("import numpy\nMEAN = numpy.ones(3)\n")
+    assert identity(use) == before
+    importlib.invalidate_caches()
+    importlib.reload(sys.modules["helper_edited"])
+    assert identity(use) != before
+    del sys.modules["helper_edited"]
+
+
+def test_imports_in_long_code(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "def use(image):\n" + "".join(f"    image.a{k} = {k}.5\n" for k in range(400))
+    namespace = {"__name__": "user_script"}
+    exec(text + "    from helper_far import gain\n    return gain", namespace)
+    found = set()
+    for gain in (1, 2):
+        (tmp_path / "helper_far.py").write_text(f"gain = {gain}")
+        importlib.invalidate_caches()
+        found.add(identity(namespace["use"]))
+    assert len(found) == 2
+
+
 def test_preprocessing_without_a_digest():
     rows = (n for n in range(3))
     with pytest.raises(ValueError, match=r"preprocessing uses <generator .* of which no digest"):

@@ -9,15 +9,16 @@ the order of a set.
 from __future__ import annotations
 
 import dis
+import functools
 import hashlib
-import importlib
 import importlib.util
 import sys
 import threading
 import types
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ _BY_TYPE_ALONE = (type(threading.Lock()), type(threading.RLock()), RemovableHand
 # What every module has: tensors and parts are told apart elsewhere, hooks one by one.
 _BOOKKEEPING = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 _MAX_DEPTH = 64
+# Of a loaded module of the user's own: its spec, and its source when it was first asked for.
+_seen_sources: weakref.WeakKeyDictionary[types.ModuleType, tuple[Any, bytes]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def unique(value: Any) -> bytes:
@@ -126,8 +131,7 @@ class _Digester:
             constants = map(self.of, value.co_consts)
             return _hash("code", value.co_code, *value.co_names, *constants)
         if isinstance(value, types.ModuleType):
-            sources = [_source_of(part) for part in _own_modules(value)]
-            return _hash("package", value.__name__, *sources)
+            return _hash("package", value.__name__, self.of(_sources_behind([value.__name__])))
         if isinstance(value, type):
             made = [vars(c).get(n) for c in _own_bases(value) for n in ("__init__", "__new__")]
             return _hash("class", self._kind(value), *map(self.of, made))
@@ -201,6 +205,9 @@ class _Digester:
             parts += [function.__code__, carried]
             if not _is_installed(home):
                 parts.append(list(_read_globals(function)))
+                package = function.__globals__.get("__package__") or ""
+                if sources := _sources_behind(_imports(function.__code__, package)):
+                    parts.append(sources)
         return _hash("function", name, *map(self.of, parts))
 
     def _instance(self, value: Any) -> bytes:
@@ -256,13 +263,16 @@ def _is_library(module_name: str | None) -> bool:
 
 def _is_installed(module: types.ModuleType | None) -> bool:
     """Whether a module is somebody's package: what its functions read is not looked into."""
-    path = getattr(module, "__file__", None) or ""
+    return _is_installed_file(getattr(module, "__file__", None) or "")
+
+
+def _is_installed_file(path: str) -> bool:
     return "site-packages" in path or "dist-packages" in path
 
 
 def _is_own(module: Any) -> bool:
     """Whether a module is the user's own."""
-    is_module = isinstance(module, types.ModuleType)
+    is_module = issubclass(type(module), types.ModuleType)
     return is_module and not (_is_library(module.__name__) or _is_installed(module))
 
 
@@ -278,17 +288,12 @@ def _read_globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
                 break
             value = getattr(value, attribute, None)
         yield path, value
-    for name, part in sorted(set(_imports(function.__code__, function.__globals__))):
-        module = _imported(name)
-        yield f"import {name}", module
-        if part and _is_own(module):  # `from package import module`: it may still have to be loaded
-            yield part, getattr(module, part, None) or _imported(f"{name}.{part}")
 
 
 def _global_paths(code: types.CodeType) -> Iterator[str]:
     """``"scale"``, ``"settings.scale"``: global names and the attributes taken of each."""
     path = ""
-    for step in dis.get_instructions(code):
+    for step in _steps(code):
         if path and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             path += f".{step.argval}"
             continue
@@ -300,50 +305,85 @@ def _global_paths(code: types.CodeType) -> Iterator[str]:
             yield from _global_paths(constant)
 
 
-def _imports(code: types.CodeType, namespace: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What code imports when it runs: a module's full name, and what it takes of it, or ""."""
-    steps = list(dis.get_instructions(code))
+def _imports(code: types.CodeType, package: str) -> Iterator[str]:
+    """Full names of what code imports when it runs: modules, and what may be one of a package."""
+    steps = _steps(code)
     for i, step in enumerate(steps):
         if step.opname != "IMPORT_NAME":
             continue
         level, names = (before.argval for before in steps[i - 2 : i])  # what the import is given
-        package = namespace.get("__package__") or ""
         try:
-            name = importlib.util.resolve_name("." * int(level or 0) + step.argval, package)
-        except (ImportError, TypeError, ValueError):
+            name = importlib.util.resolve_name("." * level + step.argval, package)
+        except (ImportError, ValueError):  # beyond the top: the import itself will say so
             continue
-        yield from ((name, part) for part in names or ("",))
+        yield name
+        yield from (f"{name}.{part}" for part in names or ())
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _imports(constant, namespace)
+            yield from _imports(constant, package)
 
 
-def _imported(name: str) -> types.ModuleType | None:
-    """A module, loaded as code that imports it is about to do; None for what is none."""
-    if name not in sys.modules and not _is_library(name):
-        try:
-            return importlib.import_module(name)
-        except Exception:  # whatever the module raises is told when the code runs
-            return None
-    return sys.modules.get(name)
+def _steps(code: types.CodeType) -> list[dis.Instruction]:
+    return [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
 
 
-def _own_modules(module: types.ModuleType) -> list[types.ModuleType]:
-    """The module, if it is the user's own, and all others of theirs that it takes anything from."""
-    found = {module} if _is_own(module) else set()
-    todo = list(found)
+def _sources_behind(names: Iterable[str]) -> list[tuple[str, bytes]]:
+    """Source of those modules that are the user's own, and of all that they import in turn.
+
+    Nothing is run or loaded.
+    """
+    found: dict[str, bytes] = {}
+    todo = list(names)
     while todo:
-        values = list(vars(todo.pop()).values())
-        homes = {getattr(value, "__module__", None) for value in values}
-        values += [sys.modules.get(home) for home in homes if isinstance(home, str)]
-        new = {value for value in values if _is_own(value)} - found
-        found |= new
-        todo += new
-    return sorted(found, key=lambda part: part.__name__)
+        name = todo.pop()
+        if name in found or (file := _own_file(name)) is None:
+            continue
+        source = found[name] = _source_of(name, file)
+        parent = name.rpartition(".")[0]
+        todo += [parent] if parent else []  # runs first
+        todo += _imported_by(source, name if file.endswith("__init__.py") else parent)
+    return sorted(found.items())
 
 
-def _source_of(module: types.ModuleType) -> bytes:
+@functools.lru_cache(maxsize=1024)
+def _imported_by(source: bytes, package: str) -> tuple[str, ...]:
     try:
-        return Path(module.__file__ or "").read_bytes()
-    except (AttributeError, OSError):  # a namespace, or made at run time
-        return b""
+        return tuple(_imports(compile(source, "<module>", "exec", dont_inherit=True), package))
+    except (SyntaxError, ValueError):
+        return ()
+
+
+def _own_file(name: str) -> str | None:
+    """The Python file of a module of the user's own, loaded or not; None for any other."""
+    if _is_library(name):
+        return None
+    if (module := sys.modules.get(name)) is not None:
+        file = module.__file__ if _is_own(module) and hasattr(module, "__file__") else None
+    else:
+        places, file = None, None
+        stem = ""
+        for part in name.split("."):
+            stem = f"{stem}.{part}" if stem else part
+            spec = PathFinder.find_spec(stem, places)
+            if spec is None or (stem != name and spec.submodule_search_locations is None):
+                return None
+            places, file = spec.submodule_search_locations, spec.origin
+    return file if file and file.endswith(".py") and not _is_installed_file(file) else None
+
+
+def _source_of(name: str, file: str) -> bytes:
+    """A module's source: of a loaded one as it was when it was first asked for.
+
+    What is edited later does not run before it is loaded again, which gives it another spec.
+    """
+    module = sys.modules.get(name)
+    spec = getattr(module, "__spec__", None)
+    if module is not None and module in _seen_sources and _seen_sources[module][0] is spec:
+        return _seen_sources[module][1]
+    try:
+        source = Path(file).read_bytes()
+    except OSError:
+        source = b""
+    if module is not None:
+        _seen_sources[module] = spec, source
+    return source

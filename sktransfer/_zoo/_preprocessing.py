@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
@@ -238,12 +239,20 @@ def resolve_preprocessing(asked: Any, default: Preprocessing) -> AnyPreprocessin
             )
         return replace(default, **_without_padding(dict(asked), default))
     if callable(asked):
-        return CallablePreprocessing(asked)
+        return CallablePreprocessing(_copied(asked))
     raise ValueError(
         f"preprocessing is {asked!r}: 'auto', a dict with some of "
         f"{[field.name for field in fields(Preprocessing)]}, or a function (uint8 array H×W×3 -> "
         "float array C×H×W) is accepted."
     )
+
+
+def _copied(function: Any) -> Any:
+    """As it is now, like a module given as backbone; itself where it cannot be copied."""
+    try:
+        return copy.deepcopy(function)
+    except Exception:
+        return function
 
 
 def _without_padding(asked: dict[str, Any], default: Preprocessing) -> dict[str, Any]:
