@@ -43,6 +43,9 @@ class ThreadsOf:
     def __init__(self):
         self.found = {}
 
+    def __deepcopy__(self, memo):
+        return self  # the test's own
+
     def __call__(self, picture):
         self.found[threading.get_ident()] = torch.get_num_threads()
         return np.moveaxis(picture[:32, :32], -1, 0).astype(np.float32) / 255
