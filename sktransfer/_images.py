@@ -335,8 +335,11 @@ def _is_read_anew(cell: Any) -> bool:
     """Whether a cell is read again for decoding and no `stat` would tell that it has changed."""
     if isinstance(cell, str):
         return is_url(cell)
-    is_stream = hasattr(cell, "read") and hasattr(cell, "seek")
-    return is_stream or isinstance(cell, Image.Image)
+    return _is_stream(cell) or isinstance(cell, Image.Image)
+
+
+def _is_stream(cell: Any) -> bool:
+    return hasattr(cell, "read") and hasattr(cell, "seek")
 
 
 def _alone(cell: Any) -> Any:
@@ -364,7 +367,7 @@ def _read_cell(cell: Any) -> np.ndarray | Image.Image | bytes:
         return _read_tensor(cell)
     if isinstance(cell, dict):
         return _read_dict(cell)
-    if hasattr(cell, "read") and hasattr(cell, "seek"):
+    if _is_stream(cell):
         return read_stream(cell)
     if hasattr(cell, "to_list"):  # a nested list in a column of polars
         cell = cell.to_list()

@@ -552,6 +552,21 @@ def test_globals_that_preprocessing_reads(monkeypatch):
     assert identity(through_helper) not in (before, between)
 
 
+@pytest.fixture
+def helper_folder(tmp_path, monkeypatch):
+    """A folder from which modules are imported, their source read anew each time."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return tmp_path
+
+
+def script(text):
+    """What a script of this text defines."""
+    namespace = {"__name__": "user_script"}
+    exec(text, namespace)
+    return namespace
+
+
 HELPERS = {
     "helper_gain.py": "gain = 1.0\n",
     "helper_behind.py": "import helper_gain\n",
@@ -588,20 +603,18 @@ from helper_package import lazy
 USERS = ["by_name", "by_from", "by_alias", "by_path", "by_submodule", "by_relative"]
 
 
-def test_modules_that_preprocessing_imports(tmp_path, monkeypatch):
+def test_modules_that_preprocessing_imports(helper_folder):
     """Wherever in them, and as whatever, functions take something of the user's own modules."""
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    (tmp_path / "helper_package").mkdir()
+    (helper_folder / "helper_package").mkdir()
 
     def identities(changed=None):
         for name, text in HELPERS.items():
-            (tmp_path / name).write_text(text.replace("1.0", "0.3") if name == changed else text)
+            text = text.replace("1.0", "0.3") if name == changed else text
+            (helper_folder / name).write_text(text)
         for name in [name for name in sys.modules if name.startswith("helper_")]:
             del sys.modules[name]
         importlib.invalidate_caches()
-        namespace = {"__name__": "user_script"}
-        exec(USES, namespace)
+        namespace = script(USES)
         found = {user: identity(namespace[user]) for user in USERS}
         assert found == {user: identity(namespace[user]) for user in USERS}
         return found
@@ -615,29 +628,23 @@ def test_modules_that_preprocessing_imports(tmp_path, monkeypatch):
             assert (now[user] != before[user]) == (is_user_of_gain == is_of_gain), user
 
 
-def test_imports_are_read_and_not_run(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    path = tmp_path / "helper_exits.py"
-    namespace = {"__name__": "user_script"}
-    exec("def use(image, fails=False):\n    if fails:\n        import helper_exits", namespace)
+def test_imports_are_read_and_not_run(helper_folder):
+    path = helper_folder / "helper_exits.py"
+    use = script("def use(image, fails=False):\n    if fails:\n        import helper_exits")["use"]
     found = []
     for text in ("raise SystemExit", "raise SystemExit  # changed", "not ( Python"):
         path.write_text(text)
-        found.append(identity(namespace["use"]))
+        found.append(identity(use))
     assert len(set(found)) == 3
     assert "helper_exits" not in sys.modules
 
 
-def test_a_module_is_what_was_loaded(tmp_path, monkeypatch):
+def test_a_module_is_what_was_loaded(helper_folder):
     """An edit that was not loaded again is not what runs."""
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    path = tmp_path / "helper_edited.py"
+    path = helper_folder / "helper_edited.py"
     path.write_text("import numpy\nMEAN = numpy.zeros(3)\n")
-    namespace = {"__name__": "user_script"}
-    exec("def use(image):\n    from helper_edited import MEAN\n    return image - MEAN", namespace)
-    use = namespace["use"]
+    text = "def use(image):\n    from helper_edited import MEAN\n    return image - MEAN"
+    use = script(text)["use"]
     use(np.zeros(3))
     before = identity(use)
     path.write_text("import numpy\nMEAN = numpy.ones(3)\n")
@@ -648,16 +655,14 @@ def test_a_module_is_what_was_loaded(tmp_path, monkeypatch):
     del sys.modules["helper_edited"]
 
 
-def test_imports_in_long_code(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
+def test_imports_in_long_code(helper_folder):
     text = "def use(image):\n" + "".join(f"    image.a{k} = {k}.5\n" for k in range(400))
-    namespace = {"__name__": "user_script"}
-    exec(text + "    from helper_far import gain\n    return gain", namespace)
+    use = script(text + "    from helper_far import gain\n    return gain")["use"]
     found = set()
     for gain in (1, 2):
-        (tmp_path / "helper_far.py").write_text(f"gain = {gain}")
+        (helper_folder / "helper_far.py").write_text(f"gain = {gain}")
         importlib.invalidate_caches()
-        found.add(identity(namespace["use"]))
+        found.add(identity(use))
     assert len(found) == 2
 
 

@@ -8,18 +8,13 @@ the order of a set.
 
 from __future__ import annotations
 
-import dis
-import functools
 import hashlib
-import importlib.util
 import sys
 import threading
 import types
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from importlib.machinery import PathFinder
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,17 +22,20 @@ import torch
 from torch import fx, nn
 from torch.utils.hooks import RemovableHandle
 
-_LIBRARIES = frozenset({"torch", "torchvision", "timm", "numpy", "PIL", "sktransfer"})
+from sktransfer._zoo._own_code import (
+    imports,
+    is_installed,
+    is_library,
+    read_globals,
+    sources_behind,
+)
+
 _ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), type(...)})
 # A lock carries nothing that a result could depend on; a handle holds a counter of the process.
 _BY_TYPE_ALONE = (type(threading.Lock()), type(threading.RLock()), RemovableHandle)
 # What every module has: tensors and parts are told apart elsewhere, hooks one by one.
 _BOOKKEEPING = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 _MAX_DEPTH = 64
-# Of a loaded module of the user's own: its spec, and its source when it was first asked for.
-_seen_sources: weakref.WeakKeyDictionary[types.ModuleType, tuple[Any, bytes]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 def unique(value: Any) -> bytes:
@@ -131,7 +129,7 @@ class _Digester:
             constants = map(self.of, value.co_consts)
             return _hash("code", value.co_code, *value.co_names, *constants)
         if isinstance(value, types.ModuleType):
-            return _hash("package", value.__name__, self.of(_sources_behind([value.__name__])))
+            return _hash("package", value.__name__, self.of(sources_behind([value.__name__])))
         if isinstance(value, type):
             made = [vars(c).get(n) for c in _own_bases(value) for n in ("__init__", "__new__")]
             return _hash("class", self._kind(value), *map(self.of, made))
@@ -186,7 +184,7 @@ class _Digester:
     def _function(self, function: types.FunctionType) -> bytes:
         name = _name_of(function)
         home = sys.modules.get(function.__module__)
-        if _is_library(function.__module__) and (
+        if is_library(function.__module__) and (
             getattr(home, function.__qualname__, None) is function
         ):
             return _hash("function", name)
@@ -200,13 +198,13 @@ class _Digester:
                 continue
             # super() holds the class, and makes none.
             parts.append(self._kind(held) if variable == "__class__" else held)
-        if not _is_library(function.__module__):
+        if not is_library(function.__module__):
             carried = {k: v for k, v in vars(function).items() if k != "__wrapped__"}
             parts += [function.__code__, carried]
-            if not _is_installed(home):
-                parts.append(list(_read_globals(function)))
+            if not is_installed(home):
+                parts.append(list(read_globals(function)))
                 package = function.__globals__.get("__package__") or ""
-                if sources := _sources_behind(_imports(function.__code__, package)):
+                if sources := sources_behind(imports(function.__code__, package)):
                     parts.append(sources)
         return _hash("function", name, *map(self.of, parts))
 
@@ -236,7 +234,7 @@ class _Digester:
             return is_function and name not in ("__init__", "__init_subclass__")
         if name in self._names or ("getattr" in self._names and name != "_abc_impl"):
             return True
-        libraries = [c for c in kind.__mro__ if c is not object and _is_library(c.__module__)]
+        libraries = [c for c in kind.__mro__ if c is not object and is_library(c.__module__)]
         return any(hasattr(base, name) for base in libraries)  # it calls what replaces its own
 
 
@@ -253,137 +251,4 @@ def _name_of(thing: Any) -> str:
 
 
 def _own_bases(kind: type) -> list[type]:
-    return [base for base in kind.__mro__ if not _is_library(base.__module__)]
-
-
-def _is_library(module_name: str | None) -> bool:
-    top = (module_name or "builtins").partition(".")[0]
-    return top in sys.stdlib_module_names or top in _LIBRARIES
-
-
-def _is_installed(module: types.ModuleType | None) -> bool:
-    """Whether a module is somebody's package: what its functions read is not looked into."""
-    return _is_installed_file(getattr(module, "__file__", None) or "")
-
-
-def _is_installed_file(path: str) -> bool:
-    return "site-packages" in path or "dist-packages" in path
-
-
-def _is_own(module: Any) -> bool:
-    """Whether a module is the user's own."""
-    is_module = issubclass(type(module), types.ModuleType)
-    return is_module and not (_is_library(module.__name__) or _is_installed(module))
-
-
-def _read_globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """The globals that a function reads, and what it reads of the user's own modules."""
-    for path in sorted(set(_global_paths(function.__code__))):
-        name, *attributes = path.split(".")
-        if name not in function.__globals__:  # a builtin
-            continue
-        value = function.__globals__[name]
-        for attribute in attributes:
-            if not _is_own(value):
-                break
-            value = getattr(value, attribute, None)
-        yield path, value
-
-
-def _global_paths(code: types.CodeType) -> Iterator[str]:
-    """``"scale"``, ``"settings.scale"``: global names and the attributes taken of each."""
-    path = ""
-    for step in _steps(code):
-        if path and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            path += f".{step.argval}"
-            continue
-        if path:
-            yield path
-        path = str(step.argval) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") else ""
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _global_paths(constant)
-
-
-def _imports(code: types.CodeType, package: str) -> Iterator[str]:
-    """Full names of what code imports when it runs: modules, and what may be one of a package."""
-    steps = _steps(code)
-    for i, step in enumerate(steps):
-        if step.opname != "IMPORT_NAME":
-            continue
-        level, names = (before.argval for before in steps[i - 2 : i])  # what the import is given
-        try:
-            name = importlib.util.resolve_name("." * level + step.argval, package)
-        except (ImportError, ValueError):  # beyond the top: the import itself will say so
-            continue
-        yield name
-        yield from (f"{name}.{part}" for part in names or ())
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _imports(constant, package)
-
-
-def _steps(code: types.CodeType) -> list[dis.Instruction]:
-    return [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
-
-
-def _sources_behind(names: Iterable[str]) -> list[tuple[str, bytes]]:
-    """Source of those modules that are the user's own, and of all that they import in turn.
-
-    Nothing is run or loaded.
-    """
-    found: dict[str, bytes] = {}
-    todo = list(names)
-    while todo:
-        name = todo.pop()
-        if name in found or (file := _own_file(name)) is None:
-            continue
-        source = found[name] = _source_of(name, file)
-        parent = name.rpartition(".")[0]
-        todo += [parent] if parent else []  # runs first
-        todo += _imported_by(source, name if file.endswith("__init__.py") else parent)
-    return sorted(found.items())
-
-
-@functools.lru_cache(maxsize=1024)
-def _imported_by(source: bytes, package: str) -> tuple[str, ...]:
-    try:
-        return tuple(_imports(compile(source, "<module>", "exec", dont_inherit=True), package))
-    except (SyntaxError, ValueError):
-        return ()
-
-
-def _own_file(name: str) -> str | None:
-    """The Python file of a module of the user's own, loaded or not; None for any other."""
-    if _is_library(name):
-        return None
-    if (module := sys.modules.get(name)) is not None:
-        file = module.__file__ if _is_own(module) and hasattr(module, "__file__") else None
-    else:
-        places, file = None, None
-        stem = ""
-        for part in name.split("."):
-            stem = f"{stem}.{part}" if stem else part
-            spec = PathFinder.find_spec(stem, places)
-            if spec is None or (stem != name and spec.submodule_search_locations is None):
-                return None
-            places, file = spec.submodule_search_locations, spec.origin
-    return file if file and file.endswith(".py") and not _is_installed_file(file) else None
-
-
-def _source_of(name: str, file: str) -> bytes:
-    """A module's source: of a loaded one as it was when it was first asked for.
-
-    What is edited later does not run before it is loaded again, which gives it another spec.
-    """
-    module = sys.modules.get(name)
-    spec = getattr(module, "__spec__", None)
-    if module is not None and module in _seen_sources and _seen_sources[module][0] is spec:
-        return _seen_sources[module][1]
-    try:
-        source = Path(file).read_bytes()
-    except OSError:
-        source = b""
-    if module is not None:
-        _seen_sources[module] = spec, source
-    return source
+    return [base for base in kind.__mro__ if not is_library(base.__module__)]
