@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -106,11 +105,13 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     # -- fit --------------------------------------------------------------------------------
     def _fit(self, X, y, sample_weight=None, X_val=None, y_val=None, *, goes_on=False):
         """Fit; where that fails the estimator is what it was."""
+        from sktransfer._learning._undoing import undone_on_failure
+
         before = dict(vars(self))
-        if "_tuned" in before and (goes_on or self.warm_start):
-            before["_tuned"] = copy.deepcopy(before["_tuned"])  # it is trained in place
+        trained = before.get("_tuned") if goes_on or self.warm_start else None
         try:
-            return self._fit_from(X, y, sample_weight, X_val, y_val, goes_on)
+            with undone_on_failure(trained):
+                return self._fit_from(X, y, sample_weight, X_val, y_val, goes_on)
         except BaseException:
             self.__dict__ = before
             raise
@@ -135,19 +136,23 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         is_own = is_resumed and old.backbone.has_own_weights and old.backbone.name == self.backbone
         backbone = old.backbone if is_own or not reset else self._load_backbone()
         max_epochs = 1 if goes_on else self.max_epochs
-        plan = UnfreezePlan(self.unfreeze, backbone.stage_names_to_layer, self.max_epochs)
-        lowest = plan.lowest
+        first_epoch = self.n_iter_ if goes_on and is_resumed else 0
+        stage_names = backbone.stage_names_to_layer
+        plan = UnfreezePlan(self.unfreeze, stage_names, self.max_epochs, first_epoch)
+        # `partial_fit` may reach epochs that this fit does not.
+        lowest = plan.lowest if goes_on else plan.first_stage(max(1, max_epochs))
         starts_as_probe = self._starts_as_probe and not is_resumed
         # New pictures in each epoch leave nothing that could be kept.
         makes_new = self.augment is not None or self.mixup > 0 or self.cutmix > 0
         entry = 0 if makes_new else lowest
-        n_stages = len(plan.stage_names)
+        n_stages = len(stage_names)
+        begins_with_head = not makes_new and plan.first_stage(1) == n_stages
         options = {
             "backbone": backbone,
             "settings": self._embedding_settings(),
             # Stages that were trained give others than the backbone does.
             "wants_embeddings": starts_as_probe
-            or (entry == n_stages and not (is_resumed and old.has_own_stages)),
+            or (begins_with_head and not (is_resumed and old.has_own_stages)),
             "on_error": self.on_error,
         }
         data = TrainingData(images, target, weight, **options)
@@ -213,14 +218,22 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             for part in parts:
                 part.forget_pixels()
         train_set = self._training_set(data, sources[0], prepared, train_rows)
-        valid_set = None
-        if len(valid_rows):
-            valid_set = self._training_set(data, sources[0], prepared, valid_rows)
-        elif valid_data is not None:
+        valid_set, v_data = None, valid_data or data
+        if valid_data is not None:
+            valid_rows = np.arange(len(valid_data))
             v_target = self._prepare_target(valid_data.target, valid_data.weight, reset=False)
-            v_rows = np.arange(len(valid_data))
-            valid_set = self._training_set(valid_data, sources[1], v_target, v_rows)
-        first_epoch = self.n_iter_ if goes_on and is_resumed else 0
+            valid_set = self._training_set(valid_data, sources[1], v_target, valid_rows)
+        elif len(valid_rows):
+            valid_set = self._training_set(data, sources[0], prepared, valid_rows)
+        begins_embedded = (
+            begins_with_head
+            and entry < n_stages
+            and all(part.embeddings is not None for part in parts)
+        )
+        if begins_embedded:
+            train_set.give_first(data.embedded(), train_rows)
+            if valid_set is not None:
+                valid_set.give_first(v_data.embedded(), valid_rows)
         averaging = None if goes_on else self.weight_averaging
         if averaging == "auto":
             averaging = "wise_ft" if is_careful else None
@@ -229,13 +242,14 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             train_set,
             valid_set,
             self._training_settings(
-                module, seed + first_epoch, device, keeps_best, goes_on, averaging
+                module, tuned.lowest, seed + first_epoch, device, keeps_best, goes_on, averaging
             ),
             entry=entry,
-            first_stage=lambda epoch: plan.first_stage(epoch + first_epoch),
+            first_stage=plan.first_stage,
             max_epochs=max_epochs,
             first_epoch=first_epoch,
             keeps_net=goes_on and is_resumed,
+            begins_embedded=begins_embedded,
         )
         for part in parts:
             part.report_lost()
@@ -364,34 +378,27 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return TrainingSet(inputs, positions[rows], prepared[rows], weight)
 
     def _training_settings(
-        self, module, seed=0, device=None, keeps_best=False, goes_on=False, averaging=None
+        self, module, lowest, seed=0, device=None, keeps_best=False, goes_on=False, averaging=None
     ):
         from sktransfer._inference import resolve_device
         from sktransfer._training import TrainingSettings
 
+        taken_over = (
+            "layer_decay", "optimizer", "weight_decay", "gradient_clip", "augment", "mixup",
+            "cutmix", "l2_sp", "batch_size", "tol", "callbacks", "verbose",
+        )  # fmt: skip
         return TrainingSettings(
+            **{name: getattr(self, name) for name in taken_over},
             kind=self._kind,
             n_outputs=self._n_outputs,
-            lr=module.suggested_lr() if self.lr == "auto" else self.lr,
-            layer_decay=self.layer_decay,
-            optimizer=self.optimizer,
-            weight_decay=self.weight_decay,
+            lr=module.suggested_lr(lowest) if self.lr == "auto" else self.lr,
             lr_schedule="constant" if goes_on else self.lr_schedule,
-            gradient_clip=self.gradient_clip,
-            augment=self.augment,
-            mixup=self.mixup,
-            cutmix=self.cutmix,
             label_smoothing=getattr(self, "label_smoothing", 0.0),
-            l2_sp=self.l2_sp,
             weight_averaging=averaging,
-            batch_size=self.batch_size,
             keeps_best=keeps_best,
             patience=self.n_iter_no_change,
-            tol=self.tol,
-            callbacks=self.callbacks,
             device=device or resolve_device(self.device),
             seed=seed,
-            verbose=self.verbose,
         )
 
     # -- from images to scores --------------------------------------------------------------
@@ -474,7 +481,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
             module = self._tuned.module()
             module.freeze(min(self._tuned.lowest, len(module.stages)))
-            settings = self._training_settings(module)
+            settings = self._training_settings(module, self._tuned.lowest)
             self._tuned.net = make_net(module, settings)
             self._tuned.net_made_for = made_for(settings)
         return self._tuned.net

@@ -89,7 +89,9 @@ PARAMETERS = """\
     augment : {"light", "strong"}, callable or None, default=None
         Changes to training pictures, new in each epoch: ``"light"`` mirrors and crops,
         ``"strong"`` crops more and changes colours; a callable takes and returns one uint8
-        tensor (channels, height, width). Validation rows and predictions see none of it.
+        tensor (channels, height, width), and draws from torch's random state to be repeatable.
+        Where `preprocessing` is a callable, what it returns is changed, its colours apart.
+        Validation rows and predictions see none of it.
 
     mixup : float, default=0.0
         α of mixup: each training picture is blended with another of its batch, λ of the one

@@ -75,3 +75,18 @@ def own_random_state(seed: int | None = None, device: torch.device | str = "cpu"
             yield
     finally:
         _callers_state.leave()
+
+
+@contextlib.contextmanager
+def repeatable_kernels(device: torch.device) -> Iterator[None]:
+    """Let cuDNN take the same algorithms each time; what else is set for it stays as it is."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before

@@ -7,6 +7,7 @@ import dis
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,10 @@ import torch
 from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
 from skorch.callbacks import Callback, LRScheduler
 from skorch.helper import predefined_split
-from torch.nn import functional as F
 
-from sktransfer._learning._augment import resolve_augment
+from sktransfer._learning._changes import BatchChange
 from sktransfer._learning._gradient_scaling import GradientScaling
 from sktransfer._learning._losses import WeightedLoss
-from sktransfer._learning._mixing import mix
 from sktransfer._learning._optimizers import (
     Optimizer,
     as_optimizer,
@@ -39,7 +38,7 @@ from sktransfer._learning._training_callbacks import (
 from sktransfer._learning._training_rows import Batches, TrainingSet
 from sktransfer._learning._tuned_network import TunedNetwork
 from sktransfer._learning._weight_average import WeightAverage
-from sktransfer._random_state import own_random_state
+from sktransfer._random_state import own_random_state, repeatable_kernels
 
 _OURS = (
     "weight_average", "unfreezing", "learning_rates", "gradient_scaling", "gradient_rules",
@@ -112,6 +111,7 @@ def train(
     max_epochs: int,
     first_epoch: int = 0,
     keeps_net: bool = False,
+    begins_embedded: bool = False,
 ) -> TrainingResult:
     """Train in place.
 
@@ -130,32 +130,41 @@ def train(
     keeps_net : bool, default=False
         Whether to go on with the net that is there, its optimizer, callbacks and history
         (``partial_fit``), if those are the optimizer and the callbacks that are asked for.
+    begins_embedded : bool, default=False
+        Whether the sets give embeddings until the first stages join the head.
     """
-    _check_callbacks(settings)
     module = tuned.module(whole=entry < len(tuned.stage_names))
     module.entry = entry if module.stages else 0
+    start = min(first_stage(1), len(module.stages))
+    _check_callbacks(settings, joins_later=tuned.lowest < start)
+    row_sets = [rows for rows in (train_set, valid_set) if rows is not None]
+    module.takes_embeddings = begins_embedded
     n_batches = -(-len(train_set) // settings.batch_size)
     with (
         own_random_state(settings.seed, settings.device),  # drop-out draws from it
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+        repeatable_kernels(settings.device),
     ):
         shuffler, changer = (torch.Generator() for _ in range(2))
         shuffler.manual_seed(settings.seed)
         changer.manual_seed(settings.seed + 1)
-        change = _change(settings, changer)
+        change = None
+        if settings.augment is not None or settings.mixup or settings.cutmix:
+            change = BatchChange(
+                settings.augment, settings.mixup, settings.cutmix,
+                settings.n_outputs if settings.kind == "multiclass" else None, changer,
+            )  # fmt: skip
         valid = None
         if valid_set is not None and len(valid_set):
             valid = Batches(valid_set, max(settings.batch_size, 64), settings.device)
         result = TrainingResult()
         log = EpochLog(
             settings.kind, result.history, first_epoch, valid, settings.keeps_best,
-            settings.patience, settings.tol,
+            settings.patience, settings.tol, tuned.lowest,
         )  # fmt: skip
         module.to(settings.device)
         module.stages.to(memory_format=torch.channels_last)  # as the batches are
         asked = made_for(settings)
         net = tuned.net if keeps_net and tuned.net_made_for == asked else None
-        start = min(first_stage(1), len(module.stages))
         if net is not None and (net.device != str(settings.device) or start > module.n_frozen):
             net = None  # its optimizer is on the other device, or holds what is frozen now
         if net is None:
@@ -168,7 +177,8 @@ def train(
         is_half = bool(module.stages) and module.precision == "float16"
         callbacks = [
             ("weight_average", average or Callback()),
-            ("unfreezing", Unfreezing(first_stage, _groups_of(module, settings))),
+            ("unfreezing", Unfreezing(
+                first_stage, partial(_stage_groups, module=module, settings=settings), row_sets)),
             ("learning_rates", LearningRates(
                 resolve_schedule(settings.lr_schedule), max(1, max_epochs * n_batches))),
             ("gradient_scaling", GradientScaling(settings.device) if is_half else Callback()),
@@ -195,10 +205,19 @@ def train(
         tuned.net, tuned.net_made_for = net, asked
         try:
             result.is_interrupted = _run(net, train_set, max_epochs)
+        except Exception as error:
+            if valid is None and "valid_" in str(error):
+                error.add_note(
+                    "There is no validation part that a callback could watch: give X_val and "
+                    "y_val, or early_stopping=True."
+                )
+            raise
         finally:
             tuned.has_changed()
             module.eval()
+            module.entry, module.takes_embeddings = 0, False
             net.train_split = None  # the rows need not outlive the training
+            row_sets.clear()
     result.n_iter = log.epoch
     result.best_epoch = log.epoch
     if settings.keeps_best and log.best_epoch is not None:
@@ -226,15 +245,11 @@ def make_net(
     # Places are kept for ours, should training go on later.
     own: list[Any] = list(callbacks or [(name, Callback()) for name in _OURS])
     # The user's stay as they are, so that the estimator can be cloned.
-    own += copy.deepcopy(list(settings.callbacks or []))
-
-    def optimizer(_: Any, **kwargs: Any) -> Any:
-        groups = _all_groups(module, settings, module.n_frozen)
-        return make_optimizer(settings.optimizer, groups, settings.lr)
+    own += [_own_copy(callback) for callback in settings.callbacks or []]
 
     arguments: dict[str, Any] = {
         "criterion": WeightedLoss(settings.kind, settings.label_smoothing),
-        "optimizer": optimizer,
+        "optimizer": partial(_optimizer_of, module=module, settings=settings),
         "lr": settings.lr,
         "batch_size": settings.batch_size,
         "iterator_train": Batches,
@@ -255,6 +270,16 @@ def make_net(
     return net.initialize()
 
 
+def _own_copy(callback: Any) -> Any:
+    """A callback, or its pair with a name, to be written to; a writer or a run stays shared."""
+    if isinstance(callback, tuple):
+        return (*callback[:-1], _own_copy(callback[-1]))
+    try:
+        return copy.deepcopy(callback)
+    except TypeError:  # it holds a lock, an open file or a connection
+        return copy.copy(callback)
+
+
 def made_for(settings: TrainingSettings) -> tuple[Any, list[Any]]:
     """What a net is made for: where it is no longer the same, the net is made anew."""
     optimizer = as_optimizer(settings.optimizer)
@@ -263,14 +288,20 @@ def made_for(settings: TrainingSettings) -> tuple[Any, list[Any]]:
     return optimizer, list(settings.callbacks or [])
 
 
-def _check_callbacks(settings: TrainingSettings) -> None:
+def _check_callbacks(settings: TrainingSettings, joins_later: bool) -> None:
     for callback in settings.callbacks or []:
         kept = callback[1] if isinstance(callback, tuple) else callback
-        is_scheduler = kept is LRScheduler or isinstance(kept, LRScheduler)
-        if is_scheduler and settings.lr_schedule != "constant":
+        if not (kept is LRScheduler or isinstance(kept, LRScheduler)):
+            continue
+        if settings.lr_schedule != "constant":
             raise ValueError(
                 f"callbacks holds {kept!r}, and lr_schedule={settings.lr_schedule!r} would undo at "
                 "each step what it sets: give lr_schedule='constant' with it, or leave it out."
+            )
+        if joins_later:
+            raise ValueError(
+                f"callbacks holds {kept!r}, which knows no stage that joins in a later epoch: give "
+                "an `unfreeze` that stays the same with it, or a function as lr_schedule instead."
             )
 
 
@@ -303,23 +334,27 @@ def _raised_by_callback(interrupt: KeyboardInterrupt) -> bool:
     return code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
-def _groups_of(module: Any, settings: TrainingSettings) -> Callable[[int, int], list]:
-    """(start, stop) -> optimizer groups of these stages, each with its learning rate."""
-
-    def groups(start: int, stop: int) -> list[dict[str, Any]]:
-        made = []
-        for name, distance, parameters in module.groups(start, stop):
-            lr = settings.lr * settings.layer_decay**distance
-            made += parameter_groups(name, parameters, lr, settings.weight_decay)
-        return made
-
-    return groups
+def _stage_groups(
+    start: int, stop: int, module: Any, settings: TrainingSettings
+) -> list[dict[str, Any]]:
+    """Optimizer groups of the stages from `start` to `stop`, each with its learning rate."""
+    made = []
+    for name, distance, parameters in module.groups(start, stop):
+        lr = settings.lr * settings.layer_decay**distance
+        made += parameter_groups(name, parameters, lr, settings.weight_decay)
+    return made
 
 
 def _all_groups(module: Any, settings: TrainingSettings, start: int) -> list[dict[str, Any]]:
     """Groups of the head and of the stages from `start` on."""
-    head = parameter_groups("head", module.head.parameters(), settings.lr, settings.weight_decay)
-    return head + _groups_of(module, settings)(start, len(module.stages))
+    own = [p for p in module.head.parameters() if p.requires_grad]
+    head = parameter_groups("head", own, settings.lr, settings.weight_decay)
+    return head + _stage_groups(start, len(module.stages), module, settings)
+
+
+def _optimizer_of(_: Any, *, module: Any, settings: TrainingSettings, **kwargs: Any) -> Any:
+    groups = _all_groups(module, settings, module.n_frozen)
+    return make_optimizer(settings.optimizer, groups, settings.lr)
 
 
 def _change_groups(optimizer: Any, wanted: list[dict[str, Any]]) -> None:
@@ -340,26 +375,6 @@ def _anchors(
         key: value.to(settings.device, copy=True)
         for key, value in tuned.pretrained_values().items()
     }
-
-
-def _change(settings: TrainingSettings, generator: torch.Generator) -> Callable | None:
-    """What augmentation, mixup and cutmix make of a training batch."""
-    augment = resolve_augment(settings.augment, generator)
-    is_mixing = bool(settings.mixup or settings.cutmix)
-    if augment is None and not is_mixing:
-        return None
-
-    def change(x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> tuple:
-        if augment is not None:
-            n_columns = x.shape[1]
-            x = augment(x.flatten(0, 1)).unflatten(0, (-1, n_columns))
-        if is_mixing:
-            if settings.kind == "multiclass":
-                target = F.one_hot(target, settings.n_outputs).float()
-            x, target, weight = mix(x, target, weight, settings.mixup, settings.cutmix, generator)
-        return x, target, weight
-
-    return change
 
 
 def report(result: TrainingResult, class_name: str, probe_started: bool, trains_more: bool) -> None:

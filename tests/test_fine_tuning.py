@@ -599,13 +599,6 @@ def test_net_is_skorchs(stripes, capsys):
     )
 
 
-def test_the_net_takes_pictures_itself(stripes):
-    X, y = stripes
-    model = small(preprocessing={"size": 20, "crop": 20}).fit(X, y)
-    pixels = torch.from_numpy(X).permute(0, 3, 1, 2)[:, None]
-    np.testing.assert_allclose(model.net_.predict_proba(pixels), model.predict_proba(X), atol=1e-5)
-
-
 # -- scikit-learn ----------------------------------------------------------------------------
 def test_grid_search(stripes):
     X, y = stripes

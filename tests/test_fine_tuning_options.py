@@ -40,6 +40,34 @@ def test_impossible_settings_are_told_before_loading(stripes, parameters, messag
         small(**parameters).fit(*stripes)
 
 
+@pytest.mark.parametrize("switch", ["backends", "conv"])
+def test_the_callers_choice_of_tf32_stays(stripes, switch):
+    where = torch.backends if switch == "backends" else torch.backends.cudnn.conv
+    before = where.fp32_precision
+    where.fp32_precision = "ieee"
+    try:
+        small(unfreeze=0, max_epochs=1).fit(*stripes)
+        assert where.fp32_precision == "ieee"
+    finally:
+        where.fp32_precision = before
+
+
+def test_strong_augmentation_keeps_the_range_of_what_a_function_prepared():
+    from sktransfer._learning._augment import RandomViews
+
+    x = torch.randn((8, 3, 12, 12), generator=torch.Generator().manual_seed(0))
+    views = RandomViews("strong", torch.Generator().manual_seed(1))(x)
+    assert views.min() < -1
+    assert (views.amin((2, 3)) >= x.amin((2, 3)) - 1e-5).all()
+    assert (views.amax((2, 3)) <= x.amax((2, 3)) + 1e-5).all()
+    # Pixels have their colours changed, within what pixels can be.
+    pixels = torch.full((8, 3, 12, 12), 200, dtype=torch.uint8)
+    changed = RandomViews("strong", torch.Generator().manual_seed(1))(pixels)
+    assert changed.std((1, 2, 3)).max() < 1 < changed.mean((1, 2, 3)).std()
+    assert changed.min() >= 0
+    assert changed.max() <= 255
+
+
 # -- mixup and cutmix ------------------------------------------------------------------------
 def batch_of(n=6, n_outputs=3, n_columns=2, size=9):
     """Pictures that each have one value everywhere, so that a mean tells what they are made of."""
@@ -210,7 +238,7 @@ def test_wise_ft_is_half_way_or_further(stripes, unfreeze, rows, share, monkeypa
     start, end, averaged = (
         weights_of(small(**settings | changed).fit(X, y))
         for changed in (
-            {"max_epochs": 0},
+            {"max_epochs": 0, "unfreeze": "all"},
             {"weight_averaging": None},
             {"weight_averaging": "wise_ft"},
         )

@@ -37,12 +37,12 @@ class RandomViews:
         self.generator = generator
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return float pixels in 0…255; `pixels` is uint8 or float, N×C×H×W."""
+        """Return float pixels in 0…255, N×C×H×W; what is no uint8 keeps its range and colours."""
         x = pixels.float()
         x = F.grid_sample(
             x, self._grid(x), mode="bilinear", padding_mode="reflection", align_corners=False
         )
-        if self.colour:
+        if self.colour and pixels.dtype == torch.uint8:
             x = self._recoloured(x)
         return x
 
@@ -77,7 +77,7 @@ class RandomViews:
 
 
 class EachPicture:
-    """A user's own augmentation, called with one picture (C×H×W, uint8) after another."""
+    """A user's own augmentation, called with one picture (C×H×W) after another."""
 
     def __init__(self, function: Callable[[torch.Tensor], Any]):
         self.function = function

@@ -13,6 +13,7 @@ from skorch.callbacks import Callback
 
 from sktransfer._learning._losses import validation_score
 from sktransfer._learning._schedules import Schedule
+from sktransfer._learning._training_rows import TrainingSet
 
 
 class Unfreezing(Callback):
@@ -24,10 +25,17 @@ class Unfreezing(Callback):
         Epoch, counted from 1 -> position of the lowest trained stage.
     groups : callable
         (start, stop) -> optimizer groups of these stages.
+    row_sets : list of TrainingSet
+        They go on with their own rows where they gave embeddings to the head alone.
     """
 
-    def __init__(self, first_stage: Callable[[int], int], groups: Callable[[int, int], list]):
-        self.first_stage, self.groups = first_stage, groups
+    def __init__(
+        self,
+        first_stage: Callable[[int], int],
+        groups: Callable[[int, int], list],
+        row_sets: list[TrainingSet],
+    ):
+        self.first_stage, self.groups, self.row_sets = first_stage, groups, row_sets
         self.epoch = 0
 
     def on_epoch_begin(self, net: Any, **kwargs: Any) -> None:
@@ -39,6 +47,9 @@ class Unfreezing(Callback):
                 # The others' moments stay as they are.
                 net.optimizer_.add_param_group(group)
             module.freeze(start)
+            module.takes_embeddings = False
+            for rows in self.row_sets:
+                rows.go_on()
 
 
 class LearningRates(Callback):
@@ -146,6 +157,8 @@ class EpochLog(Callback):
         Whether to keep the best epoch's weights.
     patience, tol : int, float
         Training ends when the score has not grown by more than `tol` for so many epochs.
+    lowest : int
+        Position of the lowest stage that is ever trained.
     """
 
     def __init__(
@@ -157,10 +170,11 @@ class EpochLog(Callback):
         keeps_best: bool,
         patience: int,
         tol: float,
+        lowest: int,
     ):
         self.kind, self.history, self.epoch = kind, history, first_epoch
         self.valid, self.keeps_best = valid, keeps_best
-        self.patience, self.tol = patience, tol
+        self.patience, self.tol, self.lowest = patience, tol, lowest
         self.best_epoch: int | None = None
         self.best_score = -math.inf
         self.best_loss = math.inf
@@ -235,7 +249,7 @@ class EpochLog(Callback):
         if score > self.best_score or (score == self.best_score and loss < self.best_loss):
             self.best_score, self.best_loss, self.best_epoch = score, loss, row["epoch"]
             if self.keeps_best:
-                self.best_state = snapshot(net.module_)
+                self.best_state = snapshot(net.module_, self.lowest)
         if score > self._to_beat + self.tol or self._to_beat == -math.inf:
             self._to_beat, self._n_without_gain = score, 0
         else:
@@ -245,12 +259,12 @@ class EpochLog(Callback):
             raise KeyboardInterrupt  # skorch's way to end a training
 
 
-def snapshot(module: Any) -> dict[str, torch.Tensor]:
-    """Copies of what may be trained: the head and all stages from the input's place on."""
+def snapshot(module: Any, lowest: int) -> dict[str, torch.Tensor]:
+    """Copies of what may be trained: the head and all stages from `lowest` on."""
     return {
         name: tensor.detach().clone()
         for name, tensor in module.state_dict().items()
-        if _may_change(name, module.entry)
+        if _may_change(name, lowest)
     }
 
 
@@ -259,6 +273,6 @@ def restore(module: Any, state: dict[str, torch.Tensor]) -> None:
     module.load_state_dict(state, strict=False)
 
 
-def _may_change(name: str, entry: int) -> bool:
+def _may_change(name: str, lowest: int) -> bool:
     part, _, rest = name.partition(".")
-    return part == "head" or (part == "stages" and int(rest.partition(".")[0]) >= entry)
+    return part == "head" or (part == "stages" and int(rest.partition(".")[0]) >= lowest)

@@ -143,6 +143,11 @@ class TrainingData:
         # Columns of images stand beside each other in each view.
         return own.swapaxes(1, 2).reshape(n_rows, n_views, width)
 
+    def embedded(self) -> Kept:
+        """The rows' embeddings as inputs: (n_columns, n_features) each."""
+        assert self.embeddings is not None
+        return Kept(self.embeddings.reshape(len(self), self._n_columns, -1))
+
     def source(
         self, module: Any, entry: int, n_stages: int, device: torch.device, n_pretrained: int
     ) -> tuple[Any, np.ndarray, int]:
@@ -167,8 +172,7 @@ class TrainingData:
         everywhere = np.arange(len(self))
         # Stages that are there pool by themselves, and may have been trained before.
         if entry == n_stages and self.embeddings is not None and not module.stages:
-            shape = (len(self.embeddings), self._n_columns, -1)
-            return Kept(self.embeddings.reshape(shape)), everywhere, entry
+            return self.embedded(), everywhere, entry
         if entry > 0:
             module.to(device)
             fingerprint = None

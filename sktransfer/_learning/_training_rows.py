@@ -242,6 +242,7 @@ class TrainingSet(torch.utils.data.Dataset):
 
     def __init__(self, source: Any, index: np.ndarray, target: np.ndarray, weight: np.ndarray):
         self.source, self.index = source, index
+        self._later: tuple[Any, np.ndarray] | None = None
         self.target = torch.from_numpy(np.ascontiguousarray(target))
         mean = weight.mean() if len(weight) else 1.0
         self.weight = torch.from_numpy(weight / mean).float()
@@ -252,6 +253,16 @@ class TrainingSet(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         x, target, weight = self.take(np.array([i]))
         return {"x": x[0], "weight": weight[0]}, target[0]
+
+    def give_first(self, source: Any, index: np.ndarray) -> None:
+        """Give rows of another source until :meth:`go_on` is called."""
+        self._later = self.source, self.index
+        self.source, self.index = source, index
+
+    def go_on(self) -> None:
+        """Give rows of the own source from now on."""
+        if self._later is not None:
+            (self.source, self.index), self._later = self._later, None
 
     def take(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Inputs, targets and weights of some rows."""

@@ -42,6 +42,8 @@ class TunedModule(nn.Module):
         Position of the stage whose input :meth:`forward` takes: 0 for pixels.
     n_frozen : int
         How many of the stages are frozen.
+    takes_embeddings : bool
+        Whether what comes in are embeddings although there are stages: all of them are frozen.
     """
 
     scale: torch.Tensor
@@ -62,7 +64,7 @@ class TunedModule(nn.Module):
         self.stages = nn.ModuleList([module for _, module in stages])
         self.pooling, self.head = pooling, head
         self.moves_statistics, self.precision = moves_statistics, precision
-        self.entry = 0
+        self.entry, self.takes_embeddings = 0, False
         self.n_frozen = len(self.stages)
         self.is_normalising = mean is not None
         if mean is not None and std is not None:
@@ -83,7 +85,7 @@ class TunedModule(nn.Module):
         """Embeddings (n, n_columns · width), float32."""
         n_rows = len(x)
         x = x.flatten(0, 1)
-        if self.stages:
+        if self.stages and not self.takes_embeddings:
             with torch.autocast(x.device.type, _DTYPES.get(self.precision), self._is_mixed):
                 x = self._run(x, self.entry, len(self.stages), self.pooling)
         return x.float().reshape(n_rows, -1)
@@ -127,10 +129,13 @@ class TunedModule(nn.Module):
         return sum(name != "pool" for name in self.stage_names[self.n_frozen :])
 
     def freeze(self, n_frozen: int) -> None:
-        """Freeze the first `n_frozen` stages and thaw the others."""
+        """Freeze the first `n_frozen` stages and thaw the others.
+
+        What a frozen stage shares with another stands still.
+        """
         self.n_frozen = n_frozen
-        for i, stage in enumerate(self.stages):
-            stage.requires_grad_(i >= n_frozen)
+        self.stages[n_frozen:].requires_grad_(True)
+        self.stages[:n_frozen].requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> TunedModule:
@@ -146,29 +151,32 @@ class TunedModule(nn.Module):
                         part.eval()
         return self
 
-    def suggested_lr(self) -> float:
-        """The head's learning rate where none is given.
+    def suggested_lr(self, lowest: int) -> float:
+        """The head's learning rate where none is given, and stages from `lowest` on are trained.
 
         Where nothing normalises the activations (AlexNet, VGG, SqueezeNet) the steps that others
         take well lead astray.
         """
         parts = [type(part).__name__.lower() for part in self.stages.modules()]
         has_norm = any("norm" in name and "response" not in name for name in parts)
-        return 3e-4 if has_norm or not len(self.stages) else 1e-4
+        return 3e-4 if has_norm or lowest >= len(self.stages) else 1e-4
 
     def groups(self, start: int, stop: int | None = None) -> list[tuple[str, int, list[Any]]]:
         """(stage, distance from the head, parameters) of the stages from `start` to `stop`.
 
-        What only pools is as far from the head as the stage below it.
+        What only pools is as far from the head as the stage below it. What several stages share
+        belongs to the lowest of them.
         """
         found: list[tuple[str, int, list[Any]]] = []
-        seen: set[int] = set()
+        lowest: dict[int, int] = {}
+        for i, stage in enumerate(self.stages):
+            for parameter in stage.parameters():
+                lowest.setdefault(id(parameter), i)
         distance = 0
         for i in range(len(self.stages) - 1, -1, -1):
             if self.stage_names[i] != "pool":
                 distance += 1
-            own = [p for p in self.stages[i].parameters() if id(p) not in seen]
-            seen.update(map(id, own))
+            own = [p for p in self.stages[i].parameters() if lowest[id(p)] == i]
             if start <= i < (len(self.stages) if stop is None else stop) and own:
                 found.append((self.stage_names[i], max(1, distance), own))
         return found

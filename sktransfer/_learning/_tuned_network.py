@@ -109,7 +109,7 @@ class TunedNetwork:
         )
         self._root = root
         if self._kept is not None:
-            _load(module, self._kept, self.lowest)
+            self.put_into(module, self._kept)
         return module
 
     # -- what was trained -------------------------------------------------------------------
@@ -129,6 +129,10 @@ class TunedNetwork:
         self._module = self._root = self._tuned = None
         if self.has_own_stages:
             self.module()  # checks names and shapes
+
+    def put_into(self, module: TunedModule, state: dict[str, np.ndarray]) -> None:
+        """Let a module's trained stages be what :meth:`trained_state` gave."""
+        _load(module, state, self.lowest)
 
     def expected_state(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of what :meth:`trained_state` gives."""

@@ -21,6 +21,8 @@ class UnfreezePlan:
     stage_names : sequence of str
         The stages below the head, in the order in which they run.
     max_epochs : int
+    first_epoch : int, default=0
+        Epochs that were trained before: a training begins with the one after it.
 
     Examples
     --------
@@ -30,8 +32,10 @@ class UnfreezePlan:
     [4, 4, 1, 1, 1]
     """
 
-    def __init__(self, unfreeze: Any, stage_names: Sequence[str], max_epochs: int):
-        self.stage_names = list(stage_names)
+    def __init__(
+        self, unfreeze: Any, stage_names: Sequence[str], max_epochs: int, first_epoch: int = 0
+    ):
+        self.stage_names, self.first_epoch = list(stage_names), first_epoch
         self._units = [i for i, name in enumerate(self.stage_names) if name != "pool"]
         self._steps = self._read(unfreeze, max_epochs)
 
@@ -46,10 +50,10 @@ class UnfreezePlan:
         return min(self._first(k) for _, k in self._steps)
 
     def first_stage(self, epoch: int) -> int:
-        """Position of the lowest stage that is trained in `epoch`, which counts from 1."""
+        """Position of the lowest stage trained in a training's `epoch`, which counts from 1."""
         k = 0
         for start, value in self._steps:
-            if epoch >= start:
+            if epoch + self.first_epoch >= start:
                 k = value
         return self._first(k)
 
