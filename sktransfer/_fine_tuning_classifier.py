@@ -5,15 +5,19 @@ from __future__ import annotations
 from numbers import Real
 
 import numpy as np
+from scipy.special import expit, log_softmax
 from sklearn.base import ClassifierMixin, _fit_context
+from sklearn.metrics import accuracy_score
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from sktransfer._fine_tuning_base import BaseFineTuning
 from sktransfer._fine_tuning_docs import documented
+from sktransfer._learning._class_weights import balanced_factors, class_weights
 from sktransfer._learning._targets import (
+    are_strings,
     check_y_given,
-    class_factors,
     codes_of,
+    read_classes,
     read_labels,
     shown,
     sorted_classes,
@@ -203,13 +207,14 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         X, y, sample_weight
             As in `fit`.
         classes : array-like of shape (n_classes,), default=None
-            All classes there will be, in the first call.
+            All classes there will be, in the first call; for several labels per row they can
+            only be the numbers of the columns of `y`.
 
         Returns
         -------
         self : FineTuningClassifier
         """
-        self._classes_given = None if classes is None else sorted_classes(np.asarray(classes))
+        self._classes_given = None if classes is None else read_classes(classes)
         try:
             return self._fit(X, y, sample_weight, goes_on=True)
         finally:
@@ -244,9 +249,25 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         """
         scores = self._scores(X)
         if self._kind == "multilabel":
-            return 1 / (1 + np.exp(-scores))
+            return expit(scores)
         powers = np.exp(scores - scores.max(axis=1, keepdims=True))
         return powers / powers.sum(axis=1, keepdims=True)
+
+    def predict_log_proba(self, X):
+        """Return logarithms of the probabilities, finite also where these are too small.
+
+        Parameters
+        ----------
+        X : list, array, Series or data frame of n_samples images
+
+        Returns
+        -------
+        log_proba : ndarray of shape (n_samples, n_classes), float64
+        """
+        scores = self._scores(X)
+        if self._kind == "multilabel":
+            return -np.logaddexp(0, -scores)  # log(1 / (1 + exp(-s)))
+        return log_softmax(scores, axis=1)
 
     def predict(self, X):
         """Return labels.
@@ -265,41 +286,87 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
             return (scores > 0).astype(np.int64)
         return self.classes_[scores.argmax(axis=1)]
 
+    def score(self, X, y, sample_weight=None):
+        """Return the accuracy; of several labels per row all must be right.
+
+        Parameters
+        ----------
+        X : list, array, Series or data frame of n_samples images
+        y : array-like of shape (n_samples,) or (n_samples, n_labels)
+        sample_weight : array-like of shape (n_samples,), default=None
+
+        Returns
+        -------
+        score : float
+        """
+        predicted = self.predict(X)
+        labels, _ = read_labels(y, len(predicted))
+        if predicted.dtype.kind == "O" and not are_strings(predicted):
+            # scikit-learn's accuracy takes no other objects than strings.
+            return float(np.average(predicted == labels, weights=sample_weight))
+        return accuracy_score(labels, predicted, sample_weight=sample_weight)
+
     @property
     def _n_outputs(self):
         return len(self.classes_)
 
     def _read_target(self, y, n_rows, *, reset, name="y"):
-        check_y_given(y, type(self).__name__)
+        check_y_given(y, type(self).__name__, name)
         labels, is_multilabel = read_labels(y, n_rows, name)
-        given = vars(self).get("_classes_given")
-        if not reset:
-            if given is not None and not np.array_equal(given, self.classes_):
-                raise ValueError(
-                    f"classes={given!r} is not the same as in the first call to partial_fit, "
-                    f"which was {self.classes_!r}."
-                )
-            if is_multilabel != (self._kind == "multilabel") or (
-                is_multilabel and labels.shape[1] != len(self.classes_)
-            ):
-                raise ValueError(
-                    f"{name} has shape {labels.shape}, but this {type(self).__name__} was fitted "
-                    f"on {self._kind} targets with {len(self.classes_)} classes."
-                )
-            return labels if is_multilabel else codes_of(labels, self.classes_, name)
-        classes = np.arange(labels.shape[1]) if is_multilabel else sorted_classes(labels)
-        if given is not None and not is_multilabel:
-            codes_of(labels, given, name)
-            classes = given
-        goes_on = self.warm_start and given is None and "_tuned" in vars(self)
-        if goes_on and not np.array_equal(classes, self.classes_):
+        if reset:
+            self._settle_classes(labels, "multilabel" if is_multilabel else "multiclass")
+        elif is_multilabel != (self._kind == "multilabel") or (
+            is_multilabel and labels.shape[1] != len(self.classes_)
+        ):
             raise ValueError(
-                "warm_start can only be used where `self.classes_` remains the same as in "
-                f"the last fit. Previously got {self.classes_}, y has {classes}."
+                f"{name} has shape {labels.shape}, but this {type(self).__name__} was fitted "
+                f"on {self._kind} targets with {len(self.classes_)} classes."
             )
-        self.classes_ = classes
-        self._kind = "multilabel" if is_multilabel else "multiclass"
-        return labels if is_multilabel else codes_of(labels, classes, name)
+        given = vars(self).get("_classes_given")
+        if given is not None and not np.array_equal(given, self.classes_):
+            raise ValueError(
+                f"classes={given!r} is not the same as in the first call to partial_fit, "
+                f"which was {self.classes_!r}."
+            )
+        self._check_class_weight()
+        return labels if is_multilabel else codes_of(labels, self.classes_, name)
+
+    def _settle_classes(self, labels, kind):
+        """Note what is told apart from now on."""
+        given = vars(self).get("_classes_given")
+        if kind == "multilabel":
+            classes = np.arange(labels.shape[1])
+            if given is not None and not np.array_equal(given, classes):
+                raise ValueError(
+                    f"classes={given!r}, but y has several labels per row: there the classes are "
+                    f"the numbers of its columns, {classes!r}. Leave `classes` out."
+                )
+        else:
+            classes = sorted_classes(labels) if given is None else given
+            if len(classes) < 2:
+                raise ValueError(
+                    f"{type(self).__name__} needs at least two classes, but "
+                    f"{'y' if given is None else '`classes`'} holds one class only: "
+                    f"{shown(classes[0])!r}."
+                )
+        goes_on = self.warm_start and "_tuned" in vars(self)
+        if goes_on and (kind != self._kind or not np.array_equal(classes, self.classes_)):
+            raise ValueError(
+                "warm_start can only be used where `self.classes_` remains the same as in the "
+                f"last fit. Previously got {self._kind} targets of the classes {self.classes_}, "
+                f"y has {kind} ones of {classes}."
+            )
+        self.classes_, self._kind = classes, kind
+
+    def _check_class_weight(self):
+        if self.class_weight in (None, "balanced"):
+            return
+        if self._kind == "multilabel":
+            raise ValueError(
+                f"class_weight={self.class_weight!r} with several labels per row: only "
+                "'balanced' and None are accepted; give sample_weight for anything else."
+            )
+        class_weights(self.class_weight, self.classes_)
 
     def _prepare_target(self, target, weight, *, reset):
         if self._kind == "multilabel":
@@ -308,13 +375,6 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
                 self._blind_scores = np.log(share / (1 - share))
             return target.astype(np.float32)
         if reset:
-            if len(np.unique(target)) < 2 and vars(self).get("_classes_given") is None:
-                raise ValueError(
-                    f"{type(self).__name__} needs rows of at least two classes, but there is one "
-                    f"class only: {shown(self.classes_[target[0]])!r}."
-                )
-            if len(self.classes_) < 2:
-                raise ValueError(f"classes={self.classes_!r} holds one class only.")
             counts = np.bincount(target, weights=weight, minlength=len(self.classes_))
             self._blind_scores = np.log((counts + 1e-3) / (counts + 1e-3).sum())
         return target
@@ -322,18 +382,21 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     def _training_weight(self, target, weight):
         if self.class_weight is None:
             return weight
-        if self._kind == "multiclass":
-            return weight * class_factors(self.class_weight, self.classes_, target, weight)
-        if self.class_weight != "balanced":
+        if self._kind == "multilabel":
+            # As scikit-learn's compute_sample_weight: the product over the labels.
+            columns = target.astype(np.int64).T
+            return weight * np.prod([balanced_factors(c, weight, 2) for c in columns], axis=0)
+        if self.class_weight == "balanced":
+            return weight * balanced_factors(target, weight, len(self.classes_))
+        factors = class_weights(self.class_weight, self.classes_)[target]
+        if not factors.any():
+            alone = self.classes_[np.unique(target)].tolist()
             raise ValueError(
-                f"class_weight={self.class_weight!r} with several labels per row: only "
-                "'balanced' and None are accepted; give sample_weight for anything else."
+                f"class_weight={self.class_weight!r} leaves nothing to train on or to validate "
+                f"on: those rows are all of the classes {alone}, which weigh 0. Add rows of other "
+                "classes, or leave these out."
             )
-        # As scikit-learn's compute_sample_weight: the product over the labels.
-        for column in target.astype(np.int64).T:
-            factors = class_factors("balanced", np.array([0, 1]), column, weight)
-            weight = weight * factors
-        return weight
+        return weight * factors
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -378,7 +378,7 @@ def test_indicators_are_0_and_1(stripes, change):
 def test_impossible_class_weights_are_told(stripes, factor):
     X, y = stripes
     class_weight = dict.fromkeys(np.unique(y), factor)
-    with pytest.raises(ValueError, match="none may be negative, and not all zero"):
+    with pytest.raises(ValueError, match="none may be negative, NaN or infinite, and not all zero"):
         small(class_weight=class_weight).fit(X, y)
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from sklearn.utils.class_weight import compute_class_weight
-from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_consistent_length, column_or_1d
 
 
-def check_y_given(y: Any, class_name: str) -> None:
-    """Refuse a missing ``y`` in scikit-learn's words."""
+def check_y_given(y: Any, class_name: str, name: str = "y") -> None:
+    """Refuse a missing ``y`` in scikit-learn's words, and what has no rows."""
     if y is None:
         raise ValueError(
             f"This {class_name} estimator requires y to be passed, but the target y is None."
         )
+    _check_has_rows(y, name)
 
 
 def read_labels(y: Any, n_rows: int, name: str = "y") -> tuple[np.ndarray, bool]:
@@ -27,31 +27,29 @@ def read_labels(y: Any, n_rows: int, name: str = "y") -> tuple[np.ndarray, bool]
         For continuous targets, missing labels, labels of a wrong number or several outputs that
         are no indicator matrix.
     """
-    if hasattr(y, "toarray"):  # scipy sparse indicator
-        y = y.toarray()
-    labels = np.asarray(y)
-    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-        check_array(labels, ensure_2d=False, dtype=None, input_name=name)
-    if labels.dtype.kind == "O":
-        for row, label in enumerate(labels.reshape(len(labels), -1)[:, 0] if labels.size else []):
-            if label is None or label != label or type(label).__name__ == "NAType":
-                raise ValueError(
-                    f"Input {name} contains NaN or None: the label of row {row} is {label!r}. "
-                    "Every row needs a label; leave out those without."
-                )
+    labels = _as_array(y)
+    _check_none_missing(labels, name)
     if labels.ndim == 2 and labels.shape[1] > 1:
-        is_indicator = type_of_target(labels, input_name=name) == "multilabel-indicator"
-        if not is_indicator or not np.isin(labels, (0, 1)).all():
+        # A data frame of several dtypes is an array of objects.
+        if labels.dtype.kind not in "biufO" or not np.isin(labels, (0, 1)).all():
             raise ValueError(
                 f"{name} has shape {labels.shape} and is no indicator matrix of 0 and 1. Unknown "
                 "label type: give one label per row, or a 0/1 column per label."
             )
         check_length(labels, n_rows, name)
         return labels.astype(np.int64), True
-    labels = column_or_1d(y, warn=True)
+    labels = column_or_1d(labels, warn=True)
     check_length(labels, n_rows, name)
-    check_classification_targets(labels)
+    _check_discrete(labels, name)
     return labels, False
+
+
+def read_classes(classes: Any) -> np.ndarray:
+    """What is given as the classes of all calls, in order."""
+    _check_has_rows(classes, "classes")
+    labels = _as_array(classes).ravel()
+    _check_none_missing(labels, "classes")
+    return sorted_classes(labels, "classes")
 
 
 def read_numbers(y: Any, n_rows: int, name: str = "y") -> np.ndarray:
@@ -69,54 +67,105 @@ def check_length(y: np.ndarray, n_rows: int, name: str) -> None:
         check_consistent_length(np.empty(n_rows), y)
 
 
-def sorted_classes(labels: np.ndarray) -> np.ndarray:
+def sorted_classes(labels: np.ndarray, name: str = "y") -> np.ndarray:
     """The classes in order, for labels of any one type."""
-    try:
+    if labels.dtype.kind != "O":
         return np.unique(labels)
+    try:
+        return np.fromiter(sorted(set(labels)), dtype=object)
     except TypeError as error:
         kinds = sorted({type(label).__name__ for label in labels})
         raise TypeError(
-            f"y holds labels of several types, {kinds}, which have no order. Give all of one "
-            "type, such as y.astype(str)."
+            f"{name} holds labels of the types {kinds}, which cannot be brought into an order. "
+            f"Give all of one type that can be sorted and hashed, such as str: [str(label) for "
+            f"label in {name}]."
         ) from error
 
 
 def codes_of(labels: np.ndarray, classes: np.ndarray, name: str = "y") -> np.ndarray:
     """Position of each label in the sorted `classes`."""
-    known = np.isin(labels, classes)
-    if not known.all():
-        row = int(np.flatnonzero(~known)[0])
+    positions = {label: code for code, label in enumerate(_comparable(classes, labels))}
+    codes = np.array([positions.get(label, -1) for label in _comparable(labels, classes)], int)
+    if (codes < 0).any():
+        row = int(np.flatnonzero(codes < 0)[0])
         raise ValueError(
             f"{name} holds the label {shown(labels[row])!r} in row {row}, which is not one of the "
             f"classes {classes[:20].tolist()}. Labels of validation rows and of later calls must "
             "be among the classes of the first fit; partial_fit takes them as `classes`."
         )
-    return np.searchsorted(classes, labels).astype(np.int64)
+    return codes
 
 
-def class_factors(
-    class_weight: Any, classes: np.ndarray, codes: np.ndarray, weight: np.ndarray
-) -> np.ndarray:
-    """Each row's factor by ``class_weight``, "balanced" counting weights as rows.
-
-    ``"balanced"``: n / (n_classes · n of the class), as in scikit-learn.
-    """
-    if class_weight is None:
-        return np.ones(len(codes))
-    if isinstance(class_weight, str):
-        counts = np.bincount(codes, weights=weight, minlength=len(classes))
-        n_present = (counts > 0).sum()
-        factors = counts.sum() / (n_present * np.where(counts > 0, counts, 1.0))
-    else:
-        factors = compute_class_weight(class_weight, classes=classes, y=classes[codes])
-    if not (factors[codes] >= 0).all() or not factors[codes].any():
-        raise ValueError(
-            f"class_weight={class_weight!r} gives the classes {classes[:20].tolist()} the weights "
-            f"{factors[:20].tolist()}: none may be negative, and not all zero."
-        )
-    return factors[codes]
+def are_strings(labels: np.ndarray) -> bool:
+    """Whether an array of objects holds strings alone."""
+    return all(isinstance(label, str) for label in labels.flat)
 
 
 def shown(label: Any) -> Any:
     """A label as it is written, without NumPy's type around it."""
     return label.item() if isinstance(label, np.generic) else label
+
+
+def _check_has_rows(y: Any, name: str) -> None:
+    ndim = y.ndim if hasattr(y, "ndim") else np.asarray(y).ndim
+    if ndim == 0:  # a generator, a set, a dict, a string, a number
+        raise ValueError(
+            f"{name} should be a 1d array, got {type(y).__name__}, which has no rows: give a list, "
+            "an array or a Series."
+        )
+
+
+def _as_array(y: Any) -> np.ndarray:
+    """An array whose labels are those of `y`, each of its own type."""
+    if hasattr(y, "toarray"):  # scipy sparse indicator
+        return y.toarray()
+    labels = np.asarray(y)
+    if isinstance(y, (list, tuple)) and labels.dtype.kind == "U":
+        # NumPy makes strings of numbers, and of NaN, that stand among strings.
+        objects = np.asarray(y, dtype=object)
+        return labels if are_strings(objects) else objects
+    return labels
+
+
+def _check_none_missing(labels: np.ndarray, name: str) -> None:
+    kind = labels.dtype.kind
+    if kind in "fc":
+        is_missing = np.isnan(labels)
+    elif kind in "mM":
+        is_missing = np.isnat(labels)
+    elif kind == "O":
+        found = [_is_missing(label) for label in labels.flat]
+        is_missing = np.array(found, dtype=bool).reshape(labels.shape)
+    else:
+        return
+    if is_missing.any():
+        where = tuple(np.argwhere(is_missing)[0])
+        raise ValueError(
+            f"Input {name} contains NaN or None: the label of row {where[0]} is {labels[where]}. "
+            "Every row needs a label; leave out those without."
+        )
+
+
+def _is_missing(label: Any) -> bool:
+    # Of pandas' NA nobody can say whether it is itself.
+    return label is None or type(label).__name__ == "NAType" or bool(label != label)
+
+
+def _check_discrete(labels: np.ndarray, name: str) -> None:
+    """Refuse numbers with fractions and infinity, in scikit-learn's words.
+
+    Objects that scikit-learn knows no name for (dates, periods, numbers as objects) are labels.
+    """
+    if labels.dtype.kind == "O" and not are_strings(labels):
+        labels = np.array([x for x in labels if isinstance(x, (float, np.floating))], dtype=float)
+    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+        check_array(labels, ensure_2d=False, dtype=None, input_name=name)
+    if len(labels):
+        check_classification_targets(labels)
+
+
+def _comparable(labels: np.ndarray, others: np.ndarray) -> list[Any]:
+    """Python's own labels; of two arrays of times the ticks of one unit."""
+    if labels.dtype.kind in "mM" and labels.dtype.kind == others.dtype.kind:
+        return labels.astype(np.promote_types(labels.dtype, others.dtype)).astype(int).tolist()
+    return labels.tolist()
