@@ -9,6 +9,9 @@ from sktransfer._fine_tuning_base import BaseFineTuning
 from sktransfer._fine_tuning_docs import documented
 from sktransfer._learning._targets import check_y_given, read_numbers
 
+# In standard deviations; the square of what is farther from the mean is no finite float32.
+_FARTHEST = 1e18
+
 
 @documented(
     scores="one number per target, of targets brought to mean 0 and variance 1",
@@ -199,7 +202,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         return self._n_targets
 
     def _read_target(self, y, n_rows, *, reset, name="y"):
-        check_y_given(y, type(self).__name__)
+        check_y_given(y, type(self).__name__, name)
         target = read_numbers(y, n_rows, name)
         n_targets = 1 if target.ndim == 1 else target.shape[1]
         fitted = vars(self).get("_n_targets") if not reset or self._goes_on_from_fit() else None
@@ -217,13 +220,26 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
 
     def _prepare_target(self, target, weight, *, reset):
         if reset:
-            share = weight / weight.sum()
-            self._target_mean = share @ target
-            scale = np.sqrt(share @ (target - self._target_mean) ** 2)
-            is_spread = scale > 1e-12 * np.abs(target).max(axis=0)
-            self._target_scale = np.where(is_spread, scale, 1.0)
+            # Scaled first: squares of large numbers are infinite.
+            largest = np.abs(target).max(axis=0)
+            largest = np.where(largest > 0, largest, 1.0)
+            scaled, share = target / largest, weight / weight.sum()
+            mean = share @ scaled
+            scale = np.sqrt(share @ (scaled - mean) ** 2)
+            self._target_mean = mean * largest
+            self._target_scale = np.where(scale > 1e-12, scale * largest, 1.0)
             self._blind_scores = np.zeros(target.shape[1])
-        return ((target - self._target_mean) / self._target_scale).astype(np.float32)
+        with np.errstate(over="ignore"):
+            standardised = (target - self._target_mean) / self._target_scale
+        is_near = np.abs(standardised) < _FARTHEST
+        if not is_near.all():
+            raise ValueError(
+                f"The target {target[~is_near][0]} cannot be trained on beside targets of mean "
+                f"{self._target_mean} and standard deviation {self._target_scale}, to which this "
+                f"{type(self).__name__} was fitted first: leave it out, or bring the targets to a "
+                "smaller range."
+            )
+        return standardised.astype(np.float32)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

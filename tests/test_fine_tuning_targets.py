@@ -319,3 +319,24 @@ def test_logarithms_of_probabilities(coded, kind):
         np.testing.assert_allclose(proba.sum(axis=1), 1)
         gap = scores - scores.max(axis=1, keepdims=True)
         np.testing.assert_allclose(log_proba, gap, atol=np.log(3))
+
+
+# -- numbers ---------------------------------------------------------------------------------
+def test_large_numbers_are_learnt_as_small_ones(coded):
+    X, k = coded
+    small_ones = quick(FineTuningRegressor, lr=0.01).fit(X, k).predict(X)
+    for scale in (1e200, 1e300):
+        large = quick(FineTuningRegressor, lr=0.01).fit(X, k * scale).predict(X)
+        np.testing.assert_allclose(large / scale, small_ones, rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_that_are_too_far_from_the_others_are_told(coded):
+    X, k = coded
+    message = r"The target 2e\+30 cannot be trained on beside targets of mean \[1.\]"
+    with pytest.raises(ValueError, match=message):
+        quick(FineTuningRegressor).fit(X, k, X_val=X, y_val=np.where(k == 2, 2e30, k))
+    model = quick(FineTuningRegressor).partial_fit(X, k)
+    with pytest.raises(ValueError, match=message):
+        model.partial_fit(X, np.where(k == 2, 2e30, k))
+    with pytest.raises(ValueError, match="bring the targets to a smaller range"):
+        quick(FineTuningRegressor).fit(X, np.where(k == 1, 1, -1) * 1.7e308)
