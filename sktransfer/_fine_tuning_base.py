@@ -294,7 +294,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         if X_val is None or y_val is None:
             given, missing = ("y_val", "X_val") if X_val is None else ("X_val", "y_val")
             raise ValueError(f"{given} is given without {missing}: give both, or neither.")
-        images = check_images(self, X_val, reset=False)
+        images = check_images(self, X_val, reset=False, name="X_val")
         target = self._read_target(y_val, images.n_rows, reset=False, name="y_val")
         weight = np.ones(images.n_rows)
         data = TrainingData(images, target, weight, **options, what="validation")

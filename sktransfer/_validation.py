@@ -72,13 +72,24 @@ SHARED_CONSTRAINTS: dict[str, list[Any]] = {
 }
 
 
-def check_images(estimator: Any, X: Any, *, reset: bool) -> Images:
+def check_images(estimator: Any, X: Any, *, reset: bool, name: str = "X") -> Images:
     """Validate ``X``, set or check what was seen in ``fit``, and wrap its images.
 
     No pixel is decoded here. Flat numeric rows (those that ``image_shape``
     speaks of) go through scikit-learn's own :func:`validate_data`, so that its
-    messages stand for shapes, sparse input, missing values and names.
+    messages stand for shapes, sparse input, missing values and names. Where it was given by
+    another `name`, errors begin with that.
     """
+    try:
+        return _checked_images(estimator, X, reset)
+    except (TypeError, ValueError) as error:
+        if name == "X":
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: {error}") from error
+
+
+def _checked_images(estimator: Any, X: Any, reset: bool) -> Images:
     if estimator.image_shape is not None and _is_flat(X):
         # What it returns is left aside: it makes floats of nullable and object integers.
         validate_data(estimator, X, reset=reset, ensure_all_finite=estimator.on_error == "raise")

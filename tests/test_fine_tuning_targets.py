@@ -340,3 +340,20 @@ def test_numbers_that_are_too_far_from_the_others_are_told(coded):
         model.partial_fit(X, np.where(k == 2, 2e30, k))
     with pytest.raises(ValueError, match="bring the targets to a smaller range"):
         quick(FineTuningRegressor).fit(X, np.where(k == 1, 1, -1) * 1.7e308)
+
+
+# -- validation pictures ---------------------------------------------------------------------
+def test_errors_of_validation_pictures_name_them(stripes):
+    X, y = stripes
+    frame = pd.DataFrame({"a": list(X), "b": list(X)})
+    flat = X[:, ::2, ::2, 0].reshape(48, -1) / 255
+    one, pixels = quick(), quick(image_shape=(10, 10))
+    for model, train, valid, message in (
+        (one, frame[["a"]], frame[["a", "b"]], "^X_val: The feature names should match"),
+        (one, X, [[a, a] for a in X], r"^X_val: X has 2 image column\(s\)"),
+        (one, X, [], "^X_val: Found array with 0 sample"),
+        (one, X, (a for a in X), "^X_val: X is of type generator"),
+        (pixels, flat, flat[:, :64], "^X_val: X has 64 features"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            model.fit(train, y, X_val=valid, y_val=y)
