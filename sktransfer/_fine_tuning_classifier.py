@@ -5,7 +5,6 @@ from __future__ import annotations
 from numbers import Real
 
 import numpy as np
-from scipy.special import expit, log_softmax
 from sklearn.base import ClassifierMixin, _fit_context
 from sklearn.metrics import accuracy_score
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -247,11 +246,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         -------
         proba : ndarray of shape (n_samples, n_classes), float64
         """
-        scores = self._scores(X)
-        if self._kind == "multilabel":
-            return expit(scores)
-        powers = np.exp(scores - scores.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
+        return np.exp(self._log_proba(self._scores(X)))
 
     def predict_log_proba(self, X):
         """Return logarithms of the probabilities, finite also where these are too small.
@@ -264,10 +259,13 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         -------
         log_proba : ndarray of shape (n_samples, n_classes), float64
         """
-        scores = self._scores(X)
+        return self._log_proba(self._scores(X))
+
+    def _log_proba(self, scores):
         if self._kind == "multilabel":
             return -np.logaddexp(0, -scores)  # log(1 / (1 + exp(-s)))
-        return log_softmax(scores, axis=1)
+        scores = scores - scores.max(axis=1, keepdims=True)
+        return scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
 
     def predict(self, X):
         """Return labels.
