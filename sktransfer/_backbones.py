@@ -207,9 +207,8 @@ class Backbone:
         plan, key, names = self.network.plan, self._keys[0], self.stage_names
         if key == plan.embedding_key:
             return names[:-1] if plan.head_layers() and len(names) > 1 else names
-        for i, name in enumerate(names):
-            if plan.resolve(name) == key:
-                return names[: i + 1]
+        if key in plan.stage_keys:
+            return names[: plan.stage_keys.index(key) + 1]
         raise ValueError(
             f"{self!r} ends within a stage, where fine-tuning cannot put a head. Give as `layer` "
             f"one of the stages {names}, or None; and pooling='auto' if that was changed."

@@ -122,9 +122,9 @@ def split_stages(module: nn.Module, input_size: tuple[int, int, int] = (3, 224, 
     Returns
     -------
     stages : Stages
-        ``stages.run(x)`` equals ``module(x)`` in eval mode. A module that cannot be traced is
-        split into its children if it is an ``nn.Sequential``, and else into everything before
-        its last linear layer and that layer.
+        ``stages.run(x)`` equals ``module(x)``. A module that cannot be traced is split into
+        those children that have weights if it is an ``nn.Sequential``, and else into
+        everything before its last linear layer and that layer.
     """
     pieces = plan_stages(module, input_size).pieces()
     return Stages([Stage(name, part) for name, part in pieces])

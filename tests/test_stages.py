@@ -262,7 +262,7 @@ class Branching(nn.Module):
     [
         (CifarNet(), ["stem", "layer1", "layer2", "layer3", "pool", "head"]),
         (Branching(), ["body", "head"]),
-        (nn.Sequential(Branching(), nn.ReLU(), nn.Linear(2, 3)), ["0", "1", "2"]),
+        (nn.Sequential(Branching(), nn.ReLU(), nn.Linear(2, 3)), ["1", "head"]),
         (nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 7), nn.ReLU(), nn.Linear(7, 2)), None),
         (nn.Conv2d(3, 4, 3), None),
     ],

@@ -13,7 +13,7 @@ from torch import fx, nn
 from sktransfer._graphs._tracing import Traced, token_use
 
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, nn.Bilinear)
-_DROPOUTS = (nn.modules.dropout._DropoutNd,)
+DROPOUTS = (nn.modules.dropout._DropoutNd,)
 _PLAN_SIZE = 192  # pixels: six halvings leave three
 # A sub-module that calls itself a stage is one, whether or not it shrinks the map.
 _STAGE_NAME = re.compile(r"(?:^|[._])(?:stage|layer|denseblock)s?_?\d+$", re.IGNORECASE)
@@ -81,6 +81,11 @@ class StagePlan:
     @property
     def names(self) -> list[str]:
         return list(self.outputs)
+
+    @property
+    def stage_keys(self) -> list[str]:
+        """What each stage ends with."""
+        return [_key_of(node) for node in self.outputs.values()]
 
     def pieces(self) -> list[tuple[str, nn.Module]]:
         """The stages as modules, made of the traced module's own layers."""
@@ -196,7 +201,7 @@ class StagePlan:
 
     def _is_dropout(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return isinstance(self.traced.layer(node), (*_DROPOUTS, nn.Identity))
+            return isinstance(self.traced.layer(node), (*DROPOUTS, nn.Identity))
         return node.target in (nn.functional.dropout, torch.dropout)
 
     # -- units ------------------------------------------------------------------------------
@@ -283,7 +288,7 @@ class StagePlan:
         )
         module = self.traced.modules.get(unit.key)
         is_leaf = module is not None and next(module.children(), None) is None
-        unit.is_dropout = is_leaf and isinstance(module, _DROPOUTS)
+        unit.is_dropout = is_leaf and isinstance(module, DROPOUTS)
         unit.is_map = self._is_map(out)
         before, after = self._area(source), self._area(out)
         unit.shrinks = bool(before and after and before >= 2 * after)
@@ -393,7 +398,8 @@ class StagePlan:
             short = name.rpartition(".")[2]
             if not short[:1].isdigit() and len(short) > 3:
                 name = short if short not in names else name
-            names.append(name if name not in names else f"{name}#{k}")
+            is_taken = name in names or (name == "pool" and has_layers)
+            names.append(f"{name}#{k}" if is_taken else name)
         return names
 
 
