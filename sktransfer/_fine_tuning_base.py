@@ -120,7 +120,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         """Train from the start, from the last fit's weights, or one more epoch (`goes_on`)."""
         from sktransfer._distribution import check_place
         from sktransfer._learning._training_data import TrainingData
-        from sktransfer._learning._unfreezing import UnfreezePlan
+        from sktransfer._learning._unfreezing import UnfreezePlan, warn_of_unheard
         from sktransfer._training import as_random_seed, report, train
 
         old: Any = vars(self).get("_tuned")
@@ -141,6 +141,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         plan = UnfreezePlan(self.unfreeze, stage_names, self.max_epochs, first_epoch)
         # `partial_fit` may reach epochs that this fit does not.
         lowest = plan.lowest if goes_on else plan.first_stage(max(1, max_epochs))
+        if not (goes_on and is_resumed):
+            warn_of_unheard(backbone, stage_names[lowest:], stacklevel=5)
         starts_as_probe = self._starts_as_probe and not is_resumed
         # New pictures in each epoch leave nothing that could be kept.
         makes_new = self.augment is not None or self.mixup > 0 or self.cutmix > 0

@@ -162,7 +162,9 @@ def train(
             settings.patience, settings.tol, tuned.lowest,
         )  # fmt: skip
         module.to(settings.device)
-        module.stages.to(memory_format=torch.channels_last)  # as the batches are
+        for parameter in module.stages.parameters():
+            if parameter.ndim == 4:  # as the batches are
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         asked = made_for(settings)
         net = tuned.net if keeps_net and tuned.net_made_for == asked else None
         if net is not None and (net.device != str(settings.device) or start > module.n_frozen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -93,6 +94,18 @@ class StagePlan:
             (name, self.traced.segment(lo, hi, source, out))
             for name, lo, hi, source, out in self._pieces
         ]
+
+    def unheard_in_training(self, stages: Sequence[str]) -> list[str]:
+        """Dotted names of modules that do in training, within these stages, what no stage can."""
+        pieces = [(lo, hi, source) for _, lo, hi, source, _ in self._pieces]
+        places = [(lo, hi) for name, lo, hi, _, _ in self._pieces if name in stages]
+        asking = {
+            read.path
+            for read in self.traced.unheard_reads(pieces)
+            if any(lo <= read.position <= hi for lo, hi in places)
+        }
+        changes = self.traced.changes_in_training
+        return sorted(path for path in asking if changes(path, self.embedding))
 
     def head_layers(self) -> set[str]:
         """Dotted names of the head's layers and parameters."""

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import operator
 import re
-import sys
-import threading
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from sktransfer._graphs._copies import are_same, contents, is_patched, shallow_copy, structural_copy
+from sktransfer._graphs._tracer import Tracer
+from sktransfer._graphs._training_only import (
+    Call,
+    Read,
+    follow_mode,
+    main_output,
+    noting_reads,
+    outermost,
+    signatures,
+    takes_mode,
+)
 from sktransfer._process_lock import ProcessLock
-
-# Modules of these packages are one operation each. Their containers are looked into.
-_LEAF_PACKAGES = ("torch.nn.", "torchvision.ops.", "torch.ao.nn.")
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 # torch.fx traces by replacing nn.Module's own methods for a while, for all threads.
 _trace_lock = ProcessLock(is_reentrant=True)
@@ -29,77 +34,6 @@ _trace_lock = ProcessLock(is_reentrant=True)
 
 class TracingError(RuntimeError):
     """The module's ``forward`` cannot be written down as a graph."""
-
-
-def _timm_leaves() -> tuple[tuple[type, ...], tuple[Any, ...]]:
-    """Modules and functions that timm registers as not traceable."""
-    if "timm" not in sys.modules:
-        return (), ()
-    try:
-        from timm.layers import get_notrace_functions, get_notrace_modules
-    except ImportError:
-        return (), ()
-    return tuple(get_notrace_modules()), tuple(get_notrace_functions())
-
-
-class _Tracer(fx.Tracer):
-    """Remembers, beside the graph, which module each operation stands in.
-
-    What other threads do with modules meanwhile goes through here, too, and is let alone.
-    """
-
-    def __init__(self) -> None:
-        leaves, functions = _timm_leaves()
-        super().__init__(autowrap_functions=functions)
-        self._leaves = leaves
-        self._thread = threading.get_ident()
-        self._stack: list[str] = [""]
-        self.module_outputs: dict[str, fx.Node] = {}
-
-    def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list]:
-        # One input; further arguments of forward keep their defaults.
-        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, _CONTAINERS):
-            return False
-        # Stochastic depth asks self.training: as a leaf it keeps following train()/eval().
-        return (
-            m.__module__.startswith(_LEAF_PACKAGES)
-            or isinstance(m, self._leaves)
-            or type(m).__name__ in ("DropPath", "StochasticDepth")
-            # timm's batch norms with an activation: one layer, so that they can be folded. One
-            # whose forward is the user's own cannot.
-            or (
-                isinstance(m, nn.BatchNorm2d)
-                and m.forward.__module__.startswith(("torch.", "timm."))
-            )
-        )
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != self._thread:
-            return forward(*args, **kwargs)
-        path = self.path_of_module(m)
-        self._stack.append(path)
-        try:
-            out = super().call_module(m, forward, args, kwargs)
-        finally:
-            self._stack.pop()
-        if isinstance(out, fx.Proxy) and not self.is_leaf_module(m, path):
-            self.module_outputs[path] = out.node
-        return out
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(kind, target, *args, **kwargs)
-        node.meta["path"] = self._stack[-1]
-        return node
 
 
 def trace(module: nn.Module) -> Traced:
@@ -113,7 +47,7 @@ def trace(module: nn.Module) -> Traced:
         If ``forward`` does what no graph can hold: branches on pixel values, several inputs,
         values kept for later, hooks of more than a layer.
     """
-    tracer = _Tracer()
+    tracer = Tracer()
     for path, part in module.named_modules():
         if is_patched(part) and not tracer.is_leaf_module(part, path):
             # They would run while this is written down, and hold what is no tensor.
@@ -122,7 +56,8 @@ def trace(module: nn.Module) -> Traced:
         with _trace_lock:
             copied = structural_copy(module).eval()
             before = contents(copied)
-            graph = tracer.trace(copied)
+            with noting_reads(tracer.note_read):
+                graph = tracer.trace(copied)
         output = next(node for node in graph.nodes if node.op == "output")
         if not isinstance(output.args[0], fx.Node):
             raise TracingError("forward returns something other than one tensor")
@@ -137,7 +72,7 @@ def trace(module: nn.Module) -> Traced:
     }
     if not are_same(before, contents(copied)):
         raise TracingError("forward alters the module")
-    traced = Traced(module, graph, tracer.module_outputs, constants)
+    traced = Traced(module, graph, tracer.module_outputs, constants, tracer.reads)
     if any(traced.is_patched_before_norm(node) for node in traced.nodes):
         # The norm would be folded into the layer, and what was added to either would be lost.
         raise TracingError("a batch norm, or what feeds one, has hooks or a forward of its own")
@@ -159,6 +94,8 @@ class Traced:
         Every name a user may give: ``"layer3"`` (a sub-module: what it returns),
         ``"layer3.0.conv1"`` (a layer), ``"layer3.0.add"`` (an operation, named as
         torchvision's feature extraction names it).
+    reads : list of Read
+        Where ``forward`` asked whether it is in training.
     """
 
     def __init__(
@@ -167,7 +104,9 @@ class Traced:
         graph: fx.Graph,
         module_outputs: dict[str, fx.Node],
         constants: dict[str, Any],
+        reads: list[Read],
     ):
+        self.reads = reads
         self.constants = constants
         self.root = shallow_copy(root, constants) if constants else root
         self.graph = graph
@@ -234,10 +173,17 @@ class Traced:
         return found
 
     def segment(self, lo: int, hi: int, source: fx.Node, result: fx.Node) -> fx.GraphModule:
-        """The operations ``nodes[lo:hi + 1]`` as a module of one input (`source`)."""
+        """The operations ``nodes[lo:hi + 1]`` as a module of one input (`source`).
+
+        In train mode it does what the module does in train mode, also where that is more than
+        the graph tells.
+        """
         graph = fx.Graph()
         entering = graph.placeholder("x")
-        if any(_writes_over(self, user, source) for user in source.users):
+        whole = {call.start: call for call in self._whole_calls(lo, hi, source)}
+        asked = {read.position for read in self.reads}
+        is_given_away = any(source in call.inputs for call in whole.values())
+        if is_given_away or any(_writes_over(self, user, source) for user in source.users):
             # What is handed in may be kept by somebody, for the next epoch.
             entering = graph.call_method("clone", (entering,))
         values: dict[fx.Node, fx.Node] = {source: entering}
@@ -248,14 +194,88 @@ class Traced:
                 values[node] = graph.node_copy(node, copied)
             return values[node]
 
-        for node in self.nodes[lo : hi + 1]:
-            if node.op == "get_attr":
+        stop = lo
+        for i, node in enumerate(self.nodes[lo : hi + 1], lo):
+            if (call := whole.get(i)) is not None:
+                stop = call.stop
+                args, kwargs = fx.node.map_arg((call.args, call.kwargs), copied)
+                given = graph.call_module(call.path, args, kwargs)
+                if call.out is not None:
+                    values[call.out] = graph.call_function(main_output, (given,))
+            elif i < stop:
+                continue
+            elif node.op == "get_attr":
                 copied(node)
             elif node not in values:
                 values[node] = graph.node_copy(node, copied)
+                if i in asked and takes_mode(node):
+                    follow_mode(values[node])
         graph.output(values[result])
         _erase_unused_attributes(graph)
         return fx.GraphModule(self.root, graph)
+
+    def _whole_calls(self, lo: int, hi: int, source: fx.Node) -> list[Call]:
+        """Calls within ``nodes[lo:hi + 1]`` that a graph of these leaves to the modules themselves.
+
+        Of those in which ``training`` was looked at the innermost that can be.
+        """
+        return outermost(
+            [
+                call
+                for read in self.reads
+                if (
+                    call := next(
+                        (c for c in reversed(read.calls) if self._is_within(c, lo, hi, source)),
+                        None,
+                    )
+                )
+            ]
+        )
+
+    def _is_within(self, call: Call, lo: int, hi: int, source: fx.Node) -> bool:
+        """Whether a call takes and gives but what a graph of ``nodes[lo:hi + 1]`` has."""
+        if not (call.is_plain and lo <= call.start < call.stop <= hi + 1):
+            return False
+        own = set(self.nodes[call.start : call.stop])
+        hidden = [node for node in own - {call.out} if node.op != "get_attr"]
+        given = [node for node in call.inputs if isinstance(node, fx.Node)]
+        return (
+            call.out in own
+            and all(own.issuperset(node.users) for node in hidden)
+            and all(
+                node is source or node.op == "get_attr" or lo <= self.order[node] < call.start
+                for node in given
+            )
+        )
+
+    def unheard_reads(self, pieces: list[tuple[int, int, fx.Node]]) -> list[Read]:
+        """Where ``training`` was looked at, and no graph of the pieces can follow."""
+        return [
+            read
+            for read in self.reads
+            if not any(self._is_within(call, *piece) for call in read.calls for piece in pieces)
+            and not (read.position < len(self.nodes) and takes_mode(self.nodes[read.position]))
+        ]
+
+    def changes_in_training(self, path: str, embedding: fx.Node) -> bool:
+        """Whether a module's own ``forward``, in training, takes another way to the embedding."""
+        copied = structural_copy(self.root).eval()
+        copied.get_submodule(path).training = True
+        try:
+            tracer = Tracer()
+            with _trace_lock, noting_reads(tracer.note_read):
+                graph = tracer.trace(copied)
+        except Exception:
+            return True
+        output = next(node for node in graph.nodes if node.op == "output")
+        result = main_output(output.args[0])
+        while isinstance(result, fx.Node) and isinstance(result.target, type):  # a named tuple
+            result = main_output(result.args)
+        if not isinstance(result, fx.Node):
+            return True
+        before = signatures(_way_to(embedding), vars(self.root))
+        after = signatures(_way_to(result), vars(copied))
+        return after[: len(before)] != before
 
     def extractor(self, nodes: list[fx.Node], poolings: list[nn.Module]) -> fx.GraphModule:
         """The network up to the deepest of `nodes`, returning a list: each of them, pooled.
@@ -382,7 +402,7 @@ def _run_on_zeros(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 def meta_copy(module: nn.Module) -> nn.Module:
     """A stand-in for `module` whose tensors have shapes and no values; shares all the rest."""
-    copied = shallow_copy(module, {})
+    copied = shallow_copy(module, {"training": False})
     copied._parameters = {
         name: None if p is None else nn.Parameter(p.detach().to("meta"), requires_grad=False)
         for name, p in module._parameters.items()
@@ -394,6 +414,12 @@ def meta_copy(module: nn.Module) -> nn.Module:
         name: None if m is None else meta_copy(m) for name, m in module._modules.items()
     }
     return copied
+
+
+def _way_to(node: fx.Node) -> list[fx.Node]:
+    """The operations that a value comes from, in the order in which they run."""
+    needed = _ancestors([node])
+    return [other for other in node.graph.nodes if other in needed]
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -411,7 +437,9 @@ def _writes_over(traced: Traced, user: fx.Node, value: fx.Node) -> bool:
     """Whether the operation `user` may change `value` in place."""
     if user.op == "call_module":
         layer = traced.layer(user)
-        return any(getattr(part, "inplace", False) for part in layer.modules()) if layer else False
+        return user.meta.get("is_own_code", False) or any(
+            getattr(part, "inplace", False) for part in (layer.modules() if layer else ())
+        )
     if not user.args or user.args[0] is not value:
         return False
     if user.op == "call_method":

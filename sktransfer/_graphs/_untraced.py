@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +100,10 @@ class HookedPlan:
         parts += [self._tail] if self._tail else []
         glued = [part[0] if len(part) == 1 else nn.Sequential(*part) for part in parts]
         return list(zip(self.names, glued, strict=True))
+
+    def unheard_in_training(self, stages: Sequence[str]) -> list[str]:
+        """None: the network's own code runs, in training as well."""
+        return []
 
     def head_layers(self) -> set[str]:
         """Dotted name of the head, if there is one."""

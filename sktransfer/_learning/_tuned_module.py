@@ -147,8 +147,8 @@ class TunedModule(nn.Module):
         if not self.moves_statistics:
             for stage in self.stages[self.n_frozen :]:
                 for part in stage.modules():
-                    if isinstance(part, _BATCH_NORMS):
-                        part.eval()
+                    if isinstance(part, _BATCH_NORMS) or _has_statistics(part):
+                        part.training = False
         return self
 
     def suggested_lr(self, lowest: int) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sktransfer._backbones import Backbone, load_backbone
+from sktransfer._graphs._copies import copied_results
 from sktransfer._learning._tuned_module import TunedModule
 from sktransfer._zoo._preprocessing import Preprocessing
 from sktransfer._zoo._source import GivenSource
@@ -158,7 +159,8 @@ class TunedNetwork:
             self.module()
             assert self._root is not None
             # Nobody trains the copy, and inference on another device leaves it alone.
-            root = copy.deepcopy(self._root).cpu().eval().requires_grad_(False)
+            memo: dict[int, Any] = dict(copied_results(self._root))
+            root = copy.deepcopy(self._root, memo).cpu().eval().requires_grad_(False)
             digest = hashlib.sha256(self.backbone.fingerprint.encode())
             for name, array in sorted(self.trained_state().items()):
                 digest.update(f"{name}{array.dtype}{array.shape}".encode())
