@@ -102,6 +102,10 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     def _training_weight(self, target: np.ndarray, weight: np.ndarray) -> np.ndarray:
         return weight
 
+    def _temperature(self, head: Any, data: Any, prepared: np.ndarray, rows: np.ndarray) -> float:
+        """What the probe's scores are divided by before stages are trained."""
+        return 1.0
+
     # -- fit --------------------------------------------------------------------------------
     def _fit(self, X, y, sample_weight=None, X_val=None, y_val=None, *, goes_on=False):
         """Fit; where that fails the estimator is what it was."""
@@ -200,6 +204,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             and max_epochs > 0
             and not (keeps_best or goes_on)
         )
+        temperature = 1.0
         if not is_resumed:
             tuned = self._new_network(backbone, images.n_columns, lowest, seed)
             if starts_as_probe:
@@ -208,8 +213,12 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
                     is_few = len(train_rows) < _N_ROWS_TO_SPLIT
                     n_views = _CAREFUL_PROBE_VIEWS if is_careful and is_few else 1
                 self._start_as_probe(tuned, data, prepared, train_rows, rng, n_views)
+                if lowest < n_stages and max_epochs > 0 and not goes_on:
+                    temperature = self._temperature(tuned.head, data, prepared, train_rows)
         else:
-            tuned = self._resumed_network(old, backbone, images.n_columns, lowest, seed)
+            head = self._new_head(backbone, images.n_columns, seed)
+            settings = (self._moves_statistics, self.precision)
+            tuned = old.to_go_on(backbone, images.n_columns, lowest, head, *settings)
         module = tuned.module(whole=entry < n_stages)
         parts = [part for part in (data, valid_data) if part is not None]
         sources = [part.source(module, entry, n_stages, device, tuned.lowest) for part in parts]
@@ -252,6 +261,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             first_epoch=first_epoch,
             keeps_net=goes_on and is_resumed,
             begins_embedded=begins_embedded,
+            temperature=temperature,
         )
         for part in parts:
             part.report_lost()
@@ -345,32 +355,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             rng,
         )
         tuned.head.start_from(coef, intercept)
-
-    def _resumed_network(self, old, backbone, n_columns, lowest, seed):
-        from sktransfer._learning._heads import take_settings
-        from sktransfer._learning._tuned_network import TunedNetwork
-
-        if old.backbone.fingerprint != backbone.fingerprint or old.n_columns != n_columns:
-            raise ValueError(
-                f"warm_start=True goes on with {old.backbone!r} and {old.n_columns} image "
-                f"column(s), but this fit asks for {backbone!r} and {n_columns}. Set "
-                "warm_start=False to start again."
-            )
-        take_settings(old.head, self._new_head(backbone, n_columns, seed))
-        old.change(self._moves_statistics, self.precision)
-        if lowest >= old.lowest:
-            return old
-        # More stages than before are trained now.
-        tuned = TunedNetwork(
-            backbone,
-            old.head.cpu(),
-            n_columns,
-            lowest,
-            moves_statistics=old.moves_statistics,
-            precision=old.precision,
-        )
-        tuned.load_trained_state(old.trained_state())
-        return tuned
 
     def _training_set(self, data, source, prepared, rows):
         from sktransfer._learning._training_rows import TrainingSet

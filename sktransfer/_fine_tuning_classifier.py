@@ -27,6 +27,13 @@ from sktransfer._learning._targets import (
     scores="one score per class",
     probe=":class:`~sklearn.linear_model.LogisticRegression`",
     blind="the shares of the classes in training",
+    probe_temperature="""
+    probe_temperature : "auto" or float, default="auto"
+        What the scores of the linear probe are divided by before stages are trained; they predict
+        the same labels, less surely. A probe that knows its rows by heart leaves the stages next
+        to no gradient [5]_. ``"auto"``: so much that its loss on them is half of that of guessing
+        by the classes' shares; 1: nothing. `partial_fit` divides nothing.
+""",
     more_parameters="""
     label_smoothing : float, default=0.0
         Share of each target that is spread evenly over the classes.
@@ -83,6 +90,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
 
     _parameter_constraints: dict = {  # noqa: RUF012
         **BaseFineTuning._parameter_constraints,
+        "probe_temperature": [StrOptions({"auto"}), Interval(Real, 1, None, closed="left")],
         "label_smoothing": [Interval(Real, 0, 1, closed="left")],
         "class_weight": [dict, StrOptions({"balanced"}), None],
     }
@@ -103,6 +111,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         head="linear",
         head_init="linear_probe",
         probe_views="auto",
+        probe_temperature="auto",
         dropout=0.0,
         max_epochs=8,
         batch_size=32,
@@ -145,6 +154,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         self.head = head
         self.head_init = head_init
         self.probe_views = probe_views
+        self.probe_temperature = probe_temperature
         self.dropout = dropout
         self.max_epochs = max_epochs
         self.batch_size = batch_size
@@ -376,6 +386,14 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
             counts = np.bincount(target, weights=weight, minlength=len(self.classes_))
             self._blind_scores = np.log((counts + 1e-3) / (counts + 1e-3).sum())
         return target
+
+    def _temperature(self, head, data, prepared, rows):
+        from sktransfer._learning._tempering import auto_temperature
+
+        if self.probe_temperature != "auto":
+            return float(self.probe_temperature)
+        weight = self._training_weight(prepared[rows], data.weight[rows])
+        return auto_temperature(head, data.embeddings[rows], prepared[rows], weight, self._kind)
 
     def _training_weight(self, target, weight):
         if self.class_weight is None:

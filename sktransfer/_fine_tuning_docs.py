@@ -54,7 +54,7 @@ PARAMETERS = """\
         picture, and its corners (85 % of its sides) enlarged. ``"auto"``: 3 where fewer than
         1000 pictures move pre-trained weights and no validation part chooses the epoch; else,
         and in `partial_fit`, the picture alone.
-
+{probe_temperature}
     dropout : float, default=0.0
         Share of the embedding that is dropped in training.
 
@@ -217,9 +217,10 @@ REFERENCES = """\
     .. [3] P. Izmailov, D. Podoprikhin, T. Garipov, D. Vetrov, A. G. Wilson. "Averaging weights
        leads to wider optima and better generalization." UAI 2018.
        https://arxiv.org/abs/1803.05407
-
     .. [4] M. Wortsman, G. Ilharco, J. W. Kim et al. "Robust fine-tuning of zero-shot models."
        CVPR 2022. https://arxiv.org/abs/2109.01903
+    .. [5] Y. Ren, S. Guo, W. Bae, D. J. Sutherland. "How to prepare your task head for
+       finetuning." ICLR 2023. https://arxiv.org/abs/2302.05779
 """
 
 

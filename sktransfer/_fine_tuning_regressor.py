@@ -17,6 +17,7 @@ _FARTHEST = 1e18
     scores="one number per target, of targets brought to mean 0 and variance 1",
     probe="ridge regression",
     blind="the mean of the targets in training",
+    probe_temperature="",
     more_parameters="",
     class_weight="",
 )

@@ -26,6 +26,7 @@ from sktransfer._learning._optimizers import (
     parameter_groups,
 )
 from sktransfer._learning._schedules import resolve_schedule
+from sktransfer._learning._tempering import Tempering
 from sktransfer._learning._training_callbacks import (
     EpochLog,
     FiniteLoss,
@@ -41,8 +42,8 @@ from sktransfer._learning._weight_average import WeightAverage
 from sktransfer._random_state import own_random_state, repeatable_kernels
 
 _OURS = (
-    "weight_average", "unfreezing", "learning_rates", "gradient_scaling", "gradient_rules",
-    "finite_loss", "epoch_log",
+    "weight_average", "unfreezing", "tempering", "learning_rates", "gradient_scaling",
+    "gradient_rules", "finite_loss", "epoch_log",
 )  # fmt: skip
 
 
@@ -112,6 +113,7 @@ def train(
     first_epoch: int = 0,
     keeps_net: bool = False,
     begins_embedded: bool = False,
+    temperature: float = 1.0,
 ) -> TrainingResult:
     """Train in place.
 
@@ -132,6 +134,8 @@ def train(
         (``partial_fit``), if those are the optimizer and the callbacks that are asked for.
     begins_embedded : bool, default=False
         Whether the sets give embeddings until the first stages join the head.
+    temperature : float, default=1.0
+        What the head's scores are divided by before the first stages are trained.
     """
     module = tuned.module(whole=entry < len(tuned.stage_names))
     module.entry = entry if module.stages else 0
@@ -181,6 +185,7 @@ def train(
             ("weight_average", average or Callback()),
             ("unfreezing", Unfreezing(
                 first_stage, partial(_stage_groups, module=module, settings=settings), row_sets)),
+            ("tempering", Tempering(temperature)),
             ("learning_rates", LearningRates(
                 resolve_schedule(settings.lr_schedule), max(1, max_epochs * n_batches))),
             ("gradient_scaling", GradientScaling(settings.device) if is_half else Callback()),

@@ -70,6 +70,7 @@ def test_the_net_can_be_pickled(stripes, unfreeze, tmp_path):
         TrainEndCheckpoint(f_pickle="end.pkl", dirname=tmp_path),
     ]
     settings = {"preprocessing": {"size": 20, "crop": 20}, "augment": torch.nn.Identity()}
+    settings |= {"early_stopping": False}
     model = small(unfreeze=unfreeze, callbacks=callbacks, **settings)
     model.fit(X, y, X_val=X, y_val=y)
     pixels = torch.from_numpy(X).permute(0, 3, 1, 2)[:, None]

@@ -138,3 +138,24 @@ def test_auto_rate_of_a_head_alone_is_the_same_for_every_network(stripes, augmen
 
     model = small(backbone=without_norms(), augment=augment, unfreeze=0).fit(*stripes)
     assert model.net_.optimizer_.param_groups[0]["base_lr"] == 3e-4
+
+
+class Shifted(nn.Module):
+    """Adds what a network of windows keeps: a tensor of five dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shifts", torch.ones(1, 1, 4, 1, 1))
+
+    def forward(self, x):
+        return x + self.shifts[0]
+
+
+def test_tensors_of_more_than_four_dimensions(stripes):
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), Shifted(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 3),
+    )  # fmt: skip
+    model = small(backbone=network, lr=1e-2).fit(*stripes)
+    assert model.score(*stripes) > 0.4

@@ -59,6 +59,13 @@ class LinearHead(nn.Module):
             self.linear.weight.copy_(torch.as_tensor(coef))
             self.linear.bias.copy_(torch.as_tensor(intercept))
 
+    @torch.no_grad()
+    def divide_scores(self, by: float) -> None:
+        """Give the same scores, all of them divided."""
+        for layer in [self.linear, *(self.hidden or [])[-1:]]:
+            for parameter in layer.parameters():
+                parameter.div_(by)
+
 
 def make_head(head: Any, n_in: int, n_out: int, dropout: float) -> nn.Module:
     """The head that the parameter ``head`` stands for.

@@ -15,6 +15,7 @@ from torch import nn
 
 from sktransfer._backbones import Backbone, load_backbone
 from sktransfer._graphs._copies import copied_results
+from sktransfer._learning._heads import take_settings
 from sktransfer._learning._tuned_module import TunedModule
 from sktransfer._zoo._preprocessing import Preprocessing
 from sktransfer._zoo._source import GivenSource
@@ -82,6 +83,44 @@ class TunedNetwork:
         for part in (self, self._module):
             if part is not None:
                 part.moves_statistics, part.precision = moves_statistics, precision
+
+    def to_go_on(
+        self,
+        backbone: Backbone,
+        n_columns: int,
+        lowest: int,
+        head: nn.Module,
+        moves_statistics: bool,
+        precision: str,
+    ) -> TunedNetwork:
+        """This network, or its twin of which more stages are trained, to be trained further.
+
+        Raises
+        ------
+        ValueError
+            Where another backbone, other columns or a `head` that is built otherwise are asked
+            for.
+        """
+        if self.backbone.fingerprint != backbone.fingerprint or self.n_columns != n_columns:
+            raise ValueError(
+                f"warm_start=True goes on with {self.backbone!r} and {self.n_columns} image "
+                f"column(s), but this fit asks for {backbone!r} and {n_columns}. Set "
+                "warm_start=False to start again."
+            )
+        take_settings(self.head, head)
+        self.change(moves_statistics, precision)
+        if lowest >= self.lowest:
+            return self
+        tuned = TunedNetwork(
+            backbone,
+            self.head.cpu(),
+            n_columns,
+            lowest,
+            moves_statistics=moves_statistics,
+            precision=precision,
+        )
+        tuned.load_trained_state(self.trained_state())
+        return tuned
 
     def pretrained_values(self) -> dict[int, torch.Tensor]:
         """The backbone's value of each parameter of the stages, by the parameter's ``id``."""

@@ -27,7 +27,7 @@ class WeightAverage(Callback):
     Parameters
     ----------
     kind : {"wise_ft", "ema", "last"}
-        ``"wise_ft"``: half way between where the training began and where it is [2]_, and from
+        ``"wise_ft"``: half way between where the stages began and where they are [2]_, and from
         200 rows on further, up to three quarters of the way with 600.
         ``"ema"``: from the first step on an exponential moving average that looks back over a
         tenth of the training's steps. ``"last"``: the mean over the steps of the last quarter
@@ -54,10 +54,8 @@ class WeightAverage(Callback):
         self.kind, self.first_step = kind, 1
         if kind == "last":
             self.first_step = 1 + int(max_epochs * (1 - _LAST_SHARE)) * n_batches
-            self._average = get_swa_multi_avg_fn()
-        else:
-            self._average = get_ema_multi_avg_fn(max(0.0, 1 - 1 / (_EMA_SHARE * n_steps)))
-        self.step = 0
+        self.decay = max(0.0, 1 - 1 / (_EMA_SHARE * n_steps))
+        self.step, self._has_begun = 0, False
         self._trained: list[torch.Tensor] = []
         self._start: list[torch.Tensor] = []
         self._mean: list[torch.Tensor] = []
@@ -74,8 +72,6 @@ class WeightAverage(Callback):
             for tensor in (*part.parameters(), *part.buffers())
             if tensor.is_floating_point()
         ]
-        if self.kind == "wise_ft":
-            self._start = [tensor.detach().clone() for tensor in self._trained]
 
     @torch.no_grad()
     def on_epoch_begin(self, net: Any, **kwargs: Any) -> None:
@@ -94,11 +90,19 @@ class WeightAverage(Callback):
         if n_averaged == 0:
             self._mean = [tensor.detach().clone() for tensor in self._trained]
         elif n_averaged > 0:
-            self._average(self._mean, self._trained, n_averaged)
+            is_ema = self.kind == "ema"
+            average = get_ema_multi_avg_fn(self.decay) if is_ema else get_swa_multi_avg_fn()
+            average(self._mean, self._trained, n_averaged)
 
     def on_batch_begin(self, net: Any, training: bool = False, **kwargs: Any) -> None:
         if not training:
             self._put_average()
+        elif self.kind == "wise_ft" and not self._has_begun:
+            # Where stages join a head that was trained alone, the way begins there.
+            module = net.module_
+            self._has_begun = module.n_frozen < len(module.stages)
+            if self._has_begun or self.step == 0:
+                self._start = [tensor.detach().clone() for tensor in self._trained]
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
         self._put_average()
