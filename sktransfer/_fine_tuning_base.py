@@ -388,8 +388,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         )
 
     # -- from images to scores --------------------------------------------------------------
-    def _embed(self, X) -> np.ndarray:
-        """Tuned embeddings, from the store where it has them; unreadable rows are NaN."""
+    def _embed(self, X) -> tuple[np.ndarray, list]:
+        """Tuned embeddings, NaN where rows are unreadable, and these."""
         from sktransfer._learning._training_data import _handle, embed_rows
         from sktransfer._learning._views import mean_over_views
 
@@ -398,20 +398,21 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         backbone = self._tuned.tuned_backbone()
         if self.n_views > 1:
             backbone = mean_over_views(backbone, self.n_views)
-        rows, self.bad_images_ = embed_rows(images, backbone, self._embedding_settings())
+        rows, bad = embed_rows(images, backbone, self._embedding_settings())
+        self.bad_images_ = bad  # another thread's call may write its own
         if assumed := images.take_warnings():
             warnings.warn(assumed, UserWarning, stacklevel=4)
-        if self.bad_images_:
-            _handle(self.bad_images_, images.n_rows, self.on_error, "prediction", stacklevel=5)
-        return rows.reshape(images.n_rows, -1)
+        if bad:
+            _handle(bad, images.n_rows, self.on_error, "prediction", stacklevel=5)
+        return rows.reshape(images.n_rows, -1), bad
 
     def _scores(self, X) -> np.ndarray:
         """What the head says, float64 (n_rows, n_outputs)."""
         from sktransfer._learning._training_data import check_finite
 
-        rows = self._embed(X)
+        rows, bad = self._embed(X)
         unreadable = np.zeros(len(rows), dtype=bool)
-        unreadable[[bad.row for bad in self.bad_images_]] = True
+        unreadable[[b.row for b in bad]] = True
         is_readable = np.flatnonzero(~unreadable)
         check_finite(rows[is_readable], is_readable)
         scores = self._tuned.scores(np.where(unreadable[:, None], 0, rows))
@@ -432,7 +433,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             What enters the head. A row of NaN where an image cannot be read and
             ``on_error="skip"``.
         """
-        return keep_index(self, self._embed(X), X)
+        rows, _ = self._embed(X)
+        return keep_index(self, rows, X)
 
     def get_feature_names_out(self, input_features=None):
         """Return the names of the columns of `transform`: ``<column>_<backbone>_tuned_007``.

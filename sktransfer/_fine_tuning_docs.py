@@ -188,7 +188,7 @@ ATTRIBUTES = """\
         The epoch whose weights were kept; 0 is the start.
 
     bad_images_ : list of BadRow
-        The images that the last call could not read.
+        The images that the last call could not read; of `fit` those of `X`.
 
     n_features_in_ : int
         Number of image columns, or of pixel columns where `image_shape` is given.

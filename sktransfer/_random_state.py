@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from sktransfer._shared_context import SharedContext
+
 
 class _CallersState:
     """Puts torch's random state back when the last of several users at once has ended.
@@ -78,11 +80,7 @@ def own_random_state(seed: int | None = None, device: torch.device | str = "cpu"
 
 
 @contextlib.contextmanager
-def repeatable_kernels(device: torch.device) -> Iterator[None]:
-    """Let cuDNN take the same algorithms each time; what else is set for it stays as it is."""
-    if device.type != "cuda":
-        yield
-        return
+def _same_algorithms() -> Iterator[None]:
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     cudnn.benchmark, cudnn.deterministic = False, True
@@ -90,3 +88,11 @@ def repeatable_kernels(device: torch.device) -> Iterator[None]:
         yield
     finally:
         cudnn.benchmark, cudnn.deterministic = before
+
+
+_repeatable = SharedContext(_same_algorithms)
+
+
+def repeatable_kernels(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Let cuDNN take the same algorithms each time; what else is set for it stays as it is."""
+    return _repeatable() if device.type == "cuda" else contextlib.nullcontext()

@@ -297,7 +297,12 @@ def made_for(settings: TrainingSettings) -> tuple[Any, list[Any]]:
 
 def _check_callbacks(settings: TrainingSettings, joins_later: bool) -> None:
     for callback in settings.callbacks or []:
-        kept = callback[1] if isinstance(callback, tuple) else callback
+        kept = callback[-1] if isinstance(callback, tuple) and callback else callback
+        if not hasattr(kept, "on_train_begin"):
+            raise TypeError(
+                f"callbacks holds {callback!r}: skorch's callbacks are accepted, or pairs of a "
+                "name and one."
+            )
         if not (kept is LRScheduler or isinstance(kept, LRScheduler)):
             continue
         if settings.lr_schedule != "constant":

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
+
+from sktransfer._shared_context import SharedContext
 
 # Strengths that are tried on a held-out quarter; without enough rows for one the second is taken.
 _C = (0.001, 0.01, 0.1, 1.0)
 _C_FEW_ROWS = 0.1
 _ALPHAS = tuple(10.0**p for p in range(-1, 6))
 _MAX_ITER = 300
+
+
+@contextlib.contextmanager
+def _ignoring_convergence() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # What it lacks after so many steps fine-tuning has no use for.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
+
+
+_quietly = SharedContext(_ignoring_convergence)
 
 
 def fit_probe(
@@ -172,9 +187,7 @@ def _solve(
     if start is not None:
         model.coef_, model.intercept_ = start.coef_.copy(), start.intercept_.copy()
         model.classes_ = start.classes_
-    with warnings.catch_warnings():
-        # What it lacks after so many steps fine-tuning has no use for.
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with _quietly():
         return model.fit(z, codes, sample_weight=weight)
 
 

@@ -219,10 +219,9 @@ class EpochLog(Callback):
             )
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
-        self.epoch += 1
         groups = net.optimizer_.param_groups
         row = {
-            "epoch": self.epoch,
+            "epoch": self.epoch + 1,
             "train_loss": float(net.history[-1, "train_loss"]),
             "lr": max(group["lr"] for group in groups),
             "n_unfrozen": net.module_.n_unfrozen,
@@ -232,6 +231,7 @@ class EpochLog(Callback):
             row |= self._close()
             net.history.record("valid_score", row["valid_score"])
         self.history.append(row)
+        self.epoch += 1
         if self.valid is not None:
             self._judge(net, row)
 
@@ -239,6 +239,8 @@ class EpochLog(Callback):
         scores, target, weight = (np.concatenate([b[i] for b in self._batches]) for i in range(3))
         loss = sum(b[3] for b in self._batches) / sum(b[4] for b in self._batches)
         self._batches.clear()
+        if not weight.any():  # its pictures have gone
+            return {"valid_loss": math.nan, "valid_score": math.nan}
         return {
             "valid_loss": loss,
             "valid_score": validation_score(self.kind, scores, target, weight),
@@ -246,10 +248,12 @@ class EpochLog(Callback):
 
     def _judge(self, net: Any, row: dict[str, Any]) -> None:
         score, loss = row["valid_score"], row["valid_loss"]
+        if math.isnan(score):
+            return
         if score > self.best_score or (score == self.best_score and loss < self.best_loss):
-            self.best_score, self.best_loss, self.best_epoch = score, loss, row["epoch"]
             if self.keeps_best:
                 self.best_state = snapshot(net.module_, self.lowest)
+            self.best_score, self.best_loss, self.best_epoch = score, loss, row["epoch"]
         if score > self._to_beat + self.tol or self._to_beat == -math.inf:
             self._to_beat, self._n_without_gain = score, 0
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -123,7 +124,7 @@ class Pixels:
         self._n_threads, self._on_error = n_threads, on_error
         self.bad: list[BadRow] = []
         self.is_bad = np.zeros(len(self), dtype=bool)
-        self._blank = np.zeros((1, 1, 3), np.uint8)  # of the others' shape, once there is one
+        self._blank: np.ndarray | None = None  # of the others' shape, once there is one
         self._kept: np.ndarray | None = None
         self._is_ready = np.zeros(len(images), dtype=bool)
 
@@ -147,6 +148,11 @@ class Pixels:
     def take(self, index: np.ndarray) -> torch.Tensor:
         """The pictures of some rows: (n, n_columns, channels, height, width)."""
         pictures = self._read(index)
+        if self._blank is None:
+            raise ValueError(
+                f"None of the {len(self)} rows' pictures that were asked for first can be read any "
+                f"more, though they could at the start of this fit. {self.bad[-1]}."
+            )
         if self._on_error == "raise" and self.is_bad[index].any():
             raise ValueError(
                 f"{self.bad[-1]}. It could be read at the start of this fit: fit again when nobody "
@@ -167,7 +173,8 @@ class Pixels:
                 self._blank = np.zeros_like(sample)
                 if self._kept is None and not self._is_ready.any():
                     self._kept = allocate((len(self._images), *sample.shape), sample.dtype)
-            decoded = {i: self._blank if p is None else p for i, p in found.items()}
+            blank = np.zeros((1, 1, 3), np.uint8) if self._blank is None else self._blank
+            decoded = {i: blank if p is None else p for i, p in found.items()}
             if self._kept is not None:
                 for i, pixels in decoded.items():
                     self._kept[i] = pixels
@@ -215,15 +222,23 @@ class Kept:
 
 
 def allocate(shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
-    """An array in memory, in a temporary file that ends with it, or None: it fits in neither."""
+    """An array in memory, in a temporary file that ends with it, or None: it fits in neither.
+
+    The file's place is taken at once: to write where a disk has become full ends the process.
+    """
     n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     if n_bytes <= MAX_MEMORY_BYTES:
         return np.empty(shape, dtype=dtype)
-    free = shutil.disk_usage(tempfile.gettempdir()).free
-    if n_bytes > min(MAX_DISK_BYTES, free // 2):
+    try:
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        if n_bytes > min(MAX_DISK_BYTES, free // 2):
+            return None
+        with tempfile.TemporaryFile(prefix="sktransfer-") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, n_bytes)
+            return np.memmap(file, dtype=dtype, mode="r+", shape=shape)  # type: ignore[call-overload]
+    except OSError:  # no folder for it, or no place in it
         return None
-    with tempfile.TemporaryFile(prefix="sktransfer-") as file:
-        return np.memmap(file, dtype=dtype, mode="w+", shape=shape)  # type: ignore[call-overload]
 
 
 class TrainingSet(torch.utils.data.Dataset):

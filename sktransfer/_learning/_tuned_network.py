@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import threading
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ class TunedNetwork:
         self._module: TunedModule | None = None
         self._kept: dict[str, np.ndarray] | None = None
         self._tuned: Backbone | None = None
+        self._lock = threading.RLock()  # several threads may be the first to predict
 
     @property
     def has_own_stages(self) -> bool:
@@ -73,10 +75,11 @@ class TunedNetwork:
     # -- the module -------------------------------------------------------------------------
     def module(self, *, whole: bool = False) -> TunedModule:
         """What is trained. A head alone comes without stages, unless the `whole` is asked for."""
-        if self._module is None or (whole and not self._module.stages):
-            self._module = self._build(whole or self.has_own_stages)
-            self.net = None  # it was made for another module
-        return self._module
+        with self._lock:
+            if self._module is None or (whole and not self._module.stages):
+                self._root, self._module = self._build(whole or self.has_own_stages)
+                self.net = None  # it was made for another module
+            return self._module
 
     def change(self, moves_statistics: bool, precision: str) -> None:
         """Go on with other settings."""
@@ -129,10 +132,10 @@ class TunedNetwork:
         origin = dict(self.backbone.network.module.named_parameters())
         return {id(p): origin[name].detach() for name, p in self._root.named_parameters()}
 
-    def _build(self, with_stages: bool) -> TunedModule:
+    def _build(self, with_stages: bool) -> tuple[nn.Module | None, TunedModule]:
         kind = self.backbone.make_pooling()
         if not with_stages:
-            return TunedModule([], kind, self.head, precision=self.precision)
+            return None, TunedModule([], kind, self.head, precision=self.precision)
         root, stages = self.backbone.copy_network()
         preprocessing = self.backbone.preprocessing
         mean = std = None
@@ -147,10 +150,9 @@ class TunedNetwork:
             self.moves_statistics,
             self.precision,
         )
-        self._root = root
         if self._kept is not None:
             self.put_into(module, self._kept)
-        return module
+        return root, module
 
     # -- what was trained -------------------------------------------------------------------
     def trained_state(self) -> dict[str, np.ndarray]:
@@ -194,18 +196,22 @@ class TunedNetwork:
         """The backbone with the trained weights, for the inference loop and the store."""
         if not self.has_own_stages:
             return self.backbone
-        if self._tuned is None:
-            self.module()
-            assert self._root is not None
-            # Nobody trains the copy, and inference on another device leaves it alone.
-            memo: dict[int, Any] = dict(copied_results(self._root))
-            root = copy.deepcopy(self._root, memo).cpu().eval().requires_grad_(False)
-            digest = hashlib.sha256(self.backbone.fingerprint.encode())
-            for name, array in sorted(self.trained_state().items()):
-                digest.update(f"{name}{array.dtype}{array.shape}".encode())
-                digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            self._tuned = self.backbone.with_weights(root, digest.hexdigest())
-        return self._tuned
+        with self._lock:
+            if self._tuned is None:
+                self._tuned = self._make_tuned()
+            return self._tuned
+
+    def _make_tuned(self) -> Backbone:
+        self.module()
+        assert self._root is not None
+        # Nobody trains the copy, and inference on another device leaves it alone.
+        memo: dict[int, Any] = dict(copied_results(self._root))
+        root = copy.deepcopy(self._root, memo).cpu().eval().requires_grad_(False)
+        digest = hashlib.sha256(self.backbone.fingerprint.encode())
+        for name, array in sorted(self.trained_state().items()):
+            digest.update(f"{name}{array.dtype}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        return self.backbone.with_weights(root, digest.hexdigest())
 
     def scores(self, embeddings: np.ndarray) -> np.ndarray:
         """What the head says to embeddings, in float64 so that no batch size shows."""
@@ -220,11 +226,15 @@ class TunedNetwork:
         state["head"] = copy.deepcopy(self.head).cpu()
         for name in ("net", "net_made_for", "_root", "_module", "_tuned"):
             state[name] = None
+        del state["_lock"]
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def __deepcopy__(self, memo: dict) -> TunedNetwork:
         copied = type(self).__new__(type(self))
-        copied.__dict__.update(self.__getstate__())
+        copied.__setstate__(self.__getstate__())
         return copied
 
 
