@@ -102,7 +102,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     def _training_weight(self, target: np.ndarray, weight: np.ndarray) -> np.ndarray:
         return weight
 
-    def _temperature(self, head: Any, data: Any, prepared: np.ndarray, rows: np.ndarray) -> float:
+    def _temperature(self, module: Any, data: Any, prepared: np.ndarray, rows: Any) -> float:
         """What the probe's scores are divided by before stages are trained."""
         return 1.0
 
@@ -204,7 +204,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             and max_epochs > 0
             and not (keeps_best or goes_on)
         )
-        temperature = 1.0
         if not is_resumed:
             tuned = self._new_network(backbone, images.n_columns, lowest, seed)
             if starts_as_probe:
@@ -213,13 +212,14 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
                     is_few = len(train_rows) < _N_ROWS_TO_SPLIT
                     n_views = _CAREFUL_PROBE_VIEWS if is_careful and is_few else 1
                 self._start_as_probe(tuned, data, prepared, train_rows, rng, n_views)
-                if lowest < n_stages and max_epochs > 0 and not goes_on:
-                    temperature = self._temperature(tuned.head, data, prepared, train_rows)
         else:
             head = self._new_head(backbone, images.n_columns, seed)
             settings = (self._moves_statistics, self.precision)
             tuned = old.to_go_on(backbone, images.n_columns, lowest, head, *settings)
         module = tuned.module(whole=entry < n_stages)
+        temperature = 1.0
+        if starts_as_probe and lowest < n_stages and max_epochs > 0 and not goes_on:
+            temperature = self._temperature(module, data, prepared, train_rows)
         parts = [part for part in (data, valid_data) if part is not None]
         sources = [part.source(module, entry, n_stages, device, tuned.lowest) for part in parts]
         if min(found for _, _, found in sources) < entry:  # one of them fits in no bound

@@ -32,7 +32,8 @@ from sktransfer._learning._targets import (
         What the scores of the linear probe are divided by before stages are trained; they predict
         the same labels, less surely. A probe that knows its rows by heart leaves the stages next
         to no gradient [5]_. ``"auto"``: so much that its loss on them is half of that of guessing
-        by the classes' shares; 1: nothing. `partial_fit` divides nothing.
+        by the classes' shares, and nothing (1) where nothing normalises the stages. `partial_fit`
+        divides nothing.
 """,
     more_parameters="""
     label_smoothing : float, default=0.0
@@ -387,13 +388,16 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
             self._blind_scores = np.log((counts + 1e-3) / (counts + 1e-3).sum())
         return target
 
-    def _temperature(self, head, data, prepared, rows):
+    def _temperature(self, module, data, prepared, rows):
         from sktransfer._learning._tempering import auto_temperature
 
         if self.probe_temperature != "auto":
             return float(self.probe_temperature)
+        if not module.has_norms:
+            return 1.0
         weight = self._training_weight(prepared[rows], data.weight[rows])
-        return auto_temperature(head, data.embeddings[rows], prepared[rows], weight, self._kind)
+        embeddings = data.embeddings[rows]
+        return auto_temperature(module.head, embeddings, prepared[rows], weight, self._kind)
 
     def _training_weight(self, target, weight):
         if self.class_weight is None:

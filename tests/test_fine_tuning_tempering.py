@@ -80,6 +80,16 @@ def test_the_first_step_finds_it_divided(stripes, unfreeze):
     np.testing.assert_allclose(ratio, ratio.mean(), rtol=1e-5)
 
 
+def test_auto_leaves_networks_without_norms_alone(stripes):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(), torch.nn.Linear(4, 3),
+    )  # fmt: skip
+    one, other = (small(backbone=network, probe_temperature=t).fit(*stripes) for t in ("auto", 1))
+    assert_same_model(one, other, rtol=0, atol=0)
+
+
 def test_it_is_divided_when_the_first_stages_join(stripes):
     X, y = stripes
     settings = {"unfreeze": {1: 0, 3: 1, 4: "all"}, "max_epochs": 5, "lr": 1e-12}
