@@ -5,7 +5,8 @@
 
 A variant is the defaults with one or more settings changed (``lr=1e-3,layer_decay=0.5``). All
 variants of a row learn from the same images and are scored on the same; what is printed is the
-mean difference to the linear probe, in points, and its standard error over sets and seeds.
+mean difference to the linear probe, in points, and its standard error over sets and seeds, then
+the mean log loss.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import warnings
 import numpy as np
 from _fine_tuning_peers import SETS, WEIGHTS, input_settings, read_set, score, scores_of
 from _report import save
+from sklearn.metrics import log_loss
 
 from sktransfer import FineTuningClassifier
 
@@ -25,6 +27,7 @@ VARIANTS = (
     "dropout=0.2", "l2_sp=0.01", "weight_decay=0.1", 'weight_averaging="ema"', "unfreeze=1",
     "unfreeze=2", 'unfreeze="gradual"', 'batch_norm="moving"', 'lr_schedule="cosine"',
     'optimizer="sgd",lr=3e-3', 'head_init="random"', "probe_views=1", "probe_views=5",
+    "probe_temperature=1",
 )  # fmt: skip
 
 
@@ -67,11 +70,13 @@ def main():
                 model = FineTuningClassifier(
                     options.backbone, **common, **settings, random_state=seed
                 )
-                got = model.fit(X, y).predict(X_test)
+                proba = model.fit(X, y).predict_proba(X_test)
                 figures.append(
                     {
                         "set": name, "seed": seed, "variant": variant,
-                        "score": score(name, y_test, got), "seconds": time.perf_counter() - start,
+                        "score": score(name, y_test, model.classes_[proba.argmax(axis=1)]),
+                        "log_loss": log_loss(y_test, proba, labels=model.classes_),
+                        "seconds": time.perf_counter() - start,
                     }
                 )  # fmt: skip
         print(f"\nafter seed {seed}: points above the probe, {options.backbone}")
@@ -86,8 +91,12 @@ def main():
                 for name in options.sets
             )
             error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-            seconds = np.mean([r["seconds"] for r in figures if r["variant"] == variant])
-            print(f"{variant:32} {values.mean():+5.2f} ± {error:4.2f}  {sets}  {seconds:5.1f} s")
+            rows = [row for row in figures if row["variant"] == variant]
+            loss, seconds = (np.mean([row[key] for row in rows]) for key in ("log_loss", "seconds"))
+            print(
+                f"{variant:32} {values.mean():+5.2f} ± {error:4.2f}  {sets}  loss {loss:.3f}"
+                f"  {seconds:5.1f} s"
+            )
         save(options.name, {"options": vars(options), "runs": figures})
 
 
