@@ -472,7 +472,8 @@ def test_augmentation_is_for_training_alone(stripes):
         calls.append(picture.dtype)
         return picture
 
-    model = small(augment=augment, max_epochs=3).fit(X[:40], y[:40], X_val=X[40:], y_val=y[40:])
+    model = small(augment=augment, max_epochs=3, early_stopping=False)
+    model.fit(X[:40], y[:40], X_val=X[40:], y_val=y[40:])
     assert len(calls) == 3 * 40
     assert set(calls) == {torch.uint8}
     model.predict(X)
@@ -660,12 +661,13 @@ def test_validation_rows_through_a_pipeline(stripes):
 
     X, y = stripes
     with config_context(enable_metadata_routing=True):
-        model = small().set_fit_request(X_val=True, y_val=True)
+        model = small(early_stopping=False).set_fit_request(X_val=True, y_val=True)
         pipe = make_pipeline(FunctionTransformer(lambda X: X[:, ::-1]), model)
         pipe.set_params(transform_input=["X_val"])
         pipe.fit(X[:40], y[:40], X_val=X[40:], y_val=y[40:])
         assert "valid_score" in pipe[-1].history_[0]
-        flipped = small().fit(X[:40, ::-1], y[:40], X_val=X[40:, ::-1], y_val=y[40:])
+        flipped = small(early_stopping=False)
+        flipped.fit(X[:40, ::-1], y[:40], X_val=X[40:, ::-1], y_val=y[40:])
     assert_same_model(pipe[-1], flipped, rtol=0, atol=0)
 
 

@@ -45,7 +45,7 @@ def auto_temperature(
     rows, target, weight = rows[:_N_ROWS], target[:_N_ROWS], weight[:_N_ROWS]
     loss = WeightedLoss(kind).eval()
     with torch.no_grad():
-        scores = head(torch.from_numpy(rows)).double()
+        scores = head.eval()(torch.from_numpy(rows)).double()  # without drop-out
         y = torch.from_numpy(target)
         shares = torch.from_numpy(weight / weight.mean())
         if kind == "multiclass":
