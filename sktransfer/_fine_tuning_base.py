@@ -102,7 +102,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     def _training_weight(self, target: np.ndarray, weight: np.ndarray) -> np.ndarray:
         return weight
 
-    def _temperature(self, module: Any, data: Any, prepared: np.ndarray, rows: Any) -> float:
+    def _temperature(self, head: Any, data: Any, prepared: np.ndarray, rows: Any) -> float:
         """What the probe's scores are divided by before stages are trained."""
         return 1.0
 
@@ -114,7 +114,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         before = dict(vars(self))
         trained = before.get("_tuned") if goes_on or self.warm_start else None
         try:
-            with undone_on_failure(trained):
+            with undone_on_failure(trained, keeps_net=goes_on):
                 return self._fit_from(X, y, sample_weight, X_val, y_val, goes_on)
         except BaseException:
             self.__dict__ = before
@@ -219,7 +219,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         module = tuned.module(whole=entry < n_stages)
         temperature = 1.0
         if starts_as_probe and lowest < n_stages and max_epochs > 0 and not goes_on:
-            temperature = self._temperature(module, data, prepared, train_rows)
+            temperature = self._temperature(tuned.head, data, prepared, train_rows)
         parts = [part for part in (data, valid_data) if part is not None]
         sources = [part.source(module, entry, n_stages, device, tuned.lowest) for part in parts]
         if min(found for _, _, found in sources) < entry:  # one of them fits in no bound
@@ -228,23 +228,10 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         if entry > 0:
             for part in parts:
                 part.forget_pixels()
-        train_set = self._training_set(data, sources[0], prepared, train_rows)
-        valid_set, v_data = None, valid_data or data
-        if valid_data is not None:
-            valid_rows = np.arange(len(valid_data))
-            v_target = self._prepare_target(valid_data.target, valid_data.weight, reset=False)
-            valid_set = self._training_set(valid_data, sources[1], v_target, valid_rows)
-        elif len(valid_rows):
-            valid_set = self._training_set(data, sources[0], prepared, valid_rows)
-        begins_embedded = (
-            begins_with_head
-            and entry < n_stages
-            and all(part.embeddings is not None for part in parts)
-        )
-        if begins_embedded:
-            train_set.give_first(data.embedded(), train_rows)
-            if valid_set is not None:
-                valid_set.give_first(v_data.embedded(), valid_rows)
+        train_set, valid_set = self._training_sets(
+            data, valid_data, sources, prepared, train_rows, valid_rows,
+            begins_embedded=begins_with_head and entry < n_stages,
+        )  # fmt: skip
         averaging = None if goes_on else self.weight_averaging
         if averaging == "auto":
             averaging = "wise_ft" if is_careful else None
@@ -260,7 +247,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             max_epochs=max_epochs,
             first_epoch=first_epoch,
             keeps_net=goes_on and is_resumed,
-            begins_embedded=begins_embedded,
             temperature=temperature,
         )
         for part in parts:
@@ -356,12 +342,26 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         )
         tuned.head.start_from(coef, intercept)
 
-    def _training_set(self, data, source, prepared, rows):
+    def _training_sets(
+        self, data, valid_data, sources, prepared, rows, valid_rows, *, begins_embedded
+    ):
+        """What is trained on, and what is validated on or None; as embeddings at first."""
         from sktransfer._learning._training_rows import TrainingSet
 
-        inputs, positions, _ = source
-        weight = self._training_weight(prepared[rows], data.weight[rows])
-        return TrainingSet(inputs, positions[rows], prepared[rows], weight)
+        parts = [(data, sources[0], prepared, rows)]
+        if valid_data is not None:
+            target = self._prepare_target(valid_data.target, valid_data.weight, reset=False)
+            parts.append((valid_data, sources[1], target, np.arange(len(valid_data))))
+        elif len(valid_rows):
+            parts.append((data, sources[0], prepared, valid_rows))
+        begins_embedded &= all(part.embeddings is not None for part, *_ in parts)
+        sets = []
+        for part, (inputs, positions, _), target, index in parts:
+            weight = self._training_weight(target[index], part.weight[index])
+            sets.append(TrainingSet(inputs, positions[index], target[index], weight))
+            if begins_embedded:
+                sets[-1].give_first(part.embedded(), index)
+        return sets[0], sets[1] if len(sets) > 1 else None
 
     def _training_settings(
         self, module, lowest, seed=0, device=None, keeps_best=False, goes_on=False, averaging=None

@@ -28,12 +28,13 @@ from sktransfer._learning._targets import (
     probe=":class:`~sklearn.linear_model.LogisticRegression`",
     blind="the shares of the classes in training",
     probe_temperature="""
-    probe_temperature : "auto" or float, default="auto"
+    probe_temperature : "auto" or float, default=1.0
         What the scores of the linear probe are divided by before stages are trained; they predict
         the same labels, less surely. A probe that knows its rows by heart leaves the stages next
         to no gradient [5]_. ``"auto"``: so much that its loss on them is half of that of guessing
-        by the classes' shares, and nothing (1) where nothing normalises the stages. `partial_fit`
-        divides nothing.
+        by the classes' shares. Stages then move further, which makes for better probabilities,
+        and for better labels where the pictures are like those of pre-training.
+        `partial_fit` divides nothing.
 """,
     more_parameters="""
     label_smoothing : float, default=0.0
@@ -76,6 +77,8 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     References
     ----------
     %(references)s
+    .. [5] Y. Ren, S. Guo, W. Bae, D. J. Sutherland. "How to prepare your task head for
+       finetuning." ICLR 2023. https://arxiv.org/abs/2302.05779
 
     Examples
     --------
@@ -112,7 +115,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         head="linear",
         head_init="linear_probe",
         probe_views="auto",
-        probe_temperature="auto",
+        probe_temperature=1.0,
         dropout=0.0,
         max_epochs=8,
         batch_size=32,
@@ -388,16 +391,15 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
             self._blind_scores = np.log((counts + 1e-3) / (counts + 1e-3).sum())
         return target
 
-    def _temperature(self, module, data, prepared, rows):
-        from sktransfer._learning._tempering import auto_temperature
+    def _temperature(self, head, data, prepared, rows):
+        from sktransfer._learning._tempering import N_ROWS, auto_temperature
 
         if self.probe_temperature != "auto":
             return float(self.probe_temperature)
-        if not module.has_norms:
-            return 1.0
+        rows = rows[:N_ROWS]
         weight = self._training_weight(prepared[rows], data.weight[rows])
         embeddings = data.embeddings[rows]
-        return auto_temperature(module.head, embeddings, prepared[rows], weight, self._kind)
+        return auto_temperature(head, embeddings, prepared[rows], weight, self._kind)
 
     def _training_weight(self, target, weight):
         if self.class_weight is None:
@@ -410,7 +412,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
             return weight * balanced_factors(target, weight, len(self.classes_))
         factors = class_weights(self.class_weight, self.classes_)[target]
         if not factors.any():
-            alone = self.classes_[np.unique(target)].tolist()
+            alone = [shown(label) for label in self.classes_[np.unique(target)]]
             raise ValueError(
                 f"class_weight={self.class_weight!r} leaves nothing to train on or to validate "
                 f"on: those rows are all of the classes {alone}, which weigh 0. Add rows of other "

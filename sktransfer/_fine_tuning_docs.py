@@ -219,8 +219,6 @@ REFERENCES = """\
        https://arxiv.org/abs/1803.05407
     .. [4] M. Wortsman, G. Ilharco, J. W. Kim et al. "Robust fine-tuning of zero-shot models."
        CVPR 2022. https://arxiv.org/abs/2109.01903
-    .. [5] Y. Ren, S. Guo, W. Bae, D. J. Sutherland. "How to prepare your task head for
-       finetuning." ICLR 2023. https://arxiv.org/abs/2302.05779
 """
 
 

@@ -26,12 +26,12 @@ from sktransfer._learning._optimizers import (
     parameter_groups,
 )
 from sktransfer._learning._schedules import resolve_schedule
-from sktransfer._learning._tempering import Tempering
 from sktransfer._learning._training_callbacks import (
     EpochLog,
     FiniteLoss,
     GradientRules,
     LearningRates,
+    Tempering,
     Unfreezing,
     not_finite,
     restore,
@@ -112,7 +112,6 @@ def train(
     max_epochs: int,
     first_epoch: int = 0,
     keeps_net: bool = False,
-    begins_embedded: bool = False,
     temperature: float = 1.0,
 ) -> TrainingResult:
     """Train in place.
@@ -121,6 +120,7 @@ def train(
     ----------
     tuned : TunedNetwork
     train_set, valid_set : TrainingSet
+        Both may give embeddings until the first stages join the head.
     settings : TrainingSettings
     entry : int
         Position of the stage whose inputs the rows hold.
@@ -132,8 +132,6 @@ def train(
     keeps_net : bool, default=False
         Whether to go on with the net that is there, its optimizer, callbacks and history
         (``partial_fit``), if those are the optimizer and the callbacks that are asked for.
-    begins_embedded : bool, default=False
-        Whether the sets give embeddings until the first stages join the head.
     temperature : float, default=1.0
         What the head's scores are divided by before the first stages are trained.
     """
@@ -141,8 +139,7 @@ def train(
     module.entry = entry if module.stages else 0
     start = min(first_stage(1), len(module.stages))
     _check_callbacks(settings, joins_later=tuned.lowest < start)
-    row_sets = [rows for rows in (train_set, valid_set) if rows is not None]
-    module.takes_embeddings = begins_embedded
+    module.takes_embeddings = train_set.is_embedded
     n_batches = -(-len(train_set) // settings.batch_size)
     with (
         own_random_state(settings.seed, settings.device),  # drop-out draws from it
@@ -184,7 +181,7 @@ def train(
         callbacks = [
             ("weight_average", average or Callback()),
             ("unfreezing", Unfreezing(
-                first_stage, partial(_stage_groups, module=module, settings=settings), row_sets)),
+                first_stage, partial(_stage_groups, module=module, settings=settings))),
             ("tempering", Tempering(temperature)),
             ("learning_rates", LearningRates(
                 resolve_schedule(settings.lr_schedule), max(1, max_epochs * n_batches))),
@@ -224,7 +221,6 @@ def train(
             module.eval()
             module.entry, module.takes_embeddings = 0, False
             net.train_split = None  # the rows need not outlive the training
-            row_sets.clear()
     result.n_iter = log.epoch
     result.best_epoch = log.epoch
     if settings.keeps_best and log.best_epoch is not None:
@@ -252,7 +248,8 @@ def make_net(
     # Places are kept for ours, should training go on later.
     own: list[Any] = list(callbacks or [(name, Callback()) for name in _OURS])
     # The user's stay as they are, so that the estimator can be cloned.
-    own += [_own_copy(callback) for callback in settings.callbacks or []]
+    memo: dict[int, Any] = {}  # one, as callbacks may hold each other
+    own += [_own_copy(callback, memo) for callback in settings.callbacks or []]
 
     arguments: dict[str, Any] = {
         "criterion": WeightedLoss(settings.kind, settings.label_smoothing),
@@ -277,12 +274,12 @@ def make_net(
     return net.initialize()
 
 
-def _own_copy(callback: Any) -> Any:
+def _own_copy(callback: Any, memo: dict[int, Any]) -> Any:
     """A callback, or its pair with a name, to be written to; a writer or a run stays shared."""
     if isinstance(callback, tuple):
-        return (*callback[:-1], _own_copy(callback[-1]))
+        return (*callback[:-1], _own_copy(callback[-1], memo))
     try:
-        return copy.deepcopy(callback)
+        return copy.deepcopy(callback, memo)
     except TypeError:  # it holds a lock, an open file or a connection
         return copy.copy(callback)
 

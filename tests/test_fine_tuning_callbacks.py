@@ -42,6 +42,26 @@ def test_a_callback_that_cannot_be_copied_is_shared(stripes, has_name):
     assert writer.names[-1] == "closed"
 
 
+def test_callbacks_that_hold_each_other(stripes):
+    class Counter(Callback):
+        n = 0
+
+        def on_epoch_end(self, net, **kwargs):
+            self.n += 1
+
+    class Watcher(Callback):
+        def __init__(self, other):
+            self.other, self.seen = other, []
+
+        def on_train_end(self, net, **kwargs):
+            self.seen.append(self.other.n)
+
+    counter = Counter()
+    model = small(callbacks=[counter, ("watcher", Watcher(counter))], unfreeze=0).fit(*stripes)
+    assert dict(model.net_.callbacks_)["watcher"].seen == [2]
+    assert counter.n == 0
+
+
 def test_a_scheduler_of_skorch_and_stages_that_join_later(stripes):
     scheduler = LRScheduler(policy="StepLR", step_size=1, gamma=0.1)
     settings = {"callbacks": [scheduler], "lr_schedule": "constant", "max_epochs": 4}
@@ -62,17 +82,24 @@ def test_a_callback_that_watches_no_validation_part(stripes, callback, tmp_path,
     assert "There is no validation part" in "".join(caught.value.__notes__)
 
 
-@pytest.mark.parametrize("unfreeze", [0, 1, "gradual"])
-def test_the_net_can_be_pickled(stripes, unfreeze, tmp_path):
+@pytest.mark.parametrize("augment", [None, torch.nn.Identity()], ids=["kept", "new"])
+@pytest.mark.parametrize("unfreeze", [1, "gradual", "all"])
+def test_the_net_can_be_pickled(stripes, unfreeze, augment, tmp_path):
     X, y = stripes
     callbacks = [
-        Checkpoint(f_pickle="best.pkl", dirname=tmp_path),
+        Checkpoint(f_pickle="epoch_{last_epoch[epoch]}.pkl", monitor=None, dirname=tmp_path),
         TrainEndCheckpoint(f_pickle="end.pkl", dirname=tmp_path),
     ]
-    settings = {"preprocessing": {"size": 20, "crop": 20}, "augment": torch.nn.Identity()}
+    settings = {"preprocessing": {"size": 20, "crop": 20}, "augment": augment}
     settings |= {"early_stopping": False}
     model = small(unfreeze=unfreeze, callbacks=callbacks, **settings)
     model.fit(X, y, X_val=X, y_val=y)
+    # One of an epoch in the middle takes pictures, too, and has none with it.
+    file = (tmp_path / "epoch_1.pkl").read_bytes()
+    pixels = torch.from_numpy(X).permute(0, 3, 1, 2)[:, None]
+    score = (model.classes_[pickle.loads(file).predict(pixels)] == y).mean()
+    assert score == model.history_[1]["valid_score"]
+    assert len(file) < 60_000
     pixels = torch.from_numpy(X).permute(0, 3, 1, 2)[:, None]
     for net in (
         pickle.loads(pickle.dumps(model.net_)),
@@ -115,8 +142,12 @@ def test_a_partial_fit_that_fails_takes_nothing_from_the_optimizer(stripes, unfr
                 model.partial_fit(X[:2], ["nope", "down"])
         elif fails and fault == "loss":
             with pytest.raises(ValueError, match="training loss became"):
-                model.set_params(lr=1e30, gradient_clip=1e9).partial_fit(X, y)
-            model.set_params(lr=1e-2, gradient_clip=None)
+                model.set_params(lr=1e30, gradient_clip=1e9, dropout=0.9, batch_size=5).partial_fit(
+                    X, y
+                )
+            assert net.batch_size == 16
+            assert {p.p for p in net.module_.modules() if isinstance(p, torch.nn.Dropout)} == {0.0}
+            model.set_params(lr=1e-2, gradient_clip=None, dropout=0.0, batch_size=16)
         elif fails:
             own = next(c for _, c in net.callbacks_ if isinstance(c, Refuse))
             own.epoch = 4

@@ -234,7 +234,7 @@ def test_wise_ft_is_half_way_or_further(stripes, unfreeze, rows, share, monkeypa
     if rows is not None:
         monkeypatch.setattr(_weight_average, "_WISE_FT_ROWS", rows)
     settings = {"unfreeze": unfreeze, "lr": 0.01, "max_epochs": 4, "random_state": 0}
-    settings |= {"batch_size": 8, "batch_norm": "moving", "probe_views": 3, "probe_temperature": 1}
+    settings |= {"batch_size": 8, "batch_norm": "moving", "probe_views": 3}
     start, end, averaged = (
         weights_of(small(**settings | changed).fit(X, y))
         for changed in (
@@ -255,7 +255,6 @@ def test_wise_ft_is_half_way_or_further(stripes, unfreeze, rows, share, monkeypa
 def test_when_auto_averages(stripes):
     X, y = stripes
     settings = {"unfreeze": 1, "lr": 0.01, "max_epochs": 2, "random_state": 0}
-    settings |= {"probe_temperature": 1}
 
     def is_same(kind, val=None, **changed):
         rows = {} if val is None else {"X_val": X[val:], "y_val": y[val:]}

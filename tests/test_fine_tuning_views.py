@@ -153,7 +153,6 @@ def start_of(X, y, cls=FineTuningClassifier, **parameters):
     return head.weight.detach().numpy().copy()
 
 
-@pytest.mark.filterwarnings("ignore:Fine-tuning did not improve")
 def test_when_auto_takes_corners(stripes, monkeypatch):
     X, y = stripes
 

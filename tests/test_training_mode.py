@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from sktransfer import load_backbone
+from sktransfer._graphs import _training_only
 from sktransfer._graphs._tracing import trace
 from sktransfer._stages import plan_stages, split_stages
 
@@ -229,12 +230,51 @@ class Between(Functional):
         super().__init__(lambda x, is_training: x + torch.rand_like(x) if is_training else x)
 
 
-def test_what_no_stage_can_is_told(stripes):
+class Early(nn.Module):
+    """Looks at the mode long before what depends on it; or tells it to what is no dropout."""
+
+    def __init__(self, function, is_early):
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
+        self.two = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        self.hidden, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("var", torch.ones(8))
+        self.function, self.is_early = function, is_early
+
+    def forward(self, x):
+        mode = self.training if self.is_early else None
+        x = self.hidden(self.two(self.one(x)).flatten(1))
+        x = self.function(self, x, self.training if mode is None else mode)
+        return self.head(torch.relu(x))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Between(),
+        Early(lambda net, x, mode: functional.dropout(x, 0.5, mode), True),
+        Early(lambda net, x, mode: functional.rrelu(x, training=mode), False),
+        Early(lambda net, x, mode: functional.batch_norm(x, net.mean, net.var, None, None, mode),
+              False),
+    ],
+    ids=["branch", "early", "rrelu", "batch norm"],
+)  # fmt: skip
+def test_what_no_stage_can_is_told(stripes, network):
+    name = type(network).__name__
     with pytest.warns(
-        UserWarning, match=r"The forward of Between does something in training alone"
+        UserWarning, match=rf"The forward of {name} does something in training alone"
     ):
-        small(backbone=Between(), unfreeze="all").fit(*stripes)
-    small(backbone=Between(), unfreeze=0).fit(*stripes)  # a warning is an error
+        small(backbone=network, unfreeze="all").fit(*stripes)
+    small(backbone=network, unfreeze=0).fit(*stripes)  # a warning is an error
+
+
+def test_scripted_modules_load_while_a_network_is_traced():
+    with _training_only.noting_reads(lambda: None):
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
+        copied = copy.deepcopy(scripted).eval()
+    assert not copied.training
+    assert copied(torch.zeros(1, 2)).shape == (1, 2)
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])

@@ -20,11 +20,11 @@ from sktransfer._graphs._training_only import (
     Call,
     Read,
     follow_mode,
+    followers,
     main_output,
     noting_reads,
     outermost,
     signatures,
-    takes_mode,
 )
 from sktransfer._process_lock import ProcessLock
 
@@ -181,7 +181,7 @@ class Traced:
         graph = fx.Graph()
         entering = graph.placeholder("x")
         whole = {call.start: call for call in self._whole_calls(lo, hi, source)}
-        asked = {read.position for read in self.reads}
+        following = followers(self.nodes, self.reads)
         is_given_away = any(source in call.inputs for call in whole.values())
         if is_given_away or any(_writes_over(self, user, source) for user in source.users):
             # What is handed in may be kept by somebody, for the next epoch.
@@ -208,7 +208,7 @@ class Traced:
                 copied(node)
             elif node not in values:
                 values[node] = graph.node_copy(node, copied)
-                if i in asked and takes_mode(node):
+                if node in following:
                     follow_mode(values[node])
         graph.output(values[result])
         _erase_unused_attributes(graph)
@@ -254,7 +254,7 @@ class Traced:
             read
             for read in self.reads
             if not any(self._is_within(call, *piece) for call in read.calls for piece in pieces)
-            and not (read.position < len(self.nodes) and takes_mode(self.nodes[read.position]))
+            and not followers(self.nodes, [read])
         ]
 
     def changes_in_training(self, path: str, embedding: fx.Node) -> bool:
@@ -273,8 +273,10 @@ class Traced:
             result = main_output(result.args)
         if not isinstance(result, fx.Node):
             return True
-        before = signatures(_way_to(embedding), vars(self.root))
-        after = signatures(_way_to(result), vars(copied))
+        heard = followers(self.nodes, self.reads)
+        before = signatures(_way_to(embedding), vars(self.root), heard)
+        heard = followers(list(graph.nodes), tracer.reads)
+        after = signatures(_way_to(result), vars(copied), heard)
         return after[: len(before)] != before
 
     def extractor(self, nodes: list[fx.Node], poolings: list[nn.Module]) -> fx.GraphModule:

@@ -82,6 +82,9 @@ class _NotedMode:
     def __set__(self, module: nn.Module, value: bool) -> None:
         vars(module)["training"] = value
 
+    def __delete__(self, module: nn.Module) -> None:  # as TorchScript's modules do
+        del vars(module)["training"]
+
 
 @contextmanager
 def noting_reads(note: Callable[[], None]) -> Iterator[None]:
@@ -128,17 +131,26 @@ def follow_mode(node: fx.Node) -> None:
         node.update_arg(2, mode)
 
 
-def signatures(nodes: list[fx.Node], constants: dict[str, Any]) -> list[tuple[str, ...]]:
-    """What tells operations apart, without their numbers and what is true or false.
+def followers(nodes: list[fx.Node], reads: list[Read]) -> set[fx.Node]:
+    """The functional dropouts that follow the mode of their stage."""
+    asking = [nodes[read.position] for read in reads if read.position < len(nodes)]
+    return {node for node in asking if takes_mode(node)}
+
+
+def signatures(
+    nodes: list[fx.Node], constants: dict[str, Any], following: set[fx.Node]
+) -> list[tuple[str, ...]]:
+    """What tells operations apart, without their numbers and the mode that is followed.
 
     `constants` holds, among others, the tensors that ``forward`` made, which are numbered, too.
     """
     place = {node: f"%{i}" for i, node in enumerate(nodes)}
 
     def told(value: Any) -> Any:
-        if isinstance(value, bool):
-            return None
         return place.get(value) if isinstance(value, fx.Node) else value
+
+    def untold(value: Any) -> Any:
+        return None if isinstance(value, bool) else told(value)
 
     def target(node: fx.Node) -> str:
         name = str(node.target)
@@ -151,7 +163,10 @@ def signatures(nodes: list[fx.Node], constants: dict[str, Any]) -> list[tuple[st
         (
             node.op,
             target(node),
-            *map(str, (fx.node.map_aggregate(part, told) for part in (node.args, node.kwargs))),
+            *(
+                str(fx.node.map_aggregate(part, untold if node in following else told))
+                for part in (node.args, node.kwargs)
+            ),
         )
         for node in nodes
     ]

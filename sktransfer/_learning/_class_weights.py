@@ -21,8 +21,9 @@ def class_weights(class_weight: Mapping[Any, float], classes: np.ndarray) -> np.
     weights = np.array([class_weight.get(label, 1) for label in classes], dtype=np.float64)
     if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
         raise ValueError(
-            f"class_weight={class_weight!r} gives the classes {classes[:20].tolist()} the weights "
-            f"{weights[:20].tolist()}: none may be negative, NaN or infinite, and not all zero."
+            f"class_weight={class_weight!r} gives the classes {[shown(c) for c in classes[:20]]} "
+            f"the weights {weights[:20].tolist()}: none may be negative, NaN or infinite, and not "
+            "all zero."
         )
     return weights
 

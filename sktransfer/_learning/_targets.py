@@ -90,8 +90,8 @@ def codes_of(labels: np.ndarray, classes: np.ndarray, name: str = "y") -> np.nda
         row = int(np.flatnonzero(codes < 0)[0])
         raise ValueError(
             f"{name} holds the label {shown(labels[row])!r} in row {row}, which is not one of the "
-            f"classes {classes[:20].tolist()}. Labels of validation rows and of later calls must "
-            "be among the classes of the first fit; partial_fit takes them as `classes`."
+            f"classes {[shown(c) for c in classes[:20]]}. Labels of validation rows and of later "
+            "calls must be among the classes of the first fit; partial_fit takes them as `classes`."
         )
     return codes
 
@@ -103,7 +103,8 @@ def are_strings(labels: np.ndarray) -> bool:
 
 def shown(label: Any) -> Any:
     """A label as it is written, without NumPy's type around it."""
-    return label.item() if isinstance(label, np.generic) else label
+    is_time = isinstance(label, (np.datetime64, np.timedelta64))  # of them it makes numbers
+    return str(label) if is_time else label.item() if isinstance(label, np.generic) else label
 
 
 def _check_has_rows(y: Any, name: str) -> None:

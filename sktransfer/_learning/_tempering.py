@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from skorch.callbacks import Callback
+from scipy.optimize import brentq
 
 from sktransfer._learning._losses import WeightedLoss
 
 # Of the loss of guessing by the classes' shares: docs/fine_tuning.md, "The defaults".
 _LOSS_SHARE = 0.5
 _HIGHEST = 1e4
-_N_ROWS = 10_000  # so many tell it
+N_ROWS = 10_000  # so many tell it
 
 
 def auto_temperature(
@@ -42,7 +42,6 @@ def auto_temperature(
     .. [1] Y. Ren, S. Guo, W. Bae, D. J. Sutherland: "How to prepare your task head for
        finetuning", ICLR 2023. https://arxiv.org/abs/2302.05779
     """
-    rows, target, weight = rows[:_N_ROWS], target[:_N_ROWS], weight[:_N_ROWS]
     loss = WeightedLoss(kind).eval()
     with torch.no_grad():
         scores = head.eval()(torch.from_numpy(rows)).double()  # without drop-out
@@ -56,33 +55,11 @@ def auto_temperature(
             mean = (weight @ target / weight.sum()).clip(1e-12, 1 - 1e-12)
             guess = torch.from_numpy(mean).logit()
         wanted = _LOSS_SHARE * float(loss((guess.expand(len(y), -1), shares), y))
-        low, high = 0.0, np.log(_HIGHEST)
-        if float(loss((scores, shares), y)) >= wanted:
+
+        def excess(log_temperature: float) -> float:
+            return float(loss((scores / np.exp(log_temperature), shares), y)) - wanted
+
+        if excess(0.0) >= 0:
             return 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            if float(loss((scores / np.exp(middle), shares), y)) < wanted:
-                low = middle
-            else:
-                high = middle
-    return float(np.exp(high))
-
-
-class Tempering(Callback):
-    """Divides the head's scores once, when the first stages are trained.
-
-    It stands behind the callback that thaws them.
-
-    Parameters
-    ----------
-    temperature : float
-    """
-
-    def __init__(self, temperature: float):
-        self.temperature = temperature
-
-    def on_epoch_begin(self, net: Any, **kwargs: Any) -> None:
-        module = net.module_
-        if self.temperature != 1 and module.n_frozen < len(module.stages):
-            module.head.divide_scores(self.temperature)
-            self.temperature = 1.0
+        highest = np.log(_HIGHEST)
+        return float(np.exp(brentq(excess, 0.0, highest) if excess(highest) > 0 else highest))

@@ -13,7 +13,6 @@ from skorch.callbacks import Callback
 
 from sktransfer._learning._losses import validation_score
 from sktransfer._learning._schedules import Schedule
-from sktransfer._learning._training_rows import TrainingSet
 
 
 class Unfreezing(Callback):
@@ -25,20 +24,15 @@ class Unfreezing(Callback):
         Epoch, counted from 1 -> position of the lowest trained stage.
     groups : callable
         (start, stop) -> optimizer groups of these stages.
-    row_sets : list of TrainingSet
-        They go on with their own rows where they gave embeddings to the head alone.
     """
 
-    def __init__(
-        self,
-        first_stage: Callable[[int], int],
-        groups: Callable[[int, int], list],
-        row_sets: list[TrainingSet],
-    ):
-        self.first_stage, self.groups, self.row_sets = first_stage, groups, row_sets
+    def __init__(self, first_stage: Callable[[int], int], groups: Callable[[int, int], list]):
+        self.first_stage, self.groups = first_stage, groups
         self.epoch = 0
 
-    def on_epoch_begin(self, net: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, net: Any, dataset_train: Any = None, dataset_valid: Any = None, **kwargs: Any
+    ) -> None:
         self.epoch += 1
         module = net.module_
         start = min(self.first_stage(self.epoch), len(module.stages))
@@ -48,8 +42,29 @@ class Unfreezing(Callback):
                 net.optimizer_.add_param_group(group)
             module.freeze(start)
             module.takes_embeddings = False
-            for rows in self.row_sets:
-                rows.go_on()
+            for rows in (dataset_train, dataset_valid):
+                if rows is not None:  # they gave embeddings as long as the head was alone
+                    rows.go_on()
+
+
+class Tempering(Callback):
+    """Divides the head's scores once, when the first stages are trained.
+
+    It stands behind :class:`Unfreezing`.
+
+    Parameters
+    ----------
+    temperature : float
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+
+    def on_epoch_begin(self, net: Any, **kwargs: Any) -> None:
+        module = net.module_
+        if self.temperature != 1 and module.n_frozen < len(module.stages):
+            module.head.divide_scores(self.temperature)
+            self.temperature = 1.0
 
 
 class LearningRates(Callback):

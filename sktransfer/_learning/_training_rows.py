@@ -126,6 +126,7 @@ class Pixels:
         self.is_bad = np.zeros(len(self), dtype=bool)
         self._blank: np.ndarray | None = None  # of the others' shape, once there is one
         self._kept: np.ndarray | None = None
+        self._fits = True
         self._is_ready = np.zeros(len(images), dtype=bool)
 
     def __len__(self) -> int:
@@ -171,8 +172,9 @@ class Pixels:
             sample = next((p for p in found.values() if p is not None), None)
             if sample is not None:
                 self._blank = np.zeros_like(sample)
-                if self._kept is None and not self._is_ready.any():
+                if self._kept is None and self._fits:
                     self._kept = allocate((len(self._images), *sample.shape), sample.dtype)
+                    self._fits = self._kept is not None
             blank = np.zeros((1, 1, 3), np.uint8) if self._blank is None else self._blank
             decoded = {i: blank if p is None else p for i, p in found.items()}
             if self._kept is not None:
@@ -262,6 +264,9 @@ class TrainingSet(torch.utils.data.Dataset):
         mean = weight.mean() if len(weight) else 1.0
         self.weight = torch.from_numpy(weight / mean).float()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # a net that is pickled while it is trained takes none of its rows along
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -273,6 +278,11 @@ class TrainingSet(torch.utils.data.Dataset):
         """Give rows of another source until :meth:`go_on` is called."""
         self._later = self.source, self.index
         self.source, self.index = source, index
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether it gives other rows for now."""
+        return self._later is not None
 
     def go_on(self) -> None:
         """Give rows of the own source from now on."""

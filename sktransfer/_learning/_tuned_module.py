@@ -73,6 +73,10 @@ class TunedModule(nn.Module):
             self.register_buffer("shift", shift, persistent=False)
         self.freeze(self.n_frozen)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A net that is pickled while it is trained will be given pictures.
+        return {**super().__getstate__(), "entry": 0, "takes_embeddings": False}  # type: ignore
+
     def forward(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> Any:
         """Scores (n, n_outputs) of rows (n, n_columns, …): each image column goes the same way.
 
@@ -151,18 +155,15 @@ class TunedModule(nn.Module):
                         part.training = False
         return self
 
-    @property
-    def has_norms(self) -> bool:
-        """Whether something normalises the activations: not in AlexNet, VGG and SqueezeNet."""
-        parts = [type(part).__name__.lower() for part in self.stages.modules()]
-        return any("norm" in name and "response" not in name for name in parts)
-
     def suggested_lr(self, lowest: int) -> float:
         """The head's learning rate where none is given, and stages from `lowest` on are trained.
 
-        Where nothing normalises the activations the steps that others take well lead astray.
+        Where nothing normalises the activations (AlexNet, VGG, SqueezeNet) the steps that others
+        take well lead astray.
         """
-        return 3e-4 if self.has_norms or lowest >= len(self.stages) else 1e-4
+        parts = [type(part).__name__.lower() for part in self.stages.modules()]
+        has_norm = any("norm" in name and "response" not in name for name in parts)
+        return 3e-4 if has_norm or lowest >= len(self.stages) else 1e-4
 
     def groups(self, start: int, stop: int | None = None) -> list[tuple[str, int, list[Any]]]:
         """(stage, distance from the head, parameters) of the stages from `start` to `stop`.

@@ -9,43 +9,53 @@ from typing import Any
 
 import torch
 
+from sktransfer._learning._heads import take_settings
 from sktransfer._learning._tuned_network import TunedNetwork
 
 
 @contextlib.contextmanager
-def undone_on_failure(tuned: TunedNetwork | None) -> Iterator[None]:
+def undone_on_failure(tuned: TunedNetwork | None, *, keeps_net: bool) -> Iterator[None]:
     """Bring `tuned` back to what it is now, should the block that trains it further fail.
 
-    Its weights, its net with the optimizer's state and skorch's history, and what is frozen. The
-    user's callbacks keep what they saw.
+    Its weights, its net with skorch's history, and what is frozen; the optimizer's state, too,
+    where it may step on (`keeps_net`). The user's callbacks keep what they saw.
     """
     if tuned is None:
         yield
         return
     before = dict(vars(tuned))
     module, net = tuned._module, tuned.net
-    weights = tuned.trained_state()
-    head = copy.deepcopy(tuned.head.state_dict())
-    place = None if module is None else (module.n_frozen, module.entry)
-    n_epochs, optimizer = (0, {}) if net is None else (len(net.history), _state_of(net))
+    weights, head = tuned.trained_state(), copy.deepcopy(tuned.head)
+    n_frozen = 0 if module is None else module.n_frozen
+    optimizer = _on_cpu(net.optimizer_.state_dict()) if net is not None and keeps_net else None
+    settings = None
+    if net is not None:
+        settings = len(net.history), net.batch_size, net.criterion_.label_smoothing
     try:
         yield
     except BaseException:
         vars(tuned).update(before)
-        tuned.head.load_state_dict(head)
-        if module is not None and place is not None:
+        take_settings(tuned.head, head)
+        tuned.head.load_state_dict(head.state_dict())
+        if module is not None:
             tuned.change(tuned.moves_statistics, tuned.precision)
             tuned.put_into(module, weights)
-            module.freeze(place[0])
-            module.entry = place[1]
-        if net is not None:
+            module.freeze(n_frozen)
+        if settings is not None:
+            n_epochs, net.batch_size, net.criterion_.label_smoothing = settings
             del net.history[n_epochs:]
-            groups = net.optimizer_.param_groups
-            del groups[len(optimizer["param_groups"]) :]
+        if optimizer is not None:
+            del net.optimizer_.param_groups[len(optimizer["param_groups"]) :]
             net.optimizer_.load_state_dict(optimizer)
         raise
 
 
-def _state_of(net: Any) -> dict[str, Any]:
-    with torch.no_grad():
-        return copy.deepcopy(net.optimizer_.state_dict())
+def _on_cpu(state: Any) -> Any:
+    """A copy of an optimizer's state, beside the device that is to be trained on."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_on_cpu(value) for value in state]
+    return copy.deepcopy(state)

@@ -55,7 +55,7 @@ class WeightAverage(Callback):
         if kind == "last":
             self.first_step = 1 + int(max_epochs * (1 - _LAST_SHARE)) * n_batches
         self.decay = max(0.0, 1 - 1 / (_EMA_SHARE * n_steps))
-        self.step, self._has_begun = 0, False
+        self.step, self._has_begun, self._n_averaged = 0, False, 0
         self._trained: list[torch.Tensor] = []
         self._start: list[torch.Tensor] = []
         self._mean: list[torch.Tensor] = []
@@ -86,23 +86,27 @@ class WeightAverage(Callback):
         self.step += 1
         if self.kind == "wise_ft":
             return
-        n_averaged = self.step - self.first_step
-        if n_averaged == 0:
+        if self.step < self.first_step:
+            return
+        if self._n_averaged == 0:
             self._mean = [tensor.detach().clone() for tensor in self._trained]
-        elif n_averaged > 0:
+        else:
             is_ema = self.kind == "ema"
             average = get_ema_multi_avg_fn(self.decay) if is_ema else get_swa_multi_avg_fn()
-            average(self._mean, self._trained, n_averaged)
+            average(self._mean, self._trained, self._n_averaged)
+        self._n_averaged += 1
 
     def on_batch_begin(self, net: Any, training: bool = False, **kwargs: Any) -> None:
         if not training:
             self._put_average()
-        elif self.kind == "wise_ft" and not self._has_begun:
+        elif not self._has_begun:
             # Where stages join a head that was trained alone, the way begins there.
             module = net.module_
             self._has_begun = module.n_frozen < len(module.stages)
             if self._has_begun or self.step == 0:
-                self._start = [tensor.detach().clone() for tensor in self._trained]
+                self._n_averaged = 0
+                if self.kind == "wise_ft":
+                    self._start = [tensor.detach().clone() for tensor in self._trained]
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
         self._put_average()
