@@ -269,6 +269,7 @@ def test_what_no_stage_can_is_told(stripes, network):
     small(backbone=network, unfreeze=0).fit(*stripes)  # a warning is an error
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::DeprecationWarning")
 def test_scripted_modules_load_while_a_network_is_traced():
     with _training_only.noting_reads(lambda: None):
         scripted = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
