@@ -40,6 +40,13 @@ def test_impossible_settings_are_told_before_loading(stripes, parameters, messag
         small(**parameters).fit(*stripes)
 
 
+@pytest.mark.parametrize("size", [0, -3, 2.5, True, "a", None, [4]], ids=str)
+def test_hidden_sizes_are_positive_integers(stripes, size):
+    with pytest.raises(ValueError, match=r"head=\(8, .*\) has the hidden size .*positive int"):
+        small(head=(8, size)).fit(*stripes)
+    small(head=(np.int64(4),), max_epochs=1).fit(*stripes)
+
+
 @pytest.mark.parametrize("switch", ["backends", "conv"])
 def test_the_callers_choice_of_tf32_stays(stripes, switch):
     where = torch.backends if switch == "backends" else torch.backends.cudnn.conv

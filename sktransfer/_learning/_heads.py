@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -76,10 +77,21 @@ def make_head(head: Any, n_in: int, n_out: int, dropout: float) -> nn.Module:
         A module is copied; it takes embeddings (n, n_in) and gives scores (n, n_out).
     n_in, n_out : int
     dropout : float
+
+    Raises
+    ------
+    ValueError
+        Where hidden sizes are no positive integers, or a module gives scores of another shape.
     """
     if isinstance(head, str):
         return LinearHead(n_in, n_out, (), dropout)
     if not isinstance(head, nn.Module):
+        for size in head:
+            if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+                raise ValueError(
+                    f"head={head!r} has the hidden size {size!r}: give positive integers, as in "
+                    'head=(256,), or "linear" for no hidden layer.'
+                )
         return LinearHead(n_in, n_out, tuple(head), dropout)
     own = copy.deepcopy(head)
     try:
