@@ -17,6 +17,7 @@ import numpy as np
 
 from sktransfer._jsonable import decode, encode
 from sktransfer._version import __version__
+from sktransfer._whole_files import whole_file
 from sktransfer._zoo._preprocessing import Preprocessing
 
 FORMAT = 1
@@ -67,6 +68,8 @@ def save(estimator: Any, path: str | os.PathLike, *, standalone: bool = False) -
     ValueError
         If parameters were changed after `fit`, so that nobody could open the file; none is
         written.
+    OSError
+        If `path` cannot be written, as ``open`` would say.
 
     See Also
     --------
@@ -134,14 +137,9 @@ def save(estimator: Any, path: str | os.PathLike, *, standalone: bool = False) -
         "attributes": {k: encode(v, k) for k, v in attributes.items()},
     }
     contiguous = {k: np.array(v, order="C") for k, v in tensors.items()}
-    # A file appears as a whole or not at all.
-    part = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
-    try:
+    with whole_file(os.fsdecode(path)) as part:
         save_file(contiguous, part, metadata={_KEY: json.dumps(header)})
         _check_opens(part, estimator, None if is_named else estimator.backbone)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _check_opens(part: Path, estimator: Any, backbone: Any) -> None:
@@ -175,8 +173,10 @@ def load(path: str | os.PathLike, *, backbone: Any = None) -> Any:
     ValueError
         If the file is not one of ours, holds anything that is not known, or does not fit the
         weights that its backbone's name brings back.
+    OSError
+        If `path` cannot be read.
     """
-    header, tensors = _read(path)
+    header, tensors = _read(os.fsdecode(path))
     cls = _class(header["class"])
     estimator = cls(**_parameters(cls, header, backbone, path))
     estimator._validate_params()
@@ -198,9 +198,11 @@ def load(path: str | os.PathLike, *, backbone: Any = None) -> Any:
     return estimator
 
 
-def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     from safetensors import SafetensorError, safe_open
 
+    with open(path, "rb"):
+        pass  # safetensors' own errors do not say what is wrong with a folder
     try:
         with safe_open(path, framework="np") as file:
             text = (file.metadata() or {}).get(_KEY)

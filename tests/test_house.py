@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "sktransfer"
 
 # Files, and folders as one; each imports from the floors below it alone.
 FLOORS = [
-    {"_process_lock"},
+    {"_process_lock", "_whole_files"},
     {"_shared_context"},
     {"_version", "_builtin", "_pictures", "_stores", "_graphs", "_progress", "_random_state"},
     {"_images", "_cache", "_stages"},

@@ -1,8 +1,13 @@
 """save and load: the same predictions, small files, and nothing taken on trust."""
 
+import errno
 import json
+import os
 import pickle
+import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -134,6 +139,73 @@ def test_callables_and_strangers_are_refused(pictures, tmp_path):
     with pytest.raises(ValueError, match="not fitted"):
         save(FineTuningClassifier(), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+# -- files ---------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def small():
+    X = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    return PretrainedFeatureExtractor(layer="stage1", memory=False).fit(X)
+
+
+def test_threads_may_save_to_one_path(small, tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: save(small, tmp_path / "model"), range(16)))
+    assert load(tmp_path / "model").n_features_out_ == small.n_features_out_
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_save_leaves_the_old_file_alone(small, tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    path.write_bytes(b"old")
+    monkeypatch.setattr("os.replace", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save(small, path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")
+def test_files_have_the_rights_that_open_gives(small, tmp_path):
+    (tmp_path / "opened").write_bytes(b"")
+    path = tmp_path / "model"
+    save(small, path)
+    assert path.stat().st_mode == (tmp_path / "opened").stat().st_mode
+    path.chmod(0o640)
+    save(small, path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_symbolic_links_are_followed(small, tmp_path):
+    (tmp_path / "inner").mkdir()
+    link, path = tmp_path / "link", tmp_path / "inner" / "model"
+    link.symlink_to(Path("inner") / "model")
+    for _ in range(2):  # at first it leads to nothing
+        save(small, link)
+        assert link.is_symlink()
+        assert load(path).n_features_out_ == small.n_features_out_
+
+
+def test_paths_that_cannot_be_opened_are_told(small, tmp_path, monkeypatch):
+    missing = tmp_path / "missing" / "model"
+    (tmp_path / "file").touch()
+    for error, path in (
+        (FileNotFoundError, missing),
+        (NotADirectoryError, tmp_path / "file" / "model"),
+        (IsADirectoryError, tmp_path),
+    ):
+        for call in (lambda path: save(small, path), load):
+            with pytest.raises(error) as caught:
+                call(path)
+            assert caught.value.filename == str(path)
+    refusal = PermissionError(errno.EACCES, "Permission denied", "elsewhere")
+    monkeypatch.setattr("tempfile.mkdtemp", Mock(side_effect=refusal))
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*model'"):
+        save(small, tmp_path / "model")
+    for nothing in (None, 3):
+        with pytest.raises(TypeError):
+            load(nothing)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # -- attacks ---------------------------------------------------------------------------------
