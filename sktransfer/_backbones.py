@@ -219,6 +219,11 @@ class Backbone:
         """Whether these came from a file that stands alone, so that no name brings them back."""
         return isinstance(self._source, GivenSource)
 
+    @property
+    def cut(self) -> tuple:
+        """All that the embedding follows from but the weights."""
+        return self.name, self._keys, self._poolings, self.preprocessing.identity
+
     def make_pooling(self) -> Pooling:
         """What turns the one asked layer's values into rows."""
         return Pooling(*self._poolings[0])

@@ -145,12 +145,14 @@ def save(estimator: Any, path: str | os.PathLike, *, standalone: bool = False) -
 def _check_opens(part: Path, estimator: Any, backbone: Any) -> None:
     """Parameters may have been changed since the fit, and then do not fit what it left."""
     try:
-        load(part, backbone=backbone)
+        again = load(part, backbone=backbone)
+        if again.backbone_.cut != estimator.backbone_.cut:
+            raise ValueError("it would embed otherwise than what was fitted.")
     except ValueError as error:
         raise ValueError(
             f"This {type(estimator).__name__} could not be loaded again, so it is not saved. Were "
-            "parameters such as `head`, `weights`, `layer` or `preprocessing` changed after fit? "
-            f"Fit again, or set them to what they were. (Loading says: {error})"
+            "parameters such as `head`, `weights`, `layer`, `pooling` or `preprocessing` changed "
+            f"after fit? Fit again, or set them to what they were. (Loading says: {error})"
         ) from error
 
 

@@ -55,6 +55,10 @@ def fitted(name, pictures, **parameters):
     return model.fit(X, y), X
 
 
+def shrunk(image):
+    return np.moveaxis(image[:32, :32] / 255, 2, 0)
+
+
 def outputs(model, X):
     return model.predict(X) if hasattr(model, "predict") else model.transform(X)
 
@@ -111,6 +115,25 @@ def test_what_could_not_be_opened_is_not_written(changed, pictures, tmp_path):
     with pytest.raises(ValueError, match=r"it is not saved[\s\S]*changed after fit"):
         save(model.set_params(**changed), tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["head", "extractor"])
+@pytest.mark.parametrize("changed", [{"layer": "stage1.0.bn2"}, {"pooling": "max"}], ids=str)
+def test_what_would_embed_otherwise_is_not_written(name, changed, pictures, tmp_path):
+    model, _ = fitted(name, pictures, layer="stage1")  # 48 columns, as the changed ones have
+    with pytest.raises(ValueError, match=r"it is not saved[\s\S]*changed after fit"):
+        save(model.set_params(**changed), tmp_path / "model", standalone=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_stands_alone_holds_the_fitted_preprocessing(pictures, tmp_path):
+    model, X = fitted("extractor", pictures, preprocessing={"size": 32})
+    path = tmp_path / "model"
+    save(model.set_params(preprocessing="auto"), path, standalone=True)
+    np.testing.assert_allclose(load(path).transform(X), model.transform(X), rtol=1e-4, atol=1e-5)
+    model, _ = fitted("extractor", pictures, preprocessing=shrunk)
+    with pytest.raises(ValueError, match=r"it is not saved[\s\S]*changed after fit"):
+        save(model.set_params(preprocessing="auto"), path, standalone=True)
 
 
 def test_own_module_is_given_again(pictures, tmp_path):
