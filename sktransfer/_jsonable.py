@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 from sktransfer._learning._optimizers import Optimizer
 
 _KIND = "__kind__"
-_DTYPE_KINDS = "biufUS"
+# Kinds of dtype -> the type of their items in JSON. Of objects strings alone are harmless.
+_ITEMS = {"b": bool, "i": int, "u": int, "f": float, "U": str, "S": str, "O": str}
+_DTYPE = re.compile(r"[<>|]?([biufUSO])\d{0,4}")
 
 
 def encode(value: Any, what: str) -> Any:
@@ -32,7 +35,7 @@ def encode(value: Any, what: str) -> Any:
     if isinstance(value, Optimizer):
         items = encode(value.get_params(deep=False), what)["items"]
         return {_KIND: "optimizer", "items": items}
-    if isinstance(value, np.ndarray) and value.dtype.kind in _DTYPE_KINDS + "O":
+    if isinstance(value, np.ndarray) and value.dtype.kind in _ITEMS:
         items = value.tolist()
         if value.dtype.kind == "S":
             items = [item.decode("latin1") for item in items]
@@ -72,22 +75,14 @@ def decode(value: Any) -> Any:
 
 
 def _decode_array(name: Any, items: list[Any]) -> np.ndarray:
-    if name == "O":
-        if not all(isinstance(item, str) for item in items):
-            raise ValueError("an array of objects holds strings alone")
+    match = _DTYPE.fullmatch(name) if isinstance(name, str) else None
+    if match is None or not all(type(item) is _ITEMS[match[1]] for item in items):
+        raise ValueError(f"not a known array of dtype {name!r}")
+    if match[1] == "O":
         return np.array([*items, None], dtype=object)[:-1]
-    try:
-        dtype = np.dtype(name)
-    except TypeError as error:
-        raise ValueError(f"not a known dtype: {name!r}") from error
-    if dtype.kind not in _DTYPE_KINDS or not isinstance(name, str) or dtype.itemsize > 2**16:
-        raise ValueError(f"not a known dtype: {name!r}")
-    if dtype.kind == "S":
+    if match[1] == "S":
         items = [item.encode("latin1") for item in items]
     try:
-        array = np.array(items, dtype=dtype)
+        return np.array(items, dtype=name)
     except (TypeError, OverflowError) as error:
         raise ValueError(f"not an array of {name}") from error
-    if array.ndim > 1:
-        raise ValueError("arrays have one dimension")
-    return array

@@ -10,6 +10,7 @@ import copy
 import json
 import os
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -178,18 +179,23 @@ def load(path: str | os.PathLike, *, backbone: Any = None) -> Any:
     OSError
         If `path` cannot be read.
     """
-    header, tensors = _read(os.fsdecode(path))
-    cls = _class(header["class"])
-    estimator = cls(**_parameters(cls, header, backbone, path))
+    path = os.fsdecode(path)
+    try:
+        header, tensors = _read(path)
+        cls = _class(header["class"])
+        estimator = cls(**_parameters(cls, header, backbone, path))
+        attributes = _attributes(header, path)
+    except RecursionError as error:
+        raise _refused(path, "its header is nested too deeply") from error
     estimator._validate_params()
-    attributes = _attributes(header, path)
+    _check_consistent(estimator, attributes, path)
     estimator.backbone_ = _backbone(estimator, header, tensors, path)
     lowest, moves = attributes.pop("_lowest", None), attributes.pop("_moves_statistics", False)
     for key, value in attributes.items():
         setattr(estimator, key, value)
     estimator.bad_images_ = []
-    widths = np.cumsum([width for _, width in estimator.backbone_.feature_groups])
-    widths = widths * attributes["_n_image_columns"]
+    widths = list(accumulate(width for _, width in estimator.backbone_.feature_groups))
+    widths = [width * attributes["_n_image_columns"] for width in widths]
     # An extractor's columns may be the first groups alone: keep_layers are for the store.
     if attributes["n_features_out_"] not in (widths if lowest is None else widths[-1:]):
         raise _refused(path, f"{widths[-1]} columns do not agree with n_features_out_")
@@ -213,11 +219,11 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             if len(text) > _MAX_HEADER_BYTES:
                 raise _refused(path, f"its header has {len(text)} characters")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, TypeError) as error:
+    except (SafetensorError, TypeError, AttributeError) as error:  # the last: dtypes beyond NumPy
         raise _refused(path, f"it is no safetensors file ({error})") from error
     try:
         header = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:  # no JSON, or an integer that is too long
         raise _refused(path, f"its header is no JSON ({error})") from error
     expected = {
         "format": int, "version": str, "class": str, "fingerprint": str, "standalone": bool,
@@ -287,6 +293,33 @@ def _attributes(header: dict[str, Any], path: str | os.PathLike) -> dict[str, An
     return attributes
 
 
+def _check_consistent(estimator: Any, attributes: dict[str, Any], path: str) -> None:
+    """Refuse attributes that no fit leaves beside each other."""
+    for key, value in attributes.items():
+        is_float = isinstance(value, np.ndarray) and value.dtype.kind == "f"
+        if is_float and not np.isfinite(value).all():
+            raise _refused(path, f"its {key} holds NaN or infinity")
+    n_features, n_columns = attributes["n_features_in_"], attributes["_n_image_columns"]
+    if n_columns < 1 or (estimator.image_shape is None and n_features != n_columns):
+        raise _refused(path, f"{n_features} columns of X do not hold {n_columns} images")
+    names = attributes.get("feature_names_in_")
+    if names is not None and (names.dtype != object or len(names) != n_features):
+        raise _refused(path, f"its feature_names_in_ are not those of {n_features} columns")
+    n_outputs = attributes.get("_n_targets", 1)
+    if "classes_" in attributes:
+        classes, n_outputs = attributes["classes_"], len(attributes["classes_"])
+        is_multiclass = attributes["_kind"] == "multiclass"
+        expected = np.unique(classes) if is_multiclass else np.arange(n_outputs)
+        if n_outputs < 2 or not np.array_equal(classes, expected):
+            raise _refused(path, "its classes_ are not several different ones in order")
+    elif attributes.get("_is_flat") and n_outputs != 1:
+        raise _refused(path, f"{n_outputs} targets do not make one column")
+    for key in ("_blind_scores", "_target_mean", "_target_scale"):
+        array = attributes.get(key)
+        if array is not None and (array.dtype != np.float64 or array.shape != (n_outputs,)):
+            raise _refused(path, f"its {key} is not a number for each of {n_outputs} outputs")
+
+
 def _backbone(
     estimator: Any,
     header: dict[str, Any],
@@ -347,20 +380,20 @@ def _tuned_network(
 
     from sktransfer._learning._heads import make_head
     from sktransfer._learning._tuned_network import TunedNetwork
-    from sktransfer._random_state import own_random_state
 
     backbone, n_columns = estimator.backbone_, estimator._n_image_columns
-    with own_random_state():
-        width = n_columns * backbone.n_features
-        head = make_head(estimator.head, width, estimator._n_outputs, estimator.dropout)
     state = {
-        k.partition("/")[2]: torch.from_numpy(np.array(tensors.pop(k)))
+        k.partition("/")[2]: torch.from_numpy(np.array(tensors.pop(k))).float()
         for k in list(tensors)
         if k.startswith("head/")
     }
+    width = n_columns * backbone.n_features
     try:
-        head.load_state_dict(state)
-    except RuntimeError as error:
+        # What the file says of its size takes no memory before it is known to fit.
+        with torch.device("meta"):
+            head = make_head(estimator.head, width, estimator._n_outputs, estimator.dropout)
+        head.load_state_dict(state, assign=True)
+    except (RuntimeError, TypeError) as error:
         raise _refused(path, f"its head does not fit: {error}") from error
     tuned = TunedNetwork(
         backbone, head, n_columns, lowest, moves_statistics=moves, precision=estimator.precision

@@ -1,5 +1,6 @@
 """save and load: the same predictions, small files, and nothing taken on trust."""
 
+import copy
 import errno
 import json
 import os
@@ -11,7 +12,9 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch_file
 from sklearn.linear_model import LogisticRegression
 from tiny_networks import tiny_network
 
@@ -257,9 +260,13 @@ def change(header, *keys, value):
     inner[keys[-1]] = value
 
 
+def array(dtype, *items):
+    return {"__kind__": "array", "dtype": dtype, "items": list(items)}
+
+
 HEADERS = {
     "no JSON": (lambda h: "{", "no JSON"),
-    "deep": (lambda h: "[" * 100_000, "no JSON"),
+    "deep": (lambda h: "[" * 100_000, "nested too deeply"),
     "a list": (lambda h: [], "names no format"),
     "format": ({("format",): 2}, "its format is 2"),
     "class": ({("class",): "os.system"}, "its class is 'os.system'"),
@@ -271,20 +278,42 @@ HEADERS = {
     "parameter": ({("parameters", "lr"): -1}, "The 'lr' parameter"),
     "object": ({("parameters", "lr"): {"__kind__": "eval", "items": []}}, "parameter 'lr' is"),
     "array": (
-        {("attributes", "classes_"): {"__kind__": "array", "dtype": "O", "items": [{}]}},
+        {("attributes", "classes_"): array("O", {})},
         "no value of a known kind",
     ),
-    "dtype": (
-        {("attributes", "classes_"): {"__kind__": "array", "dtype": "V8", "items": []}},
-        "no value of a known kind",
-    ),
+    "dtype": ({("attributes", "classes_"): array("V8")}, "no value of a known kind"),
     "attribute": ({("attributes", "predict"): 1}, "fitted attributes are"),
     "type": ({("attributes", "n_iter_"): "3"}, "its n_iter_ is of type str"),
     "sign": ({("attributes", "_lowest"): -2}, "_lowest is -2"),
     "lowest": ({("attributes", "_lowest"): 99}, "not those of the stages"),
     "other stage": ({("attributes", "_lowest"): 1}, "not those of the stages"),
     "kind": ({("attributes", "_kind"): "regression"}, "kind of target"),
-    "columns": ({("attributes", "_n_image_columns"): 7}, "do not agree"),
+    "columns": ({("attributes", "_n_image_columns"): 7}, "1 columns of X do not hold 7 images"),
+    "no columns": ({("attributes", "_n_image_columns"): 0}, "do not hold 0 images"),
+    "many columns": (
+        {("attributes", key): 10**30 for key in ("n_features_in_", "_n_image_columns")},
+        "do not agree",
+    ),
+    "digits": (lambda h: json.dumps(h)[:-1] + ', "x": ' + "9" * 5000 + "}", "no JSON"),
+    "nested": (
+        {("attributes", "history_"): json.loads("[" * 700 + "]" * 700)},
+        "too deeply|no list of dicts",
+    ),
+    "head": ({("parameters", "head"): [-1]}, r"head=\[-1\] has the hidden size -1"),
+    "large head": ({("parameters", "head"): [2**40]}, "head does not fit"),
+    "huge head": ({("parameters", "head"): [10**30]}, "head does not fit"),
+    "names": ({("attributes", "feature_names_in_"): array("O", "a", "b")}, "feature_names_in_ are"),
+    "bytes": ({("parameters", "augment"): array("|S3", 5)}, "parameter 'augment' is"),
+    "numbers": ({("attributes", "classes_"): array("<U3", 1, 2, 3)}, "known kind"),
+    "integer": ({("attributes", "classes_"): array("<i8", 1, 10**40, 2)}, "known kind"),
+    "table": ({("attributes", "classes_"): array("<i8", [1], [2], [3])}, "known kind"),
+    "order": ({("attributes", "classes_"): array("<U1", "b", "a", "c")}, "different ones in order"),
+    "twice": ({("attributes", "classes_"): array("<U1", "a", "a", "b")}, "different ones in order"),
+    "one class": ({("attributes", "classes_"): array("<U1", "a")}, "different ones in order"),
+    "labels": ({("attributes", "_kind"): "multilabel"}, "different ones in order"),
+    "NaN": ({("attributes", "classes_"): array("<f8", 1.0, 2.0, np.nan)}, "classes_ holds NaN"),
+    "blind": ({("attributes", "_blind_scores"): array("<f8", 1.0)}, "each of 3 outputs"),
+    "blind kind": ({("attributes", "_blind_scores"): array("<i8", 1, 2, 3)}, "each of 3 outputs"),
     "fingerprint": ({("fingerprint",): "0" * 64}, "written with other weights"),
     "standalone": ({("standalone",): True}, "wrongly whether it stands alone"),
     "backbone": ({("parameters", "backbone"): "resnet5"}, "backbone='resnet5' is not known"),
@@ -305,6 +334,64 @@ def test_bad_headers_are_refused(saved, attack):
         load(path)
 
 
+def test_targets_of_another_scale_are_refused(pictures, tmp_path):
+    path = tmp_path / "model"
+    save(fitted("numbers", pictures)[0], path)
+    tensors = load_file(path)
+    for key, value, message in (
+        ("_target_mean", array("<f8", 1.0), "each of 2 outputs"),
+        ("_target_mean", array("<f8", 1.0, np.nan), "_target_mean holds NaN"),
+        ("_target_scale", array("<U1", "1", "2"), "each of 2 outputs"),
+        ("_n_targets", 10**30, "each of 1000"),
+        ("_is_flat", True, "2 targets do not make one column"),
+    ):
+        header, _ = _read(path)
+        change(header, "attributes", key, value=value)
+        write(tmp_path / "changed", header, tensors)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "changed")
+
+
+def places(value, place=()):
+    """Where the parts of a header are."""
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield (*place, key)
+            yield from places(value[key], (*place, key))
+
+
+ODD = [
+    None, -1, 0, 1.5, 10**30, "x", "", [], {}, True, np.nan, [1, [2]],
+    array("<f8", 1.0), array("<f8", "q"), array("<f8"), array("<f8", *[np.nan] * 3),
+    array("<U5", "b", "a", "a"), array("<U5", [["a"]]), array("|S3", 5), array("|S3", "日"),
+    array("<i8", 10**40), array(5), array(None), array("(2,)f8", 1.0), array("<M8[x]", 1),
+    {"__kind__": "dict", "items": [[1, 2]]}, {"__kind__": "dict", "items": [[[], 2]]},
+    {"__kind__": "tuple", "items": [1]}, {"__kind__": "optimizer", "items": [["name", "x"]]},
+    {"__kind__": ["array"], "items": []}, json.loads("[" * 700 + "]" * 700),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "standalone"), [("stage", 0), ("labels", 0), ("numbers", 1)])
+def test_edited_headers_are_refused_or_load(name, standalone, pictures, tmp_path):
+    path = tmp_path / "model"
+    save(fitted(name, pictures, layer="stage1")[0], path, standalone=bool(standalone))
+    header, _ = _read(path)
+    tensors = load_file(path)
+    rng = np.random.default_rng(0)
+    everywhere = list(places(header))
+    for _ in range(120):
+        edited = copy.deepcopy(header)
+        place, value = everywhere[rng.integers(len(everywhere))], ODD[rng.integers(len(ODD))]
+        change(edited, *place, value=value)
+        write(path, edited, tensors)
+        try:
+            load(path)
+        except (ValueError, FileNotFoundError):  # the latter of `weights`
+            pass
+        except Exception as error:
+            raise AssertionError(f"{place} set to {value!r}") from error
+
+
 def test_bad_tensors_are_refused(saved):
     path, header, tensors = saved
     name = next(name for name in tensors if name.startswith("trained/"))
@@ -319,6 +406,10 @@ def test_bad_tensors_are_refused(saved):
         write(path, header, changed)
         with pytest.raises(ValueError, match=message):
             load(path)
+    eighth = torch.zeros(3, dtype=torch.float8_e4m3fn)  # NumPy has no such numbers
+    save_torch_file({"head/linear.bias": eighth}, path, {"sktransfer": json.dumps(header)})
+    with pytest.raises(ValueError, match="no safetensors file"):
+        load(path)
 
 
 def test_other_files_are_refused(saved, tmp_path, monkeypatch):

@@ -126,6 +126,7 @@ def test_reduced_decoding_leaves_twice_the_target():
         ({"std": (1, 0, 1)}, "it divides"),
         ({"mean": 0.5}, "'mean' has 1 values, 'std' 3"),
         ({"interpolation": "cubic"}, "'interpolation' is 'cubic': one of"),
+        ({"fast_decode": [0]}, r"'fast_decode' is \[0\]: True or False"),
         ("imagenet", "preprocessing is 'imagenet': 'auto', a dict"),
     ],
 )

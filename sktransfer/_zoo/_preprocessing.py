@@ -100,6 +100,10 @@ class Preprocessing:
                 f"preprocessing 'interpolation' is {self.interpolation!r}: one of "
                 f"{sorted(_FILTERS)} is accepted."
             )
+        if not isinstance(self.fast_decode, (bool, np.bool_)):
+            raise ValueError(
+                f"preprocessing 'fast_decode' is {self.fast_decode!r}: True or False is accepted."
+            )
 
     @property
     def crop_size(self) -> tuple[int, int]:
