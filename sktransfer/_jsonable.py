@@ -14,12 +14,13 @@ from sktransfer._learning._optimizers import Optimizer
 _KIND = "__kind__"
 # Kinds of dtype -> the type of their items in JSON. Of objects strings alone are harmless.
 _ITEMS = {"b": bool, "i": int, "u": int, "f": float, "U": str, "S": str, "O": str}
-_DTYPE = re.compile(r"[<>|]?([biufUSO])\d{0,4}")
+_ITEMS |= {"M": int, "m": int}  # times: their ticks
+_DTYPE = re.compile(r"[<>|]?([biufUSOMm])[0-9]{0,4}(\[([1-9][0-9]{0,3})?[a-zA-Z]+\])?")
 
 
 def encode(value: Any, what: str) -> Any:
     """Turn a value into what JSON holds; `what` names it in the error for all other types."""
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic) and value.dtype.kind not in "Mm":
         value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -36,7 +37,7 @@ def encode(value: Any, what: str) -> Any:
         items = encode(value.get_params(deep=False), what)["items"]
         return {_KIND: "optimizer", "items": items}
     if isinstance(value, np.ndarray) and value.dtype.kind in _ITEMS:
-        items = value.tolist()
+        items = (value.astype(np.int64) if value.dtype.kind in "Mm" else value).tolist()
         if value.dtype.kind == "S":
             items = [item.decode("latin1") for item in items]
         if value.dtype.kind != "O" or all(isinstance(item, str) for item in items):

@@ -69,6 +69,8 @@ def save(estimator: Any, path: str | os.PathLike, *, standalone: bool = False) -
     ValueError
         If parameters were changed after `fit`, so that nobody could open the file; none is
         written.
+    TypeError
+        If a parameter or the labels are of a type that a file cannot hold.
     OSError
         If `path` cannot be written, as ``open`` would say.
 
@@ -80,7 +82,9 @@ def save(estimator: Any, path: str | os.PathLike, *, standalone: bool = False) -
     -----
     `memory`, `device`, `n_jobs`, `verbose` and `callbacks` are not kept. Parameters that are
     functions or modules cannot be written, but for a module as `backbone`, which `load` takes
-    again; pickle keeps them.
+    again; pickle keeps them. Labels may be NumPy's numbers, booleans, strings and times, and
+    strings as objects. Other objects (tuples, ``datetime.date``, pandas' periods and intervals)
+    cannot be written as labels: give `fit` their strings, or use pickle.
 
     Examples
     --------

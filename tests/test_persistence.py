@@ -1,6 +1,7 @@
 """save and load: the same predictions, small files, and nothing taken on trust."""
 
 import copy
+import datetime
 import errno
 import json
 import os
@@ -167,6 +168,32 @@ def test_callables_and_strangers_are_refused(pictures, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "dtype", ["U3", "O", "bool", "int8", "float32", "datetime64[ns]", "datetime64[D]", "m8[h]"]
+)
+def test_labels_come_back_of_their_type(dtype, pictures, tmp_path):
+    labels = np.arange(12) % 2
+    y = (labels + 20_000).astype(dtype) if dtype[0] in "dm" else labels.astype(dtype)
+    y = np.array([f"{x}" for x in labels], dtype=object) if dtype == "O" else y
+    model = FineTuningClassifier(unfreeze=0, max_epochs=0, layer="stage1", memory=False)
+    save(model.fit(pictures, y), tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert loaded.classes_.dtype == y.dtype
+    np.testing.assert_array_equal(loaded.classes_, model.classes_)
+
+
+def test_labels_that_are_other_objects_are_refused(pictures, tmp_path):
+    dates = np.array([datetime.date(2020, 1, day % 2 + 1) for day in range(12)], dtype=object)
+    model = FineTuningClassifier(unfreeze=0, max_epochs=0, layer="stage1", memory=False)
+    with pytest.raises(TypeError, match=r"classes_ is .* use pickle"):
+        save(model.fit(pictures, dates), tmp_path / "model")
+    times = (np.arange(12) % 2).astype("M8[ns]")  # as a number of JSON it would be no time
+    model.set_params(class_weight={times[0]: 2.0})
+    with pytest.raises(TypeError, match=r"class_weight is .* use pickle"):
+        save(model.fit(pictures, times), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 # -- files ---------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def small():
@@ -306,6 +333,11 @@ HEADERS = {
     "bytes": ({("parameters", "augment"): array("|S3", 5)}, "parameter 'augment' is"),
     "numbers": ({("attributes", "classes_"): array("<U3", 1, 2, 3)}, "known kind"),
     "integer": ({("attributes", "classes_"): array("<i8", 1, 10**40, 2)}, "known kind"),
+    "unit": ({("attributes", "classes_"): array("<M8[0s]", 1, 2, 3)}, "known kind"),
+    "no time": (
+        {("attributes", "classes_"): array("<M8[s]", 1, 2, -(2**63))},
+        "different ones in order",
+    ),
     "table": ({("attributes", "classes_"): array("<i8", [1], [2], [3])}, "known kind"),
     "order": ({("attributes", "classes_"): array("<U1", "b", "a", "c")}, "different ones in order"),
     "twice": ({("attributes", "classes_"): array("<U1", "a", "a", "b")}, "different ones in order"),
@@ -364,7 +396,7 @@ ODD = [
     None, -1, 0, 1.5, 10**30, "x", "", [], {}, True, np.nan, [1, [2]],
     array("<f8", 1.0), array("<f8", "q"), array("<f8"), array("<f8", *[np.nan] * 3),
     array("<U5", "b", "a", "a"), array("<U5", [["a"]]), array("|S3", 5), array("|S3", "日"),
-    array("<i8", 10**40), array(5), array(None), array("(2,)f8", 1.0), array("<M8[x]", 1),
+    array("<i8", 10**40), array(5), array(None), array("(2,)f8", 1.0), array("<M8[0s]", 1, 2),
     {"__kind__": "dict", "items": [[1, 2]]}, {"__kind__": "dict", "items": [[[], 2]]},
     {"__kind__": "tuple", "items": [1]}, {"__kind__": "optimizer", "items": [["name", "x"]]},
     {"__kind__": ["array"], "items": []}, json.loads("[" * 700 + "]" * 700),
