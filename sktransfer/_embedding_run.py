@@ -228,7 +228,7 @@ class EmbeddingRun:
             try:
                 array = preprocessing.resize_crop(picture)
             except Exception as error:
-                _add_note(error, f"This happened in the preprocessing of {self.images.label(i)}.")
+                add_note(error, f"This happened in the preprocessing of {self.images.label(i)}.")
                 raise
             if batch is None:
                 dtype = torch.uint8 if array.dtype == np.uint8 else torch.float32
@@ -263,7 +263,7 @@ class EmbeddingRun:
         try:
             return limit.forward(network, batch, device)
         except Exception as error:
-            _add_note(
+            add_note(
                 error,
                 f"This happened in the network {self.backbone.name}, precision "
                 f"{self.precision!r}, with a {batch.dtype} batch of shape {tuple(batch.shape)} "
@@ -325,6 +325,6 @@ def _batched(indices: Iterable[int], limit: BatchLimit, n: int) -> Iterator[list
         yield batch
 
 
-def _add_note(error: Exception, note: str) -> None:
+def add_note(error: Exception, note: str) -> None:
     if hasattr(error, "add_note"):  # from Python 3.11 on
         error.add_note(note)

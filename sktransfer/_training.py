@@ -16,6 +16,7 @@ from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
 from skorch.callbacks import Callback, LRScheduler
 from skorch.helper import predefined_split
 
+from sktransfer._embedding_run import add_note
 from sktransfer._learning._changes import BatchChange
 from sktransfer._learning._gradient_scaling import GradientScaling
 from sktransfer._learning._losses import WeightedLoss
@@ -211,9 +212,10 @@ def train(
             result.is_interrupted = _run(net, train_set, max_epochs)
         except Exception as error:
             if valid is None and "valid_" in str(error):
-                error.add_note(
+                add_note(
+                    error,
                     "There is no validation part that a callback could watch: give X_val and "
-                    "y_val, or early_stopping=True."
+                    "y_val, or early_stopping=True.",
                 )
             raise
         finally:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from sktransfer._embedding_run import add_note
+
 
 class LinearHead(nn.Module):
     """One linear layer, and beside it a perceptron where hidden layers are asked for.
@@ -98,7 +100,7 @@ def make_head(head: Any, n_in: int, n_out: int, dropout: float) -> nn.Module:
         with torch.no_grad():
             shape = tuple(own.eval()(torch.zeros(2, n_in)).shape)
     except Exception as error:
-        error.add_note(f"The head was called with embeddings of shape (2, {n_in}).")
+        add_note(error, f"The head was called with embeddings of shape (2, {n_in}).")
         raise
     if shape != (2, n_out):
         raise ValueError(
