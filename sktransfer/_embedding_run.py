@@ -326,5 +326,6 @@ def _batched(indices: Iterable[int], limit: BatchLimit, n: int) -> Iterator[list
 
 
 def add_note(error: Exception, note: str) -> None:
+    """Say more about an error, where Python lets it."""
     if hasattr(error, "add_note"):  # from Python 3.11 on
         error.add_note(note)

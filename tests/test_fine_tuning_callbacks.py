@@ -1,6 +1,7 @@
 """skorch's callbacks in a fine-tuning, and its net afterwards."""
 
 import pickle
+import sys
 import threading
 
 import numpy as np
