@@ -76,6 +76,7 @@ def test_a_scheduler_of_skorch_and_stages_that_join_later(stripes):
 @pytest.mark.parametrize(
     "callback", [EarlyStopping(), Checkpoint()], ids=lambda c: type(c).__name__
 )
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="add_note is of Python 3.11")
 def test_a_callback_that_watches_no_validation_part(stripes, callback, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Exception, match="valid_loss") as caught:
