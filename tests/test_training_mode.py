@@ -269,6 +269,19 @@ def test_what_no_stage_can_is_told(stripes, network):
     small(backbone=network, unfreeze=0).fit(*stripes)  # a warning is an error
 
 
+def test_looks_are_noted_by_the_innermost():
+    outer, inner = [], []
+    module = nn.Dropout()
+    with _training_only.noting_reads(lambda: outer.append(1)):
+        with _training_only.noting_reads(lambda: inner.append(1)):
+            assert module.training
+        assert (outer, inner) == ([], [1])
+        assert module.training
+    assert (outer, inner) == ([1], [1])
+    assert module.train(False).training is False
+    assert "training" not in vars(nn.Module)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::DeprecationWarning")
 def test_scripted_modules_load_while_a_network_is_traced():
     with _training_only.noting_reads(lambda: None):

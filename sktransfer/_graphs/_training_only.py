@@ -89,11 +89,14 @@ class _NotedMode:
 @contextmanager
 def noting_reads(note: Callable[[], None]) -> Iterator[None]:
     """Call `note` whenever any module's ``training`` is looked at."""
+    outer = vars(nn.Module).get("training")  # of a network that is traced while another is
     nn.Module.training = _NotedMode(note)  # type: ignore[assignment]
     try:
         yield
     finally:
         del nn.Module.training
+        if outer is not None:
+            nn.Module.training = outer
 
 
 def outermost(calls: list[Call]) -> list[Call]:
