@@ -109,10 +109,15 @@ def resolve_device(device: str) -> torch.device:
                 f"device={device!r} is no torch device: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps' "
                 "are accepted."
             ) from error
-        if named.type == "cuda" and not torch.cuda.is_available():
+        n_found = {
+            "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+            "mps": int(torch.backends.mps.is_available()),
+            "meta": 0,  # computes nothing
+        }.get(named.type)
+        if n_found is not None and n_found <= (named.index or 0):
             raise ValueError(
-                f"device={device!r}, but torch finds no CUDA device here: device='auto' takes one "
-                "where there is one and else the CPU."
+                f"device={device!r}, but torch finds {n_found} devices of that kind here: "
+                "device='auto' takes one where there is one and else the CPU."
             )
         return named
     if torch.cuda.is_available():

@@ -675,6 +675,8 @@ def test_set_params_after_fit_changes_nothing_fitted(pictures):
     ("parameters", "message"),
     [
         ({"device": "gpu"}, "device='gpu' is no torch device"),
+        ({"device": "cuda:99"}, r"device='cuda:99', but torch finds \d+ devices of that kind"),
+        ({"device": "meta"}, "device='meta', but torch finds 0 devices of that kind"),
         ({"n_jobs": 0}, "The 'n_jobs' parameter"),
         ({"memory": True}, "The 'memory' parameter"),
         ({"memory": "s3://bucket"}, "memory must be a local folder"),
