@@ -195,15 +195,10 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
                     stacklevel=5,
                 )
 
+        probe_teaches = starts_as_probe and lowest < n_stages and max_epochs > 0 and not goes_on
         # Where the network's own weights move and no validation part tells when they have moved
         # too far, more care is taken of the start, and of staying near it.
-        is_careful = (
-            starts_as_probe
-            and not self._has_random_weights
-            and lowest < n_stages
-            and max_epochs > 0
-            and not (keeps_best or goes_on)
-        )
+        is_careful = probe_teaches and not (self._has_random_weights or keeps_best)
         if not is_resumed:
             tuned = self._new_network(backbone, images.n_columns, lowest, seed)
             if starts_as_probe:
@@ -218,7 +213,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             tuned = old.to_go_on(backbone, images.n_columns, lowest, head, *settings)
         module = tuned.module(whole=entry < n_stages)
         temperature = 1.0
-        if starts_as_probe and lowest < n_stages and max_epochs > 0 and not goes_on:
+        if probe_teaches:
             temperature = self._temperature(tuned.head, data, prepared, train_rows)
         parts = [part for part in (data, valid_data) if part is not None]
         sources = [part.source(module, entry, n_stages, device, tuned.lowest) for part in parts]

@@ -99,6 +99,14 @@ def embed(
     return run.bad_rows()
 
 
+# How many devices of a kind there are; who asks for the CPU need not wake the others.
+_COUNTS = {
+    "cuda": lambda: torch.cuda.device_count() if torch.cuda.is_available() else 0,
+    "mps": lambda: int(torch.backends.mps.is_available()),
+    "meta": lambda: 0,  # computes nothing
+}
+
+
 def resolve_device(device: str) -> torch.device:
     """Return the torch device that ``device`` names; ``"auto"``: cuda, mps, then cpu."""
     if device != "auto":
@@ -109,12 +117,7 @@ def resolve_device(device: str) -> torch.device:
                 f"device={device!r} is no torch device: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps' "
                 "are accepted."
             ) from error
-        n_found = {
-            "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-            "mps": int(torch.backends.mps.is_available()),
-            "meta": 0,  # computes nothing
-        }.get(named.type)
-        if n_found is not None and n_found <= (named.index or 0):
+        if named.type in _COUNTS and (n_found := _COUNTS[named.type]()) <= (named.index or 0):
             raise ValueError(
                 f"device={device!r}, but torch finds {n_found} devices of that kind here: "
                 "device='auto' takes one where there is one and else the CPU."

@@ -15,9 +15,10 @@ from skorch.callbacks import Callback
 from test_fine_tuning import small
 
 from sktransfer import _training
-from sktransfer._learning import _training_callbacks, _tuned_network
+from sktransfer._learning import _training_callbacks
 from sktransfer._learning import _training_rows as training_rows
 from sktransfer._learning._linear_probe import _quietly
+from sktransfer._learning._tuned_network import TunedNetwork
 from sktransfer._shared_context import SharedContext
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,13 +48,13 @@ def test_threads_that_are_first_to_predict(stripes, monkeypatch):
     model = small(unfreeze="all", lr=0.1, max_epochs=3, memory=False).fit(X, y)
     expected = model.predict_proba(X)
     copied = pickle.loads(pickle.dumps(model))
-    load, second = _tuned_network._load, threading.Event()
+    load, second = TunedNetwork.put_into, threading.Event()
 
     def slowly(*args):
         second.wait(1)  # until the other thread is there, too
         load(*args)
 
-    monkeypatch.setattr(_tuned_network, "_load", slowly)
+    monkeypatch.setattr(TunedNetwork, "put_into", slowly)
 
     def predict(k):
         if k:

@@ -27,7 +27,7 @@ VARIANTS = (
     "dropout=0.2", "l2_sp=0.01", "weight_decay=0.1", 'weight_averaging="ema"', "unfreeze=1",
     "unfreeze=2", 'unfreeze="gradual"', 'batch_norm="moving"', 'lr_schedule="cosine"',
     'optimizer="sgd",lr=3e-3', 'head_init="random"', "probe_views=1", "probe_views=5",
-    "probe_temperature=1",
+    'probe_temperature="auto"',
 )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def trace(module: nn.Module) -> Traced:
             before = contents(copied)
             with noting_reads(tracer.note_read):
                 graph = tracer.trace(copied)
-        output = next(node for node in graph.nodes if node.op == "output")
+        output = graph.output_node()
         if not isinstance(output.args[0], fx.Node):
             raise TracingError("forward returns something other than one tensor")
     except TracingError:
@@ -113,7 +113,7 @@ class Traced:
         self.nodes = [node for node in graph.nodes if node.op != "output"]
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.input = self.nodes[0]
-        output = next(node for node in graph.nodes if node.op == "output")
+        output: Any = graph.output_node()
         self.output: fx.Node = output.args[0]
         self.names = self._name_nodes()
         self.names.update(
@@ -267,7 +267,7 @@ class Traced:
                 graph = tracer.trace(copied)
         except Exception:
             return True
-        output = next(node for node in graph.nodes if node.op == "output")
+        output = graph.output_node()
         result = main_output(output.args[0])
         while isinstance(result, fx.Node) and isinstance(result.target, type):  # a named tuple
             result = main_output(result.args)
@@ -299,7 +299,7 @@ class Traced:
             at = [n for n in network.graph.nodes if n.name == values[node].name]
             with network.graph.inserting_after(at[0]):
                 pooled.append(network.graph.call_module(f"_sktransfer_pooling_{k}", (at[0],)))
-        output = next(n for n in network.graph.nodes if n.op == "output")
+        output = network.graph.output_node()
         output.args = (pooled,)
         network.recompile()
         return network

@@ -12,7 +12,6 @@ from sktransfer._inference import cpu_batch_size
 from sktransfer._zoo._folding import scale_and_shift
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 # Trained parameters above which a batch goes through a CPU whole: each part adds to all of their
 # gradients. Of 32 pictures of 224×224, with everything trained, parts of 8 were 1.3 to 1.5 times
 # as fast up to 25 million (MobileNetV2, DenseNet-121, ResNet-50; ResNet-18 as fast), and a twelfth
@@ -151,7 +150,7 @@ class TunedModule(nn.Module):
         if not self.moves_statistics:
             for stage in self.stages[self.n_frozen :]:
                 for part in stage.modules():
-                    if isinstance(part, _BATCH_NORMS) or _has_statistics(part):
+                    if _has_statistics(part):
                         part.training = False
         return self
 

@@ -174,7 +174,22 @@ class TunedNetwork:
 
     def put_into(self, module: TunedModule, state: dict[str, np.ndarray]) -> None:
         """Let a module's trained stages be what :meth:`trained_state` gave."""
-        _load(module, state, self.lowest)
+        for i in range(self.lowest, len(module.stages)):
+            own = {
+                name.partition(".")[2]: torch.from_numpy(np.array(array))
+                for name, array in state.items()
+                if name.partition(".")[0] == str(i)
+            }
+            if not own:
+                continue  # never trained, or without weights
+            wanted = learnt(module.stages[i])
+            misfits = [k for k in wanted if k not in own or own[k].shape != wanted[k].shape]
+            if misfits := [*misfits, *(k for k in own if k not in wanted)]:
+                raise ValueError(
+                    f"The trained weights do not fit stage {module.stage_names[i]!r} of this "
+                    f"network: {misfits[:10]}."
+                )
+            module.stages[i].load_state_dict(own, strict=False)
 
     def expected_state(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of what :meth:`trained_state` gives."""
@@ -261,25 +276,6 @@ def with_own_weights(
     assert isinstance(base.preprocessing, Preprocessing)  # the network's own
     source = GivenSource(base.name, base.preprocessing, module, f"own-{digest.hexdigest()}")
     return Backbone(source, layer, pooling, preprocessing)
-
-
-def _load(module: TunedModule, state: dict[str, np.ndarray], lowest: int) -> None:
-    for i in range(lowest, len(module.stages)):
-        own = {
-            name.partition(".")[2]: torch.from_numpy(np.array(array))
-            for name, array in state.items()
-            if name.partition(".")[0] == str(i)
-        }
-        if not own:
-            continue  # never trained, or without weights
-        wanted = learnt(module.stages[i])
-        misfits = [k for k in wanted if k not in own or own[k].shape != wanted[k].shape]
-        if misfits := [*misfits, *(k for k in own if k not in wanted)]:
-            raise ValueError(
-                f"The trained weights do not fit stage {module.stage_names[i]!r} of this "
-                f"network: {misfits[:10]}."
-            )
-        module.stages[i].load_state_dict(own, strict=False)
 
 
 def learnt(stage: nn.Module) -> dict[str, torch.Tensor]:
