@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 from sktransfer._version import __version__
 
 if TYPE_CHECKING:
-    from sktransfer._backbones import load_backbone
-    from sktransfer._cache import embedding_store
-    from sktransfer._catalog import list_backbones
-    from sktransfer._extractor import PretrainedFeatureExtractor
-    from sktransfer._fine_tuning_classifier import FineTuningClassifier
-    from sktransfer._fine_tuning_regressor import FineTuningRegressor
-    from sktransfer._learning._optimizers import Optimizer
-    from sktransfer._persistence import load, save
+    from sktransfer._save import load, save
+    from sktransfer.embedding._extractor import PretrainedFeatureExtractor
+    from sktransfer.fine_tuning._classifier import FineTuningClassifier
+    from sktransfer.fine_tuning._optimizers import Optimizer
+    from sktransfer.fine_tuning._regressor import FineTuningRegressor
+    from sktransfer.networks._backbone import load_backbone
+    from sktransfer.networks._catalog import list_backbones
+    from sktransfer.store._store import embedding_store
 
 # Public name -> the module that defines it.
 _HOMES = {
-    "FineTuningClassifier": "sktransfer._fine_tuning_classifier",
-    "FineTuningRegressor": "sktransfer._fine_tuning_regressor",
-    "Optimizer": "sktransfer._learning._optimizers",
-    "PretrainedFeatureExtractor": "sktransfer._extractor",
-    "embedding_store": "sktransfer._cache",
-    "list_backbones": "sktransfer._catalog",
-    "load": "sktransfer._persistence",
-    "save": "sktransfer._persistence",
-    "load_backbone": "sktransfer._backbones",
+    "FineTuningClassifier": "sktransfer.fine_tuning._classifier",
+    "FineTuningRegressor": "sktransfer.fine_tuning._regressor",
+    "Optimizer": "sktransfer.fine_tuning._optimizers",
+    "PretrainedFeatureExtractor": "sktransfer.embedding._extractor",
+    "embedding_store": "sktransfer.store._store",
+    "list_backbones": "sktransfer.networks._catalog",
+    "load": "sktransfer._save",
+    "save": "sktransfer._save",
+    "load_backbone": "sktransfer.networks._backbone",
 }
 
 __all__ = [

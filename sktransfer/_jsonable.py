@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sktransfer._learning._optimizers import Optimizer
+from sktransfer.fine_tuning._optimizers import Optimizer
 
 _KIND = "__kind__"
 # Kinds of dtype -> the type of their items in JSON. Of objects strings alone are harmless.

@@ -19,8 +19,8 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from sktransfer._images import Images, as_images
-from sktransfer._pictures._forms import is_tensor
+from sktransfer.images._containers import is_tensor
+from sktransfer.images._images import Images, as_images
 
 try:  # scikit-learn >= 1.9
     from sklearn.callback import CallbackSupportMixin, with_callbacks

@@ -53,7 +53,7 @@ def picture_files(pictures, tmp_path):
 @pytest.fixture(autouse=True)
 def empty_store():
     """Each test starts without rows that another test computed."""
-    from sktransfer._cache import as_store
+    from sktransfer.store._store import as_store
 
     as_store(None).clear()
 
@@ -72,7 +72,7 @@ def stripes():
 @pytest.fixture
 def decoded(monkeypatch):
     """The numbers of the pictures that were decoded, one after another."""
-    from sktransfer._images import Images
+    from sktransfer.images._images import Images
 
     numbers = []
     picture = Images.picture
@@ -99,7 +99,7 @@ def one_thread():
 @pytest.fixture(params=["memory", "disk"])
 def store(request, tmp_path):
     """An empty store of each kind."""
-    from sktransfer._cache import DiskStore, MemoryStore
+    from sktransfer.store._store import DiskStore, MemoryStore
 
     store = MemoryStore() if request.param == "memory" else DiskStore(tmp_path)
     yield store

@@ -10,20 +10,14 @@ PACKAGE = Path(__file__).parents[1] / "sktransfer"
 
 # Files, and folders as one; each imports from the floors below it alone.
 FLOORS = [
-    {"_process_lock", "_whole_files"},
+    {"_process_lock", "_atomic_write"},
     {"_shared_context"},
-    {"_version", "_builtin", "_pictures", "_stores", "_graphs", "_progress", "_random_state"},
-    {"_images", "_cache", "_stages"},
-    {"_zoo", "_validation"},
-    {"_backbones", "_catalog"},
-    {"_embedding_run"},
-    {"_inference"},
-    {"_distribution"},
-    {"_learning"},
-    {"_training", "_jsonable"},
-    {"_persistence", "_extractor", "_fine_tuning_docs"},
-    {"_fine_tuning_base"},
-    {"_fine_tuning_classifier", "_fine_tuning_regressor"},
+    {"_version", "_progress", "_random_state", "images", "store"},
+    {"networks", "_validation"},
+    {"embedding"},
+    {"fine_tuning"},
+    {"_jsonable"},
+    {"_save"},
 ]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -37,7 +31,7 @@ def imported(path):
             parts = (node.module or "").split(".")
             if node.level:  # from . import x, from .x import y: in the same folder
                 for name in names if node.module is None else parts[:1]:
-                    yield path.parent.name, name
+                    yield room_of(path), name
             elif parts == ["sktransfer"]:
                 for name in names:
                     if name.startswith("_") and not name.startswith("__"):
@@ -55,7 +49,7 @@ def rooms():
 
 
 def room_of(path):
-    return path.stem if path.parent == PACKAGE else path.parent.name
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def test_every_file_has_a_floor():

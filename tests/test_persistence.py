@@ -27,7 +27,7 @@ from sktransfer import (
     load,
     save,
 )
-from sktransfer._persistence import _read
+from sktransfer._save import _read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -44,8 +44,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sktransfer import PretrainedFeatureExtractor
-from sktransfer._builtin import VERSIONS
-from sktransfer._builtin._network import BuiltinNet
+from sktransfer.networks.builtin import VERSIONS
+from sktransfer.networks.builtin._network import BuiltinNet
 
 SETS = ("hymenoptera", "flowers5", "dtd10", "brain_mri", "magnetic_tile")
 MOBILENET = DATA / "weights" / "mobilenet_v2_imagenet.safetensors"

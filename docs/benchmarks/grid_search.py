@@ -32,7 +32,7 @@ class Counted(PretrainedFeatureExtractor):
     """Writes to a file how many images go through the network, in whichever process."""
 
     def _embed(self, *args, **kwargs):
-        from sktransfer._embedding_run import EmbeddingRun
+        from sktransfer.embedding._embed import EmbeddingRun
 
         if not hasattr(EmbeddingRun, "uncounted"):
             EmbeddingRun.uncounted = EmbeddingRun.forward

@@ -177,7 +177,7 @@ def run_alone(name, folder, n_search):
 
     X, y = paths[32 : 32 + n_search], np.arange(n_search) % 2
     if name == "sktransfer":  # so that nothing of the pass above is found in the store
-        from sktransfer._cache import as_store
+        from sktransfer.store._store import as_store
 
         as_store(None).clear()
     model = make_pipeline(transformer, LogisticRegression(max_iter=2000))

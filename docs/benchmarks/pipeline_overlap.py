@@ -24,7 +24,7 @@ import torch
 from _report import save, write_jpegs
 
 from sktransfer import PretrainedFeatureExtractor
-from sktransfer._images import as_images
+from sktransfer.images._images import as_images
 
 BATCH = 32
 LARGE = (4000, 3000)

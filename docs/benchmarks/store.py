@@ -23,7 +23,7 @@ import joblib
 import numpy as np
 from _report import save
 
-from sktransfer._cache import DiskStore
+from sktransfer.store._store import DiskStore
 
 try:
     import diskcache

@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sktransfer._builtin._network import BuiltinNet
+from sktransfer.networks.builtin._network import BuiltinNet
 
 SHARED = Path(os.environ.get("SKTRANSFER_DATA", Path(__file__).resolve().parents[3] / "shared"))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -1,1 +1,0 @@
-"""A network's graph, and where it is cut into stages."""

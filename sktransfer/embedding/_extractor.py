@@ -1,0 +1,393 @@
+"""PretrainedFeatureExtractor: images in, columns out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
+
+from sktransfer._validation import (
+    SHARED_CONSTRAINTS,
+    CallbackSupportMixin,
+    FitProgress,
+    check_images,
+    image_column_names,
+    is_empty_part,
+    keep_index,
+    set_image_tags,
+    with_callbacks,
+)
+
+if TYPE_CHECKING:
+    from sktransfer.embedding._batches import BadRow
+
+_N_REPORTED = 10
+
+
+class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEstimator):
+    """Turn images into the columns that a pre-trained network sees in them.
+
+    The network's classification head is cut off and what would have entered it, or the
+    pooled output of inner stages, becomes one row per image. The network is frozen: it
+    runs in evaluation mode and nothing of it is trained, so a row depends on its image
+    alone, not on the batch, the fold or the process. Each image therefore goes through
+    the network once; clones, folds and candidates of a grid search find the row again in
+    a store (see `memory`).
+
+    Read more in the :ref:`User Guide <feature_extraction>`.
+
+    Parameters
+    ----------
+    backbone : str, torch.nn.Module or callable, default="builtin"
+        The network: the name of a torchvision classification builder (``"resnet50"``),
+        ``"timm:NAME"`` (needs the extra ``timm``), ``"builtin"`` (small, its weights ship
+        with the package and need no network connection), an ``nn.Module``, or a callable
+        without arguments that returns one. :func:`list_backbones` lists the names.
+
+    weights : str, Path or None, default="DEFAULT"
+        The name of torchvision's weights (``"IMAGENET1K_V2"``), a local ``.pt``, ``.pth``
+        or ``.safetensors`` file, or ``None`` for random ones: the twin from scratch that
+        transfer is compared with.
+
+    layer : str, list of str or None, default=None
+        What becomes columns. ``None``: what enters the classification head. A stage or
+        node name (``"layer3"``): its pooled output, low-level features from lower stages.
+        A list: their pooled outputs, joined.
+
+    pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
+        How a map of features becomes a row. ``"auto"`` is what the network itself does.
+
+    preprocessing : "auto", dict or callable, default="auto"
+        ``"auto"``: what the weights were trained with. A dict overrides parts of it
+        (``size``, ``crop``, ``mean``, ``std``, ``interpolation``, ``fast_decode``). A
+        callable takes the uint8 H×W×3 array and returns a float 3×H×W array; `fit` copies
+        it as it is then.
+
+    image_shape : tuple of int or None, default=None
+        The shape of one image, ``(height, width)`` or ``(height, width, channels)``, for
+        flat numeric rows as :func:`sklearn.datasets.load_digits` gives them. One entry may
+        be -1. Values are read as 0…1; see Notes for others.
+
+    batch_size : int or "auto", default="auto"
+        Images sent through the network at once. It changes speed and memory, not results.
+        ``"auto"``: 256 on an accelerator, on a CPU 4 to 32, fewer of larger pictures.
+        Halved, with a warning, as often as the device runs out of memory.
+
+    device : str, default="auto"
+        ``"auto"``: ``"cuda"``, then ``"mps"``, then ``"cpu"``; or any torch device by its name.
+
+    precision : {"float32", "bfloat16", "float16"}, default="float32"
+        What the network computes in. The columns are float32 always.
+
+    compile : bool, default=False
+        Whether the network runs through :func:`torch.compile`. The columns are the same up to
+        rounding, and so is what is kept in `memory`. The first batch in a process waits for the
+        compiler: measured on two cores, 33 to 69 s, after which the network ran at 0.6 to 1.14
+        times its speed without, so try it before you rely on it; on a GPU it is not measured.
+        Where there is no C++ compiler the network runs as it is, with a warning.
+
+    n_jobs : int or None, default=None
+        Threads for decoding and, on a CPU, for the network. ``None`` and -1 mean as many
+        as torch uses in this process. Under a joblib backend of a cluster (dask, ray,
+        spark) the images are dealt out to its workers.
+
+    memory : str, Path, joblib.Memory, store, False or None, default=None
+        Where embeddings are kept, one row per image. ``None``: in this process, within a
+        bound. A folder: on disk, for other processes and later runs; a cluster's workers need
+        one that all of them see. ``False``: nowhere. :func:`embedding_store` looks into a
+        store, empties it, or makes one with another bound.
+
+    keep_layers : list of str or None, default=None
+        Layers whose columns are put into the store in the same pass although they are not
+        asked for now: name here those that a grid search over `layer` will ask for, and
+        one pass through the network serves them all.
+
+    on_error : {"raise", "nan", "zero"}, default="raise"
+        What an unreadable or missing image does: an error that lists all of them once the
+        others are embedded and kept, a row of NaN (for
+        :class:`~sklearn.impute.SimpleImputer`), or a row of zeros.
+
+    verbose : int, default=0
+        1 shows a progress bar.
+
+    Attributes
+    ----------
+    backbone_ : Backbone
+        The frozen network, cut.
+
+    n_features_in_ : int
+        Number of image columns, or of pixel columns where `image_shape` is given.
+
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the columns seen in `fit`, where `X` has names.
+
+    n_features_out_ : int
+        Number of columns that `transform` returns.
+
+    bad_images_ : list of BadRow
+        The images that the last `transform` could not read: each has ``row``, ``label``
+        and ``reason``.
+
+    See Also
+    --------
+    list_backbones : What can be named as `backbone`.
+    load_backbone : The network behind a name.
+
+    Notes
+    -----
+    `X` may hold paths, URLs, encoded bytes, PIL images, arrays (H×W or H×W×C) or torch
+    tensors (C×H×W), as a list, array, Series or data frame with one or several image
+    columns; a 3-D or 4-D array; ``{"bytes": …, "path": …}`` cells of parquet image sets; or
+    flat numeric rows with `image_shape`. All give the same columns for the same picture; only a
+    JPEG file far larger than the network's input, which is decoded at a reduced size, differs
+    slightly from its pixels in an array, and not with ``preprocessing={"fast_decode": False}``.
+
+    Floating-point images are read as 0…1. An image whose values leave that range is read as
+    0…255 where they fit there, else stretched from its least to its largest value, and a
+    warning says so.
+
+    References
+    ----------
+    .. [1] J. Yosinski, J. Clune, Y. Bengio and H. Lipson. "How transferable are features in
+       deep neural networks?" NeurIPS 2014. https://arxiv.org/abs/1411.1792
+    .. [2] S. Kornblith, J. Shlens and Q. V. Le. "Do better ImageNet models transfer
+       better?" CVPR 2019. https://doi.org/10.1109/CVPR.2019.00277
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from sktransfer import PretrainedFeatureExtractor
+    >>> X, y = load_digits(n_class=3, return_X_y=True)
+    >>> model = make_pipeline(
+    ...     PretrainedFeatureExtractor(image_shape=(8, 8)),
+    ...     LogisticRegression(max_iter=1000),
+    ... )
+    >>> model.fit(X[:200] / 16, y[:200]).score(X[200:400] / 16, y[200:400]) > 0.9
+    True
+    """
+
+    _parameter_constraints: dict = {  # noqa: RUF012
+        **SHARED_CONSTRAINTS,
+        "layer": [str, "array-like", None],
+        "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
+        "compile": ["boolean"],
+        "keep_layers": ["array-like", None],
+        "on_error": [StrOptions({"raise", "nan", "zero"})],
+    }
+
+    # The "?" of the HTML representation leads to the class's page.
+    _doc_link_module = "sktransfer"
+    _doc_link_template = (
+        "https://sktransfer.readthedocs.io/en/stable/api.html#sktransfer.{estimator_name}"
+    )
+
+    def __init__(
+        self,
+        backbone="builtin",
+        *,
+        weights="DEFAULT",
+        layer=None,
+        pooling="auto",
+        preprocessing="auto",
+        image_shape=None,
+        batch_size="auto",
+        device="auto",
+        precision="float32",
+        compile=False,
+        n_jobs=None,
+        memory=None,
+        keep_layers=None,
+        on_error="raise",
+        verbose=0,
+    ):
+        self.backbone = backbone
+        self.weights = weights
+        self.layer = layer
+        self.pooling = pooling
+        self.preprocessing = preprocessing
+        self.image_shape = image_shape
+        self.batch_size = batch_size
+        self.device = device
+        self.precision = precision
+        self.compile = compile
+        self.n_jobs = n_jobs
+        self.memory = memory
+        self.keep_layers = keep_layers
+        self.on_error = on_error
+        self.verbose = verbose
+
+    @with_callbacks
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y=None):
+        """Load the network and note the columns of `X`; no picture is decoded.
+
+        Parameters
+        ----------
+        X : list, array, Series or data frame of n_samples images
+            See the class's Notes.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        self : PretrainedFeatureExtractor
+        """
+        progress = FitProgress(self, X, y)
+        self._fit(X)
+        progress.done()
+        return self
+
+    @with_callbacks
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit_transform(self, X, y=None):
+        """Fit and transform, with scikit-learn's callbacks told of the progress.
+
+        Parameters
+        ----------
+        X : list, array, Series or data frame of n_samples images
+            See the class's Notes.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        columns : ndarray of shape (n_samples, n_features_out_), float32
+        """
+        images = self._fit(X)
+        progress = FitProgress(self, X, y, len(images))
+        columns = keep_index(self, self._embed(images, progress.advance), X)
+        progress.done()
+        return columns
+
+    def transform(self, X):
+        """Embed images.
+
+        Parameters
+        ----------
+        X : list, array, Series or data frame of n_samples images
+            The same columns as in `fit`; see the class's Notes. A data frame without rows, as
+            parts of a larger one may be, gives none.
+
+        Returns
+        -------
+        columns : ndarray of shape (n_samples, n_features_out_), float32
+            A data frame where ``set_output`` asks for one.
+
+        Raises
+        ------
+        ValueError
+            Images that cannot be read, with ``on_error="raise"``: all of them are found and
+            reported, and the rows of the others stay in the store.
+        """
+        check_is_fitted(self)
+        if is_empty_part(self, X):
+            rows = np.empty((0, self.n_features_out_), dtype=np.float32)
+            self.bad_images_ = []
+        else:
+            rows = self._embed(check_images(self, X, reset=False))
+        return keep_index(self, rows, X)
+
+    def get_feature_names_out(self, input_features=None):
+        """Return the names of the columns: ``<column>_<backbone>_007``.
+
+        Parameters
+        ----------
+        input_features : array-like of str or None, default=None
+            Names of the image columns; ``None``: `feature_names_in_`, where there are.
+
+        Returns
+        -------
+        names : ndarray of str objects of shape (n_features_out_,)
+            Where several layers are joined their names stand before the number.
+        """
+        check_is_fitted(self)
+        names = image_column_names(self, input_features)
+        joined = len(self._asked_groups()) > 1
+        out = []
+        for name in names:
+            for g in self._asked_groups():
+                layer, width = self.backbone_.feature_groups[g]
+                parts = [name, self.backbone_.short_name, layer if joined else ""]
+                prefix = "_".join(part for part in parts if part)
+                digits = max(3, len(str(width - 1)))
+                out += [f"{prefix}_{i:0{digits}d}" for i in range(width)]
+        return np.asarray(out, dtype=object)
+
+    def __sklearn_is_fitted__(self):
+        return "backbone_" in vars(self)
+
+    def __sklearn_tags__(self):
+        return set_image_tags(self, super().__sklearn_tags__())
+
+    def _fit(self, X):
+        from sktransfer.embedding._cluster import check_place
+        from sktransfer.networks._backbone import load_backbone, with_kept_layers
+
+        images = check_images(self, X, reset=True)
+        check_place(self.memory, self.device)
+        self.backbone_ = load_backbone(
+            self.backbone,
+            weights=self.weights,
+            layer=with_kept_layers(self.layer, self.keep_layers),
+            pooling=self.pooling,
+            preprocessing=self.preprocessing,
+        )
+        self._n_image_columns = images.n_columns
+        n_asked = 1 if self.layer is None or isinstance(self.layer, str) else len(self.layer)
+        widths = [width for _, width in self.backbone_.feature_groups[:n_asked]]
+        self.n_features_out_ = images.n_columns * sum(widths)
+        self.bad_images_ = []
+        return images
+
+    def _asked_groups(self) -> range:
+        """Return which of the backbone's groups are columns: the first; the rest is kept only."""
+        width = self.n_features_out_ // self._n_image_columns
+        widths = np.cumsum([width for _, width in self.backbone_.feature_groups])
+        return range(int(np.searchsorted(widths, width)) + 1)
+
+    def _embed(self, images, advance: Callable[[int], Any] | None = None) -> np.ndarray:
+        from sktransfer._progress import progress_bar
+        from sktransfer.embedding._cluster import embed_anywhere
+
+        columns = np.empty((images.n_rows, self.n_features_out_), dtype=np.float32)
+        with progress_bar(len(images), self.verbose, advance) as tick:
+            bad = embed_anywhere(
+                images,
+                self.backbone_,
+                out=columns.reshape(len(images), -1),
+                memory=self.memory,
+                batch_size=self.batch_size,
+                device=self.device,
+                precision=self.precision,
+                is_compiled=self.compile,
+                n_jobs=self.n_jobs,
+                groups=self._asked_groups(),
+                fill=0.0 if self.on_error == "zero" else np.nan,
+                progress=tick,
+            )
+        if assumed := images.take_warnings():
+            warnings.warn(assumed, UserWarning, stacklevel=3)
+        # Not read back: another thread may be transforming with this object, too.
+        self.bad_images_ = bad
+        if bad and self.on_error == "raise":
+            raise ValueError(_report(bad, len(images), is_kept=self.memory is not False))
+        return columns
+
+
+def _report(bad: list[BadRow], n_rows: int, is_kept: bool) -> str:
+    lines = [f"{len(bad)} of {n_rows} images could not be read:"]
+    lines += [f"  {row}" for row in bad[:_N_REPORTED]]
+    if len(bad) > _N_REPORTED:
+        lines.append(f"  … and {len(bad) - _N_REPORTED} more, all in bad_images_.")
+    if is_kept:
+        lines.append("The others are embedded and kept, so nothing is lost.")
+    lines.append('Mend or drop these rows, or set on_error="nan" or on_error="zero".')
+    return "\n".join(lines)

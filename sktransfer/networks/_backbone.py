@@ -1,0 +1,326 @@
+"""``load_backbone``: the network behind a name, as a thing that embeds pictures."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sktransfer.networks._compiling import CompiledNetwork
+from sktransfer.networks._inference import Network, get_network
+from sktransfer.networks._own import ModuleSource
+from sktransfer.networks._pooling import POOLINGS, Pooling, layout_of, pooled_width, resolve_pooling
+from sktransfer.networks._preprocessing import AnyPreprocessing, resolve_preprocessing
+from sktransfer.networks._source import GivenSource, Source
+from sktransfer.networks._sources import resolve_source
+from sktransfer.networks._stages import Stage, Stages, split_stages
+
+# Part of every fingerprint: a change of how embeddings are computed changes it.
+_FORMAT = "sktransfer-embedding-1"
+_EMBEDDING = "embedding"
+
+
+def load_backbone(
+    backbone: Any = "builtin",
+    *,
+    weights: Any = "DEFAULT",
+    layer: str | Sequence[str | None] | None = None,
+    pooling: str = "auto",
+    preprocessing: Any = "auto",
+) -> Backbone:
+    """Load a pre-trained network by name.
+
+    Parameters
+    ----------
+    backbone : str, torch.nn.Module or callable, default="builtin"
+        A torchvision classification builder by its own name (``"resnet50"``), ``"timm:NAME"``
+        (extra ``timm``), ``"builtin"`` (its weights ship in the package), a module, or a
+        callable without arguments that returns one. A module is copied as it is now. Its
+        ``forward`` takes one batch of pictures and returns one tensor.
+    weights : str, path-like or None, default="DEFAULT"
+        Published weights by name (``"IMAGENET1K_V2"``); a local ``.pt``, ``.pth`` or
+        ``.safetensors`` file with a state dict, whose head may have any width; or None for
+        random weights, the same ones every time.
+    layer : str, list of str or None, default=None
+        None: what enters the classification head. Or the name of a stage, a sub-module or an
+        operation (``"layer3"``, ``"layer3.0.conv1"``), or a list of them, whose pooled outputs
+        are joined in that order; None in a list stands for the embedding.
+    pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
+        How a map becomes a vector. ``"auto"``: as the network does for its embedding; of an
+        inner layer the mean over the map, or the class token where the network classifies
+        from one. With ``layer=None`` any other kind is applied to the last map.
+        ``"gem"``: the generalised mean with p = 3.
+    preprocessing : "auto", dict or callable, default="auto"
+        ``"auto"``: what the weights were trained with; for a module 256 pixels, cropped to
+        224, with ImageNet's mean and standard deviation. A dict overrides parts of it:
+        ``size``, ``crop``, ``mean``, ``std``, ``interpolation``, ``fast_decode``. A callable
+        takes a uint8 array (height, width, 3) and returns a float array or tensor (channels,
+        height, width), ready for the network.
+
+    Returns
+    -------
+    backbone : Backbone
+
+    Raises
+    ------
+    ValueError
+        If a name, a layer or the combination is unknown; the message lists what is known.
+    OSError
+        If the weights are not on this machine and cannot be downloaded.
+
+    See Also
+    --------
+    list_backbones : What can be named.
+    PretrainedFeatureExtractor : The transformer around it.
+
+    Examples
+    --------
+    >>> from sktransfer import load_backbone
+    >>> backbone = load_backbone("builtin")
+    >>> backbone.n_features
+    1408
+    >>> backbone.stages.names
+    ['stem', 'stage1', 'stage2', 'stage3', 'stage4', 'pool', 'head']
+    >>> load_backbone("builtin", layer=["stage2", "stage4"]).feature_groups
+    [('stage2', 96), ('stage4', 704)]
+    """
+    if not isinstance(pooling, str) or pooling not in POOLINGS:
+        raise ValueError(f"pooling={pooling!r} is not accepted: one of {list(POOLINGS)}.")
+    source = resolve_source(backbone, weights)
+    loaded = Backbone(
+        source, layer, pooling, resolve_preprocessing(preprocessing, source.preprocessing)
+    )
+    if source.is_user_file:
+        _ = loaded.network.module  # whether the user's file fits is better said now than later
+    return loaded
+
+
+class Backbone:
+    """A pre-trained network, cut at the asked layers and pooled to one row per image.
+
+    Made by :func:`load_backbone`. It holds no weights itself: the network lives in a table of
+    this process, is loaded when it is first needed and is shared by all that ask for the same.
+    A pickle holds what brings the weights back and the digest they must have; for a user's own
+    module it holds the module.
+
+    Attributes
+    ----------
+    name : str
+        ``"resnet50"``, ``"timm:…"``, ``"builtin"``, or the class name of an own module.
+    short_name : str
+        The name in feature names.
+    feature_groups : list of (str, int)
+        Each asked layer with its number of columns, in order.
+    n_features : int
+        Number of columns in all.
+    preprocessing : Preprocessing or CallablePreprocessing
+        ``resize_crop`` and ``min_size`` are what happens to images before they get here.
+    input_size : tuple of 3 ints
+        Channels, height and width of the network's input.
+    fingerprint : str
+        Changes with anything that changes the embedding: weights, architecture, layer,
+        pooling, preprocessing. Equal in every process.
+    group_fingerprints : list of str
+        The same of each layer alone, so that rows kept for it serve other combinations.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        layer: str | Sequence[str | None] | None,
+        pooling: str,
+        preprocessing: AnyPreprocessing,
+    ):
+        self._source = source
+        self.name = source.name
+        self.short_name = re.sub(r"\W+", "_", source.name.removeprefix("timm:")).strip("_")
+        self.layer, self.pooling, self.preprocessing = layer, pooling, preprocessing
+        self.input_size: tuple[int, int, int] = preprocessing.input_size
+        self._plan_size = self._reference_size()
+        plan = self.network.plan
+        layers = [layer] if layer is None or isinstance(layer, str) else list(layer)
+        if not layers:
+            raise ValueError("layer=[] names no layer: give at least one, or None.")
+        self._keys: list[str] = []
+        self._poolings: list[tuple[str, str, int, int]] = []
+        self.feature_groups: list[tuple[str, int]] = []
+        self.group_fingerprints: list[str] = []
+        for asked in layers:
+            key = self._resolve(asked)
+            shape = plan.shape(key, self.input_size)
+            label = _EMBEDDING if asked is None else asked
+            layout = layout_of(shape, plan.is_channels_last(key, self.input_size))
+            if layout is None:
+                raise ValueError(
+                    f"layer {label!r} of {self.name} gives values of shape {shape[1:]} per image, "
+                    "which is neither a vector, a map nor a sequence of tokens."
+                )
+            token, n_prefix = plan.tokens(key)
+            kind = resolve_pooling(pooling, layout, f"layer {label!r} of {self.name}", token)
+            if layout == "vector":
+                kind = "avg"
+            self._keys.append(key)
+            self._poolings.append((kind, layout, token or 0, n_prefix))
+            self.feature_groups.append((label, pooled_width(kind, layout, shape)))
+            parts = [_FORMAT, *source.key, *_flat(self._poolings[-1]), key]
+            parts += [str(self.input_size), preprocessing.identity]
+            self.group_fingerprints.append(_digest(parts))
+        self.n_features = sum(width for _, width in self.feature_groups)
+        self.fingerprint = (
+            self.group_fingerprints[0] if len(layers) == 1 else _digest(self.group_fingerprints)
+        )
+
+    def __repr__(self) -> str:
+        layer = "" if self.layer is None else f", layer={self.layer!r}"
+        return f"<Backbone {self.name}{layer}: {self.input_size} -> {self.n_features}>"
+
+    @property
+    def network(self) -> Network:
+        """The shared network, loaded again if it was let go."""
+        return get_network(self._source, self._plan_size)
+
+    @property
+    def stages(self) -> Stages:
+        """The network's stages, with the weights, shared and frozen: see :meth:`copy_stages`."""
+        _ = self.network.module
+        return Stages([Stage(name, part) for name, part in self.network.plan.pieces()])
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the stages, known without weights."""
+        return self.network.plan.names
+
+    @property
+    def key_report(self) -> Any:
+        """Keys of a weights file and of the network's head that did not meet, or None."""
+        _ = self.network.module
+        return getattr(self._source, "key_report", None)
+
+    @property
+    def stage_names_to_layer(self) -> list[str]:
+        """Names of the stages that make the embedding, or the one layer that was asked for."""
+        plan, key, names = self.network.plan, self._keys[0], self.stage_names
+        if key == plan.embedding_key:
+            return names[:-1] if plan.head_layers() and len(names) > 1 else names
+        if key in plan.stage_keys:
+            return names[: plan.stage_keys.index(key) + 1]
+        raise ValueError(
+            f"{self!r} ends within a stage, where fine-tuning cannot put a head. Give as `layer` "
+            f"one of the stages {names}, or None; and pooling='auto' if that was changed."
+        )
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether these came from a file that stands alone, so that no name brings them back."""
+        return isinstance(self._source, GivenSource)
+
+    @property
+    def cut(self) -> tuple:
+        """All that the embedding follows from but the weights."""
+        return self.name, self._keys, self._poolings, self.preprocessing.identity
+
+    def make_pooling(self) -> Pooling:
+        """What turns the one asked layer's values into rows."""
+        return Pooling(*self._poolings[0])
+
+    def copy_network(self) -> tuple[nn.Module, Stages]:
+        """An independent copy of the network, and its stages, which call the copy's layers."""
+        module = copy.deepcopy(self.network.module)
+        return module, split_stages(module, self._plan_size)
+
+    def with_weights(self, module: nn.Module, digest: str) -> Backbone:
+        """The same cut of `module`, a copy of the network with weights known by `digest`."""
+        other = copy.copy(self)
+        other._source = GivenSource(self.name, self._source.preprocessing, module, digest)
+        other.fingerprint = f"tuned-{digest}"
+        other.group_fingerprints = [other.fingerprint]
+        return other
+
+    def copy_stages(self) -> Stages:
+        """Stages of an independent copy of the network, ready to be trained."""
+        module = copy.deepcopy(self.network.module).requires_grad_(True)
+        return split_stages(module.train(), self._plan_size)
+
+    def inference_module(
+        self,
+        device: torch.device | str = "cpu",
+        precision: str = "float32",
+        packed_for: tuple | None = None,
+    ) -> nn.Module:
+        """The network for inference: batch norms folded, channels last, frozen.
+
+        Parameters
+        ----------
+        device : torch.device or str, default="cpu"
+        precision : {"float32", "bfloat16", "float16"}, default="float32"
+        packed_for : tuple of int or None, default=None
+            On a CPU: height, width and number of torch threads of all batches to come. The
+            convolutions' weights are packed for that at the first one.
+
+        Returns
+        -------
+        module : nn.Module
+            Takes uint8 pixels (N, channels, height, width) on `device`, already resized, or
+            what the preprocessing callable gives as float32; returns a list of float32
+            tensors (N, width), one per feature group. Made once and shared; safe to call from
+            several threads.
+        """
+        return self.network.embedding_network(
+            self._keys,
+            self._poolings,
+            self.preprocessing,
+            torch.device(device),
+            precision,
+            packed_for=packed_for,
+        )
+
+    def compiled_module(
+        self, device: torch.device | str = "cpu", precision: str = "float32"
+    ) -> CompiledNetwork:
+        """What :meth:`inference_module` returns, compiled at its first batch."""
+        return self.network.embedding_network(
+            self._keys,
+            self._poolings,
+            self.preprocessing,
+            torch.device(device),
+            precision,
+            is_compiled=True,
+        )
+
+    def embed_batch(self, pixels: torch.Tensor, precision: str = "float32") -> list[torch.Tensor]:
+        """Embed a batch where it lies; see :meth:`inference_module`."""
+        return self.inference_module(pixels.device, precision)(pixels)
+
+    def _resolve(self, asked: str | None) -> str:
+        plan = self.network.plan
+        if asked is None:
+            return plan.embedding_key if self.pooling == "auto" else plan.last_map_key
+        if not isinstance(asked, str):
+            raise TypeError(f"layer {asked!r} is not a name: a string, None or a list is accepted.")
+        return plan.resolve(asked)
+
+    def _reference_size(self) -> tuple[int, int, int]:
+        """The input size by which stages are told apart, whatever the crop asked for."""
+        if isinstance(self._source, ModuleSource):
+            return self.input_size
+        return self._source.preprocessing.input_size
+
+
+def with_kept_layers(layer: Any, keep_layers: Any) -> Any:
+    """The layers to load: those asked for, then those that are for the store alone."""
+    asked = [layer] if layer is None or isinstance(layer, str) else list(layer)
+    extra = [name for name in ([] if keep_layers is None else keep_layers) if name not in asked]
+    return [*asked, *extra] if extra else layer
+
+
+def _flat(values: Sequence[Any]) -> list[str]:
+    return [str(value) for value in values]
+
+
+def _digest(parts: Sequence[Any]) -> str:
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()

@@ -1,0 +1,630 @@
+"""What can be named, which layer, how pooled, how told apart, and how it travels."""
+
+import copy
+import gc
+import pickle
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision.models import ResNet18_Weights
+
+from sktransfer import list_backbones, load_backbone
+from sktransfer.networks._inference import MAX_NETWORKS, _networks, clear_networks
+
+PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 64, 64), np.uint8))
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Tiny(nn.Module):
+    """Two stages and a head; batch norms that do something."""
+
+    def __init__(self, scale=1.0, n_channels=3):
+        super().__init__()
+        self.scale = scale
+        self.features = nn.Sequential(
+            nn.Conv2d(n_channels, 6, 3, 2, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 10, 3, 2),
+            nn.BatchNorm2d(10),
+            nn.ReLU(),
+        )
+        self.fc = nn.Linear(10, 4)
+
+    def forward(self, x):
+        return self.fc(self.scale * self.features(x).mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """A small transformer that classifies from the mean of its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 16, 16)
+        self.blocks = nn.Sequential(
+            *(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in "ab")
+        )
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.fc(self.blocks(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def tiny(**kwargs):
+    torch.manual_seed(0)
+    module = Tiny(**kwargs)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.uniform_(part.running_mean)
+            nn.init.uniform_(part.running_var, 0.5, 2)
+            nn.init.uniform_(part.weight, 0.5, 2)
+            nn.init.uniform_(part.bias)
+    return module.eval()
+
+
+SMALL = {"size": 64, "crop": 64}
+
+
+def embed(backbone, pixels=PIXELS, **kwargs):
+    return torch.cat(backbone.embed_batch(pixels, **kwargs), dim=1)
+
+
+def normalised(pixels=PIXELS):
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    return (pixels / 255 - mean) / std
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# -- layers and pooling ----------------------------------------------------------------------
+def maps(module):
+    with torch.no_grad():
+        return {
+            "features.2": module.features[:3](normalised()),
+            "features.5": module.features(normalised()),
+        }
+
+
+@pytest.mark.parametrize("layer", ["features.2", "features.5", "features.3", "features"])
+@pytest.mark.parametrize(
+    ("pooling", "pool"),
+    [
+        ("auto", lambda x: x.mean((2, 3))),
+        ("avg", lambda x: x.mean((2, 3))),
+        ("max", lambda x: x.amax((2, 3))),
+        ("avgmax", lambda x: torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)),
+        ("gem", lambda x: x.clamp(min=1e-6).pow(3).mean((2, 3)).pow(1 / 3)),
+        ("flatten", lambda x: x.flatten(1)),
+    ],
+)
+def test_layer_and_pooling(layer, pooling, pool):
+    module = tiny()
+    with torch.no_grad():
+        upto = {"features.2": 3, "features.3": 4, "features.5": 6, "features": 6}[layer]
+        expected = pool(module.features[:upto](normalised()))
+    backbone = load_backbone(module, layer=layer, pooling=pooling, preprocessing=SMALL)
+    assert backbone.feature_groups == [(layer, expected.shape[1])]
+    close(embed(backbone), expected)
+
+
+@pytest.mark.parametrize("pooling", ["max", "avgmax", "gem", "flatten"])
+def test_other_poolings_of_the_embedding_act_on_the_last_map(pooling):
+    got = load_backbone(tiny(), pooling=pooling, preprocessing=SMALL)
+    expected = load_backbone(tiny(), layer="features.5", pooling=pooling, preprocessing=SMALL)
+    close(embed(got), embed(expected))
+    assert got.n_features == expected.n_features
+
+
+def test_several_layers_are_joined_in_order_from_one_pass():
+    module = tiny()
+    layers = ["features.5", None, "features.2"]
+    backbone = load_backbone(module, layer=layers, preprocessing=SMALL)
+    assert backbone.feature_groups == [("features.5", 10), ("embedding", 10), ("features.2", 6)]
+    assert backbone.n_features == 26
+    alone = [embed(load_backbone(module, layer=k, preprocessing=SMALL)) for k in layers]
+    close(embed(backbone), torch.cat(alone, 1))
+    for k, layer in enumerate(layers):
+        one = load_backbone(module, layer=layer, preprocessing=SMALL)
+        assert one.fingerprint == backbone.group_fingerprints[k]
+    convs = [m for m in backbone.inference_module().modules() if isinstance(m, nn.Conv2d)]
+    assert len(convs) == 2
+
+
+class InPlace(nn.Module):
+    """Writes over what it has just computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 5, 1)
+        self.relu, self.fc = nn.ReLU(inplace=True), nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = self.relu(self.conv1(x))
+        y = self.conv2(x)
+        y += x
+        return self.fc(self.relu(y).mean((2, 3)))
+
+
+def test_a_layer_that_is_written_over_is_pooled_before():
+    module = InPlace().eval()
+    layers = ["conv1", "conv2", "add", None]
+    layers[2] = next(n for n in load_backbone(module).network.plan.traced.names if "add" in n)
+    backbone = load_backbone(module, layer=layers, preprocessing=SMALL)
+    alone = [embed(load_backbone(module, layer=k, preprocessing=SMALL)) for k in layers]
+    with torch.no_grad():
+        first = module.conv1(normalised())
+        second = module.conv2(first.relu())
+    close(alone[0], first.mean((2, 3)))
+    close(alone[1], second.mean((2, 3)))
+    close(alone[2], (second + first.relu()).mean((2, 3)))
+    close(embed(backbone), torch.cat(alone, 1))
+
+
+class Statements(InPlace):
+    """Writes over values without using what the operation returns."""
+
+    def forward(self, x):
+        x = self.conv1(x)
+        self.relu(x)
+        y = self.conv2(x)
+        y.mul_(2)
+        return self.fc(y.mean((2, 3)))
+
+
+class Aliases(InPlace):
+    """Writes over a value through a view of it."""
+
+    def forward(self, x):
+        x = self.conv1(x)
+        x[:, :2].mul_(3)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [InPlace, Statements, Aliases])
+def test_networks_that_write_over_their_values(kind):
+    module = kind().eval()
+    caught = []
+    hook = module.fc.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    with torch.no_grad():
+        module(normalised())
+    hook.remove()
+    close(embed(load_backbone(module, preprocessing=SMALL)), caught[0])
+
+
+def test_what_lies_behind_the_layer_is_not_computed():
+    backbone = load_backbone("builtin", layer="stage1")
+    small = sum(p.numel() for p in backbone.inference_module().parameters())
+    assert small < 50_000 < sum(backbone.stages.n_parameters)
+
+
+def test_tokens():
+    module = Tokens().eval()
+    with torch.no_grad():
+        tokens = module.blocks[0](module.embed(normalised()).flatten(2).transpose(1, 2))
+    backbone = load_backbone(module, layer="blocks.0", preprocessing=SMALL)
+    close(embed(backbone), tokens.mean(1))
+    flat = load_backbone(module, layer="blocks.0", pooling="flatten", preprocessing=SMALL)
+    assert flat.n_features == 16 * 8
+    with pytest.raises(ValueError, match="a sequence of tokens, and the network classifies"):
+        load_backbone(module, layer="blocks.0", pooling="cls", preprocessing=SMALL)
+
+
+def test_class_token():
+    backbone = load_backbone("vit_b_32", weights=None, layer="encoder_layer_3")
+    vit = backbone.network.module
+    pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    with torch.no_grad():
+        x = vit._process_input(normalised(pixels))
+        x = torch.cat([vit.class_token.expand(2, -1, -1), x], 1) + vit.encoder.pos_embedding
+        tokens = vit.encoder.layers[:4](x)
+    torch.testing.assert_close(embed(backbone, pixels), tokens[:, 0], rtol=1e-4, atol=1e-5)
+    by_name = load_backbone("vit_b_32", weights=None, layer="encoder_layer_3", pooling="cls")
+    assert by_name.fingerprint == backbone.fingerprint
+    average = load_backbone("vit_b_32", weights=None, layer="encoder_layer_3", pooling="avg")
+    expected = tokens[:, 1:].mean(1)  # the class token is no place
+    torch.testing.assert_close(embed(average, pixels), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_maps():
+    preprocessing = {"size": 96, "crop": 96}
+    backbone = load_backbone(
+        "swin_t", weights=None, layer=["features.1", "features.7"], preprocessing=preprocessing
+    )
+    assert backbone.feature_groups == [("features.1", 96), ("features.7", 768)]
+    pixels = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        features = backbone.network.module.features
+        expected = [features[:k](normalised(pixels)).mean((1, 2)) for k in (2, 8)]
+    close(embed(backbone, pixels), torch.cat(expected, 1))
+
+
+class RowsFirst(nn.Module):
+    """Keeps channels last, with as many channels as there are rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.mix, self.fc = nn.Conv2d(3, 24, 1), nn.Linear(24, 24), nn.Linear(24, 2)
+
+    def forward(self, x):
+        x = self.mix(self.conv(x).permute(0, 2, 3, 1))
+        return self.fc(x.mean((1, 2)))
+
+
+def test_layout_of_a_map_with_as_many_channels_as_rows():
+    pixels, size = PIXELS[:, :, :24, :24], {"size": 24, "crop": 24}
+    module = RowsFirst().eval()
+    with torch.no_grad():
+        first = module.conv(normalised(pixels))
+        last = module.mix(first.permute(0, 2, 3, 1))
+    assert first.shape[1:] == last.shape[1:] == (24, 24, 24)
+    close(
+        embed(load_backbone(module, layer="conv", preprocessing=size), pixels), first.mean((2, 3))
+    )
+    close(embed(load_backbone(module, layer="mix", preprocessing=size), pixels), last.mean((1, 2)))
+
+
+def test_networks_that_cannot_be_traced():
+    class Branching(Tiny):
+        def forward(self, x):
+            x = self.features(x)
+            return self.fc(torch.relu(x).mean((2, 3)) if x.sum() > 0 else x.mean((2, 3)))
+
+    module = Branching().eval()
+    backbone = load_backbone(module, layer=["features.2", None], preprocessing=SMALL)
+    assert backbone.feature_groups == [("features.2", 6), ("embedding", 10)]
+    with torch.no_grad():
+        first = module.features[:3](normalised())
+        last = torch.relu(module.features(normalised())).mean((2, 3))
+    close(embed(backbone), torch.cat([first.mean((2, 3)), last], 1))
+    with pytest.raises(ValueError, match="layer='nothing' is not in Branching"):
+        load_backbone(module, layer="nothing", preprocessing=SMALL)
+
+
+# -- errors ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (
+            {"backbone": "resnet5"},
+            "'resnet5' is not known. Did you mean 'resnet50'.*list_backbones",
+        ),
+        ({"backbone": "nothing-like-it"}, "is not known. list_backbones"),
+        ({"pooling": "mean"}, r"pooling='mean' is not accepted: one of \['auto', 'avg'"),
+        ({"layer": "stage9"}, r"Did you mean 'stage\d'.* Its stages are \['stem', 'stage1'"),
+        ({"layer": []}, r"layer=\[\] names no layer"),
+        (
+            {"pooling": "cls"},
+            "asks for the class token, but layer 'embedding' of builtin gives a map",
+        ),
+        (
+            {"layer": "stage2", "pooling": "cls"},
+            "layer 'stage2' of builtin gives a map with height",
+        ),
+        ({"weights": "V9"}, r"among the weights of the built-in backbone: \['DEFAULT', 'V1'\]"),
+        (
+            {"backbone": "resnet50", "weights": ResNet18_Weights.DEFAULT},
+            "weights=ResNet18_Weights.IMAGENET1K_V1 is not among the published weights of resnet50",
+        ),
+        (
+            {"backbone": "resnet50", "weights": "IMAGENET1K_V3"},
+            r"published weights of resnet50: \['DEFAULT', 'IMAGENET1K_V1', 'IMAGENET1K_V2'",
+        ),
+        (
+            {"backbone": "vit_b_16", "weights": None, "preprocessing": {"size": 96, "crop": 96}},
+            "vit_b_16 does not accept pictures of 3×96×96 .*Wrong image height! Expected 224",
+        ),
+        ({"backbone": "timm:xception4"}, "Did you mean 'timm:xception41'"),
+    ],
+)
+def test_errors(kwargs, message):
+    if str(kwargs.get("backbone")).startswith("timm"):
+        pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=message):
+        load_backbone(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        (3, "backbone=3 is a int: a name"),
+        (lambda: 3, "returned int: a callable backbone takes no argument"),
+    ],
+)
+def test_wrong_types(backbone, message):
+    with pytest.raises(TypeError, match=message):
+        load_backbone(backbone)
+    with pytest.raises(TypeError, match="layer 3 is not a name"):
+        load_backbone("builtin", layer=[3])
+
+
+def test_timm_is_optional(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install sktransfer\[timm\]"):
+        load_backbone("timm:resnet18")
+
+
+def test_own_module_that_does_not_take_pictures():
+    with pytest.raises(ValueError, match="Linear does not accept pictures of 3×224×224"):
+        load_backbone(nn.Linear(3, 3))
+
+
+# -- random weights --------------------------------------------------------------------------
+def test_random_weights_are_the_same_every_time_and_leave_the_seed_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first = embed(load_backbone("builtin", weights=None))
+    clear_networks()
+    second = embed(load_backbone("builtin", weights=None))
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, embed(load_backbone("builtin")))
+
+
+def test_an_own_module_from_scratch():
+    module = tiny()
+    fresh = load_backbone(module, weights=None, preprocessing=SMALL)
+    again = load_backbone(module, weights=None, preprocessing=SMALL)
+    assert fresh.fingerprint == again.fingerprint
+    assert fresh.fingerprint != load_backbone(module, preprocessing=SMALL).fingerprint
+    assert (fresh.network.module.features[1].running_mean == 0).all()
+    module.extra = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="Tiny does not say how to initialise 'extra'"):
+        load_backbone(module, weights=None, preprocessing=SMALL)
+
+
+# -- own modules -----------------------------------------------------------------------------
+def test_an_own_module_is_copied_and_left_alone():
+    module = tiny().train()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    backbone = load_backbone(module, preprocessing=SMALL)
+    first = embed(backbone)
+    assert all(part.training for part in module.modules())
+    assert all(p.requires_grad for p in module.parameters())
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+    with torch.no_grad():
+        module.features[0].weight.add_(1)
+    assert torch.equal(embed(backbone), first)
+    assert load_backbone(module, preprocessing=SMALL).fingerprint != backbone.fingerprint
+
+
+def test_wrapped_callable_and_grey_modules():
+    expected = load_backbone(tiny(), preprocessing=SMALL).fingerprint
+    for same in (nn.DataParallel(tiny()), tiny, lambda: tiny()):
+        assert load_backbone(same, preprocessing=SMALL).fingerprint == expected
+    grey = load_backbone(tiny(n_channels=1), preprocessing=SMALL)
+    assert grey.input_size == (1, 64, 64)
+    assert grey.preprocessing.resize_crop(np.zeros((80, 90, 3), np.uint8)).shape == (64, 64, 1)
+    assert embed(grey, PIXELS[:, :1]).shape == (3, 10)
+
+
+def test_weights_file_for_an_own_module(tmp_path):
+    path = tmp_path / "tiny.pt"
+    torch.save(tiny().state_dict(), path)
+    backbone = load_backbone(Tiny(), weights=path, preprocessing=SMALL)
+    assert backbone.fingerprint == load_backbone(tiny(), preprocessing=SMALL).fingerprint
+
+
+# -- fingerprints ----------------------------------------------------------------------------
+def test_fingerprints_tell_everything_apart():
+    other = tiny()
+    other.features[1].running_mean[0] += 1e-3
+    variants = [
+        load_backbone(tiny(), preprocessing=SMALL),
+        load_backbone(other, preprocessing=SMALL),
+        load_backbone(tiny(scale=2.0), preprocessing=SMALL),
+        load_backbone(tiny(), preprocessing={"size": 72, "crop": 64}),
+        load_backbone(tiny(), preprocessing={**SMALL, "mean": (0.5, 0.5, 0.5)}),
+        load_backbone(tiny(), preprocessing={**SMALL, "fast_decode": False}),
+        load_backbone(tiny(), preprocessing={**SMALL, "interpolation": "bicubic"}),
+        load_backbone(tiny(), preprocessing=SMALL, pooling="max"),
+        load_backbone(tiny(), preprocessing=SMALL, layer="features.2"),
+        load_backbone(tiny(), preprocessing=SMALL, layer=["features.2", "features.5"]),
+        load_backbone(tiny(), preprocessing=SMALL, layer=["features.5", "features.2"]),
+        load_backbone("builtin"),
+        load_backbone("builtin", weights=None),
+        load_backbone("resnet18", weights=None),
+    ]
+    assert len({backbone.fingerprint for backbone in variants}) == len(variants)
+    assert variants[0].fingerprint == load_backbone(tiny(), preprocessing=SMALL).fingerprint
+    named = load_backbone("builtin", weights="V1", layer=None)
+    assert named.fingerprint == load_backbone("builtin").fingerprint
+
+
+# -- travelling ------------------------------------------------------------------------------
+FRESH = """
+import pickle, sys, torch
+backbone = pickle.load(open(sys.argv[1], "rb"))
+pixels = torch.load(sys.argv[2], weights_only=True)
+from sktransfer import load_backbone
+assert load_backbone("builtin", layer=["stage1", None]).fingerprint == backbone.fingerprint
+torch.save(torch.cat(backbone.embed_batch(pixels), 1), sys.argv[3])
+"""
+
+
+def test_pickles_into_a_fresh_process_without_weights(tmp_path):
+    backbone = load_backbone("builtin", layer=["stage1", None])
+    paths = [tmp_path / name for name in ("backbone.pkl", "pixels.pt", "rows.pt")]
+    pickled = pickle.dumps(backbone)
+    assert len(pickled) < 3000
+    paths[0].write_bytes(pickled)
+    torch.save(PIXELS, paths[1])
+    subprocess.run([sys.executable, "-c", FRESH, *map(str, paths)], check=True)
+    close(torch.load(paths[2], weights_only=True), embed(backbone))
+
+
+def test_own_modules_pickle_and_copy_whole():
+    backbone = load_backbone(tiny(), layer=["features.2", None], preprocessing=SMALL)
+    expected = embed(backbone)
+    pickled = pickle.dumps(backbone)
+    for other in (copy.deepcopy(backbone), pickle.loads(pickled)):
+        assert other.fingerprint == backbone.fingerprint
+        assert other.network is backbone.network
+        assert torch.equal(embed(other), expected)
+    clear_networks()
+    del backbone, other
+    gc.collect()
+    close(embed(pickle.loads(pickled)), expected)
+
+
+# -- one network per process -----------------------------------------------------------------
+def test_clones_share_one_network(monkeypatch):
+    from sktransfer.networks import _weights
+
+    clear_networks()
+    n_read = []
+    read = _weights.read_state_dict
+    monkeypatch.setattr(_weights, "read_state_dict", lambda path: n_read.append(path) or read(path))
+    found = []
+
+    def work():
+        backbone = load_backbone("builtin", layer="stage3")
+        found.append((backbone.network, embed(backbone)))
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(network) for network, _ in found}) == 1
+    assert all(torch.equal(found[0][1], rows) for _, rows in found)
+    assert len(n_read) == 1
+    load_backbone("builtin").network.module  # noqa: B018
+    assert len(n_read) == 1
+
+
+def test_no_more_than_a_few_networks_are_kept():
+    backbones = [
+        load_backbone(tiny(scale=float(k)), preprocessing=SMALL) for k in range(MAX_NETWORKS + 2)
+    ]
+    first = embed(backbones[0])
+    assert len(_networks) == MAX_NETWORKS
+    for backbone in backbones[1:]:
+        embed(backbone)
+    assert torch.equal(embed(backbones[0]), first)  # made again
+
+
+# -- the inference copy ----------------------------------------------------------------------
+def test_folding_leaves_the_network_as_it_was():
+    backbone = load_backbone(tiny(), preprocessing=SMALL)
+    module = backbone.network.module
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    inference = backbone.inference_module()
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in inference.modules())
+    assert any(isinstance(part, nn.BatchNorm2d) for part in module.modules())
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+    assert inference is backbone.inference_module("cpu", "float32")
+    assert not any(p.requires_grad for p in inference.parameters())
+
+
+def test_a_convolution_that_feeds_more_than_its_norm_is_not_folded():
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.twice = nn.Conv2d(4, 4, 1)
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.conv(x)
+            x = x + self.norm(x)
+            x = self.norm(self.twice(x)) + self.norm(self.twice(x + 1))
+            return self.fc(x.mean((2, 3)))
+
+    module = Forked().eval()
+    nn.init.uniform_(module.norm.running_mean)
+    nn.init.uniform_(module.norm.running_var, 0.5, 2)
+    backbone = load_backbone(module, preprocessing=SMALL)
+    caught = []
+    module.fc.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    with torch.no_grad():
+        module(normalised())
+    close(embed(backbone), caught[0])
+
+
+def test_embeddings_do_not_depend_on_the_batch_or_layout():
+    backbone = load_backbone("builtin")
+    rows = embed(backbone)
+    close(torch.cat([embed(backbone, PIXELS[i : i + 1]) for i in range(3)]), rows)
+    close(embed(backbone, PIXELS.contiguous(memory_format=torch.channels_last)), rows)
+    half = embed(backbone, precision="bfloat16")
+    assert half.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(half, rows).min() > 0.999
+
+
+def test_copied_stages_are_independent_and_trainable():
+    backbone = load_backbone("builtin")
+    rows = embed(backbone)
+    stages = backbone.copy_stages()
+    assert stages.names == backbone.stage_names
+    stages.run(normalised()).sum().backward()
+    with torch.no_grad():
+        for stage in stages:
+            for p in stage.module.parameters():
+                assert p.grad is not None
+                p.add_(1)
+    assert torch.equal(embed(backbone), rows)
+    assert not any(p.requires_grad for s in backbone.stages for p in s.module.parameters())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda():
+    for kwargs in ({"backbone": "builtin"}, {"backbone": tiny(), "preprocessing": SMALL}):
+        backbone = load_backbone(**kwargs)
+        on_cpu = embed(backbone)
+        for precision, least in (("float32", 0.99999), ("float16", 0.999), ("bfloat16", 0.999)):
+            rows = embed(backbone, PIXELS.cuda(), precision=precision).cpu()
+            assert nn.functional.cosine_similarity(rows, on_cpu).min() > least
+    on_cuda = load_backbone(tiny().cuda(), preprocessing=SMALL)
+    assert on_cuda.fingerprint == load_backbone(tiny(), preprocessing=SMALL).fingerprint
+    assert {p.device.type for p in on_cuda.network.module.parameters()} == {"cpu"}
+
+
+# -- the list --------------------------------------------------------------------------------
+def test_list_backbones():
+    table = list_backbones()
+    assert len(table) == 81
+    assert table[0].name == "builtin"
+    row = table["resnet50"]
+    assert (row.input_size, row.n_features, row.weights[0]) == (224, 2048, "IMAGENET1K_V2")
+    assert row.parameters == pytest.approx(25.56, abs=0.01)
+    assert row.multiply_adds == pytest.approx(4.09, abs=0.01)
+    assert all(row.n_features and row.parameters and row.multiply_adds for row in table)
+    assert [row.name for row in list_backbones("vgg1?")] == ["vgg11", "vgg13", "vgg16", "vgg19"]
+    assert "wide_resnet50_2" in [row.name for row in list_backbones("RESNET")]
+    assert "<th" in table._repr_html_()
+    assert "multiply-adds (G)" in repr(table[:3])
+    assert list(table.to_pandas().columns)[:2] == ["name", "input_size"]
+    with pytest.raises(TypeError, match="pattern=3 is not a string"):
+        list_backbones(3)
+
+
+def test_list_backbones_agrees_with_the_networks():
+    for row in list_backbones():
+        if row.parameters < 12:
+            backbone = load_backbone(row.name, weights=None)
+            assert backbone.n_features == row.n_features, row.name
+            assert backbone.input_size[1] == row.input_size, row.name
+
+
+def test_list_timm():
+    pytest.importorskip("timm")
+    (row,) = list_backbones("timm:legacy_xception")
+    assert (row.input_size, row.n_features, row.weights) == (299, 2048, ("DEFAULT",))
+    assert row.parameters == pytest.approx(22.9, abs=0.1)
+    assert len(list_backbones("timm:*")) > 500
+    backbone = load_backbone("timm:vit_tiny_patch16_224", weights=None)
+    assert backbone.n_features == 192
+    assert backbone.preprocessing.interpolation == "bicubic"
+    assert load_backbone("timm:mobilenetv1_100", weights=None).n_features == 1024
