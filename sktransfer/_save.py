@@ -200,7 +200,7 @@ def load(path: str | os.PathLike, *, backbone: Any = None) -> Any:
     estimator.bad_images_ = []
     widths = list(accumulate(width for _, width in estimator.backbone_.feature_groups))
     widths = [width * attributes["_n_image_columns"] for width in widths]
-    # An extractor's columns may be the first groups alone: keep_layers are for the store.
+    # An extractor's columns may be the first groups alone: cache_layers are for the store.
     if attributes["n_features_out_"] not in (widths if lowest is None else widths[-1:]):
         raise _refused(path, f"{widths[-1]} columns do not agree with n_features_out_")
     if lowest is not None:
@@ -330,13 +330,13 @@ def _backbone(
     tensors: dict[str, np.ndarray],
     path: str | os.PathLike,
 ) -> Any:
-    from sktransfer.networks._backbone import load_backbone, with_kept_layers
+    from sktransfer.networks._backbone import load_backbone, with_cached_layers
 
     own = {k: tensors.pop(k) for k in list(tensors) if k.startswith("backbone/")}
     if header["standalone"] != bool(own):
         raise _refused(path, "it says of itself wrongly whether it stands alone")
     is_named = isinstance(estimator.backbone, str)
-    layer = with_kept_layers(estimator.layer, getattr(estimator, "keep_layers", None))
+    layer = with_cached_layers(estimator.layer, getattr(estimator, "cache_layers", None))
     arguments = {"layer": layer, "pooling": estimator.pooling}
     arguments["preprocessing"] = estimator.preprocessing
     if not own or not is_named:
@@ -357,7 +357,7 @@ def _standalone_backbone(
     import torch
 
     from sktransfer.fine_tuning._tuned_network import with_own_weights
-    from sktransfer.networks._backbone import with_kept_layers
+    from sktransfer.networks._backbone import with_cached_layers
 
     state = {k.partition("/")[2]: torch.from_numpy(np.array(v)) for k, v in own.items()}
     try:
@@ -365,7 +365,7 @@ def _standalone_backbone(
         return with_own_weights(
             estimator.backbone,
             state,
-            with_kept_layers(estimator.layer, getattr(estimator, "keep_layers", None)),
+            with_cached_layers(estimator.layer, getattr(estimator, "cache_layers", None)),
             estimator.pooling,
             preprocessing,
         )

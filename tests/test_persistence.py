@@ -463,7 +463,7 @@ def test_other_files_are_refused(saved, tmp_path, monkeypatch):
 @pytest.mark.parametrize("standalone", [False, True])
 def test_layers_kept_for_the_store_survive(tmp_path, standalone):
     X = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    extractor = PretrainedFeatureExtractor(layer="stage2", keep_layers=["stage3"]).fit(X)
+    extractor = PretrainedFeatureExtractor(layer="stage2", cache_layers=["stage3"]).fit(X)
     save(extractor, tmp_path / "extractor.sktransfer", standalone=standalone)
     again = load(tmp_path / "extractor.sktransfer")
     np.testing.assert_array_equal(again.transform(X), extractor.transform(X))

@@ -117,7 +117,7 @@ def main():
         names = Counted(**network).fit(X).backbone_.stage_names[1:5]
         layers = {"counted__layer": names}
         ours, seen = search(
-            pipeline(keep_layers=names, memory=folder / "layers", **network), X, y, grid=layers
+            pipeline(cache_layers=names, memory=folder / "layers", **network), X, y, grid=layers
         )
         report("grid_over_four_layers_s", ours, " s")
         report("grid_over_four_layers_images_per_image", seen / n)

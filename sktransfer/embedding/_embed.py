@@ -33,18 +33,18 @@ class BadRow:
     ----------
     row : int
         Its row in ``X``, from 0.
-    label : str
+    where : str
         The row and, where there is one, the column and the path.
     reason : str
         What is wrong with it.
     """
 
     row: int
-    label: str
+    where: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.label}: {self.reason}"
+        return f"{self.where}: {self.reason}"
 
 
 class BatchLimit(Protocol):
@@ -228,7 +228,7 @@ class EmbeddingRun:
             try:
                 array = preprocessing.resize_crop(picture)
             except Exception as error:
-                add_note(error, f"This happened in the preprocessing of {self.images.label(i)}.")
+                add_note(error, f"This happened in the preprocessing of {self.images.where(i)}.")
                 raise
             if batch is None:
                 dtype = torch.uint8 if array.dtype == np.uint8 else torch.float32
@@ -237,7 +237,7 @@ class EmbeddingRun:
             elif array.shape != into.shape[1:]:
                 raise ValueError(
                     f"The preprocessing gave an array of shape {array.shape} for "
-                    f"{self.images.label(i)}, where {self.images.label(good[0])} has "
+                    f"{self.images.where(i)}, where {self.images.where(good[0])} has "
                     f"{into.shape[1:]}: all images must come out in one shape."
                 )
             into[len(good)] = array
@@ -267,7 +267,7 @@ class EmbeddingRun:
                 error,
                 f"This happened in the network {self.backbone.name}, precision "
                 f"{self.precision!r}, with a {batch.dtype} batch of shape {tuple(batch.shape)} "
-                f"that begins with {self.images.label(good[0])}. What was embedded before is kept.",
+                f"that begins with {self.images.where(good[0])}. What was embedded before is kept.",
             )
             raise
 
@@ -294,7 +294,7 @@ class EmbeddingRun:
     def bad_rows(self) -> list[BadRow]:
         """List the images that gave no embedding, in their order."""
         images = self.images
-        return [BadRow(images.row(i), images.label(i), self._bad[i]) for i in sorted(self._bad)]
+        return [BadRow(images.row(i), images.where(i), self._bad[i]) for i in sorted(self._bad)]
 
     def _tell(self, n_done: int) -> None:
         """Tell of rows done, and of bad ones that the workers have found: in one thread."""

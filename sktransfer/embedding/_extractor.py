@@ -103,7 +103,7 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         one that all of them see. ``False``: nowhere. :func:`embedding_store` looks into a
         store, empties it, or makes one with another bound.
 
-    keep_layers : list of str or None, default=None
+    cache_layers : list of str or None, default=None
         Layers whose columns are put into the store in the same pass although they are not
         asked for now: name here those that a grid search over `layer` will ask for, and
         one pass through the network serves them all.
@@ -131,7 +131,7 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         Number of columns that `transform` returns.
 
     bad_images_ : list of BadRow
-        The images that the last `transform` could not read: each has ``row``, ``label``
+        The images that the last `transform` could not read: each has ``row``, ``where``
         and ``reason``.
 
     See Also
@@ -179,7 +179,7 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         "layer": [str, "array-like", None],
         "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "compile": ["boolean"],
-        "keep_layers": ["array-like", None],
+        "cache_layers": ["array-like", None],
         "on_error": [StrOptions({"raise", "nan", "zero"})],
     }
 
@@ -204,7 +204,7 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         compile=False,
         n_jobs=None,
         memory=None,
-        keep_layers=None,
+        cache_layers=None,
         on_error="raise",
         verbose=0,
     ):
@@ -220,7 +220,7 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         self.compile = compile
         self.n_jobs = n_jobs
         self.memory = memory
-        self.keep_layers = keep_layers
+        self.cache_layers = cache_layers
         self.on_error = on_error
         self.verbose = verbose
 
@@ -329,14 +329,14 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
 
     def _fit(self, X):
         from sktransfer.embedding._cluster import check_place
-        from sktransfer.networks._backbone import load_backbone, with_kept_layers
+        from sktransfer.networks._backbone import load_backbone, with_cached_layers
 
         images = check_images(self, X, reset=True)
         check_place(self.memory, self.device)
         self.backbone_ = load_backbone(
             self.backbone,
             weights=self.weights,
-            layer=with_kept_layers(self.layer, self.keep_layers),
+            layer=with_cached_layers(self.layer, self.cache_layers),
             pooling=self.pooling,
             preprocessing=self.preprocessing,
         )

@@ -37,7 +37,7 @@ def digest_rows(
         try:
             return images.digest(i)
         except BadImage as error:
-            return BadRow(images.row(i), images.label(i), str(error))
+            return BadRow(images.row(i), images.where(i), str(error))
 
     with ThreadPoolExecutor(n_threads) as pool:
         for i, found in zip(unknown, pool.map(read, unknown), strict=True):
@@ -196,7 +196,7 @@ class Pixels:
         except BadImage as error:
             row = self._images.row(i)
             if all(bad.row != row for bad in self.bad):
-                self.bad.append(BadRow(row, self._images.label(i), str(error)))
+                self.bad.append(BadRow(row, self._images.where(i), str(error)))
             return None
         return np.asarray(self._preprocessing.resize_crop(picture))
 

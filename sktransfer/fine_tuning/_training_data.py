@@ -105,7 +105,7 @@ class TrainingData:
         elif len(index):
             self._pixels.read_all()
             bad += self._pixels.bad
-        self.bad = sorted({b.label: b for b in bad}.values(), key=lambda b: b.row)
+        self.bad = sorted({b.where: b for b in bad}.values(), key=lambda b: b.row)
         if self.bad:
             _handle(self.bad, images.n_rows, on_error, what)
         if assumed := images.take_warnings():

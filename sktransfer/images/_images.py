@@ -84,7 +84,7 @@ class Images:
     ``(len(images), d)``, reshape to ``(n_rows, n_columns * d)``. A slice or an array of
     numbers selects a view whose pictures keep the row they came from.
 
-    `digest`, `stat`, `decode`, `picture` and `label` may be called from several threads at once.
+    `digest`, `stat`, `decode`, `picture` and `where` may be called from several threads at once.
 
     Attributes
     ----------
@@ -157,7 +157,7 @@ class Images:
         """Return the row of X that picture `i` came from."""
         return int(self._numbers[i]) // self._n_x_columns
 
-    def label(self, i: int) -> str:
+    def where(self, i: int) -> str:
         """Return where picture `i` stands in X and what it is, for messages."""
         return f"{self._where(int(self._numbers[i]))} ({_describe(self._cell(i))})"
 
@@ -237,7 +237,7 @@ class Images:
         Raises
         ------
         BadImage
-            With the reason; :meth:`label` tells where.
+            With the reason; :meth:`where` tells where.
         """
         return read_only(np.asarray(self.picture(i, min_size)))
 

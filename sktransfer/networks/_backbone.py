@@ -311,10 +311,10 @@ class Backbone:
         return self._source.preprocessing.input_size
 
 
-def with_kept_layers(layer: Any, keep_layers: Any) -> Any:
+def with_cached_layers(layer: Any, cache_layers: Any) -> Any:
     """The layers to load: those asked for, then those that are for the store alone."""
     asked = [layer] if layer is None or isinstance(layer, str) else list(layer)
-    extra = [name for name in ([] if keep_layers is None else keep_layers) if name not in asked]
+    extra = [name for name in ([] if cache_layers is None else cache_layers) if name not in asked]
     return [*asked, *extra] if extra else layer
 
 

@@ -89,8 +89,8 @@ def test_bad_images_are_reported_with_their_rows(client, files, tmp_path):
     with joblib.parallel_config("dask"):
         rows = extractor.transform(X)
     assert [bad.row for bad in extractor.bad_images_] == [30, 41]
-    assert "row 30" in extractor.bad_images_[0].label
-    assert "broken.png" in extractor.bad_images_[0].label
+    assert "row 30" in extractor.bad_images_[0].where
+    assert "broken.png" in extractor.bad_images_[0].where
     np.testing.assert_array_equal(np.isnan(rows).any(axis=1), [i in (30, 41) for i in range(42)])
     extractor.set_params(on_error="raise")
     with joblib.parallel_config("dask"), pytest.raises(ValueError, match="2 of 42 images"):

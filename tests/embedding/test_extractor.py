@@ -119,16 +119,16 @@ def test_duplicates_in_one_call_are_embedded_once(pictures, count_embedded):
     np.testing.assert_array_equal(rows[0], rows[3])
 
 
-def test_keep_layers_serves_a_grid_over_layer_with_one_pass(pictures, labels, count_embedded):
+def test_cache_layers_serves_a_grid_over_layer_with_one_pass(pictures, labels, count_embedded):
     layers = ["stage1", "stage2", "stage3", "stage4"]
     pipe = make_pipeline(
-        PretrainedFeatureExtractor(keep_layers=layers), StandardScaler(), LogisticRegression()
+        PretrainedFeatureExtractor(cache_layers=layers), StandardScaler(), LogisticRegression()
     )
     search = GridSearchCV(pipe, {"pretrainedfeatureextractor__layer": layers}, cv=2)
     search.fit(pictures, labels)
     assert count_embedded["images"] == len(pictures)
     alone = PretrainedFeatureExtractor(layer="stage2", memory=False).fit_transform(pictures)
-    kept = PretrainedFeatureExtractor(layer="stage2", keep_layers=layers).fit_transform(pictures)
+    kept = PretrainedFeatureExtractor(layer="stage2", cache_layers=layers).fit_transform(pictures)
     np.testing.assert_allclose(kept, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -252,7 +252,7 @@ def test_layers_that_are_computed_together_are_claimed_together(
 
     def ask(layer):
         extractor = PretrainedFeatureExtractor(
-            layer=layer, keep_layers=layers, memory=memory, batch_size=2
+            layer=layer, cache_layers=layers, memory=memory, batch_size=2
         ).fit(pictures)
         start.wait()
         return extractor.transform(pictures)
@@ -635,7 +635,7 @@ def test_a_bad_picture_does_not_mark_its_row_in_other_columns(picture_files, tmp
     )
     extractor = PretrainedFeatureExtractor(on_error="nan")
     rows = extractor.fit_transform(frame)
-    assert [bad.label for bad in extractor.bad_images_] == [f"row 0, column 'a' ({missing!r})"]
+    assert [bad.where for bad in extractor.bad_images_] == [f"row 0, column 'a' ({missing!r})"]
     width = rows.shape[1] // 2
     assert np.isfinite(rows[:, width:]).all()
 

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from seen_pictures import SeenPictures
 
-from sktransfer import PretrainedFeatureExtractor, _inference
+from sktransfer import PretrainedFeatureExtractor
+from sktransfer.embedding import _batches as _inference
 from sktransfer.embedding._embed import EmbeddingRun
 from sktransfer.store._store import DiskStore
 

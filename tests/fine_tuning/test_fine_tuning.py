@@ -33,7 +33,6 @@ from sktransfer import (
     FineTuningRegressor,
     Optimizer,
     PretrainedFeatureExtractor,
-    _training,
     load_backbone,
 )
 from sktransfer._random_state import own_random_state
@@ -43,6 +42,7 @@ from sktransfer.fine_tuning import _boundary as boundary
 from sktransfer.fine_tuning import _module as tuned_module
 from sktransfer.fine_tuning import _probe as linear_probe
 from sktransfer.fine_tuning import _rows as training_rows
+from sktransfer.fine_tuning import _train as _training
 from sktransfer.fine_tuning._tuned_network import learnt
 from sktransfer.images._images import as_images
 

@@ -11,11 +11,12 @@ from test_fine_tuning import assert_same_model, small, state_of
 from tiny_networks import tiny_network
 from torch.nn import functional as F
 
-from sktransfer import FineTuningClassifier, FineTuningRegressor, _backbones, load_backbone
+from sktransfer import FineTuningClassifier, FineTuningRegressor, load_backbone
 from sktransfer.fine_tuning import _weight_average
 from sktransfer.fine_tuning._gradient_scaling import GradientScaling
 from sktransfer.fine_tuning._losses import WeightedLoss
 from sktransfer.fine_tuning._mixing import mix
+from sktransfer.networks import _backbone as _backbones
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

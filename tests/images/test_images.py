@@ -484,7 +484,7 @@ def test_several_image_columns(frame, stack, folder):
     np.testing.assert_array_equal(images.column(1).decode(1), stack[3])
     view = images.column(1)[1:]
     assert (len(view), view.n_rows, view.n_columns, view.feature_names) == (1, 1, 1, None)
-    assert view.label(0) == images.label(3) == f"row 1, column 'back' ({back[1]!r})"
+    assert view.where(0) == images.where(3) == f"row 1, column 'back' ({back[1]!r})"
     assert view.row(0) == 1
     with pytest.raises(IndexError, match="there is no image column 2; there are 2"):
         images.column(2)
@@ -499,7 +499,7 @@ def test_columns_without_names(stack, folder):
         images = as_images(X)
         assert (images.n_columns, images.feature_names) == (2, None)
         np.testing.assert_array_equal(images.column(1).decode(1), stack[3])
-        assert images.column(1).label(1) == "row 1, column 1 (array of shape (7, 9, 3), uint8)"
+        assert images.column(1).where(1) == "row 1, column 1 (array of shape (7, 9, 3), uint8)"
 
 
 def test_names(stack, folder):
@@ -526,11 +526,11 @@ def test_names(stack, folder):
     ],
 )
 def test_labels(cell, label):
-    assert as_images(["other.jpg", cell]).label(1) == label
+    assert as_images(["other.jpg", cell]).where(1) == label
 
 
 def test_a_long_label_is_cut():
-    label = as_images(["data:image/png;base64," + 10_000 * "A"]).label(0)
+    label = as_images(["data:image/png;base64," + 10_000 * "A"]).where(0)
     assert len(label) < 200
     assert "…" in label
 
@@ -568,7 +568,7 @@ def test_a_pickled_view_takes_its_own_pictures_along(stack, folder):
     assert len(data) < 20_000
     again = pickle.loads(data)
     assert again.row(0) == 500
-    assert again.label(0) == view.label(0)
+    assert again.where(0) == view.where(0)
     assert again.digest(0) == view.digest(0)
     tensor = torch.from_numpy(huge)
     for X in (tensor, list(tensor)):  # each of the list is a view of them all
@@ -577,7 +577,7 @@ def test_a_pickled_view_takes_its_own_pictures_along(stack, folder):
         assert pickle.loads(data).digest(0) == view.digest(0)
     frame = pd.DataFrame({"a": paths(stack, folder), "b": contents(stack, folder)})
     again = pickle.loads(pickle.dumps(as_images(frame)[5:]))
-    assert again.label(0).startswith("row 2, column 'b'")
+    assert again.where(0).startswith("row 2, column 'b'")
     np.testing.assert_array_equal(again.decode(0), stack[2])
     again = pickle.loads(pickle.dumps(as_images(frame)))
     assert (again.n_rows, again.n_columns, again.feature_names) == (4, 2, ["a", "b"])

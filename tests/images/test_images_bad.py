@@ -35,7 +35,7 @@ def encode(image, format):
 
 def assert_bad(cell, message, cause=None):
     images = as_images(["other.jpg", cell])
-    images.label(1)
+    images.where(1)
     with pytest.raises(BadImage, match=f"(?s){message}") as caught:
         images.decode(1)
     assert isinstance(caught.value, ValueError)
