@@ -10,9 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "sktransfer"
 
 # Files, and folders as one; each imports from the floors below it alone.
 FLOORS = [
-    {"_process_lock", "_atomic_write"},
-    {"_shared_context"},
-    {"_version", "_progress", "_random_state", "images", "store"},
+    {"_atomic_write", "_progress", "_threads", "_version"},
+    {"images", "store"},
     {"networks", "_validation"},
     {"embedding"},
     {"fine_tuning"},

@@ -255,7 +255,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return self
 
     def _load_backbone(self):
-        from sktransfer._random_state import own_random_state
+        from sktransfer._threads import own_random_state
         from sktransfer.networks._backbone import load_backbone
 
         # A callable that makes a module may draw random weights before it sets others.
@@ -308,7 +308,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         )
 
     def _new_head(self, backbone, n_columns, seed):
-        from sktransfer._random_state import own_random_state
+        from sktransfer._threads import own_random_state
         from sktransfer.fine_tuning._head import make_head
 
         with own_random_state(seed):

@@ -10,7 +10,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 
-from sktransfer._shared_context import SharedContext
+from sktransfer._threads import one_at_a_time
 
 # Strengths that are tried on a held-out quarter; without enough rows for one the second is taken.
 _C = (0.001, 0.01, 0.1, 1.0)
@@ -20,14 +20,12 @@ _MAX_ITER = 300
 
 
 @contextlib.contextmanager
-def _ignoring_convergence() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # What it lacks after so many steps fine-tuning has no use for.
+def _quietly() -> Iterator[None]:
+    # The filters are those of all threads.
+    with one_at_a_time, warnings.catch_warnings():
+        # Fine-tuning needs no better convergence than _MAX_ITER steps give.
         warnings.simplefilter("ignore", ConvergenceWarning)
         yield
-
-
-_quietly = SharedContext(_ignoring_convergence)
 
 
 def fit_probe(

@@ -16,7 +16,7 @@ from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
 from skorch.callbacks import Callback, LRScheduler
 from skorch.helper import predefined_split
 
-from sktransfer._random_state import own_random_state, repeatable_kernels
+from sktransfer._threads import own_random_state, repeatable_kernels
 from sktransfer.embedding._embed import add_note
 from sktransfer.fine_tuning._callbacks import (
     EpochLog,

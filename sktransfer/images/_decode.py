@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
-from sktransfer._process_lock import ProcessLock
+from sktransfer._threads import ProcessLock
 from sktransfer.images._pixels import BadImage, Note, over_white, read_only, to_rgb
 
 # Also chained ones, "simplecache::s3://…"; "C:" is a drive.

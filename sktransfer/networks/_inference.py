@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sktransfer._process_lock import ProcessLock
+from sktransfer._threads import ProcessLock
 from sktransfer.networks._compiling import CompiledNetwork
 from sktransfer.networks._folding import EmbeddingNetwork, inference_copy
 from sktransfer.networks._packing import can_pack, pack_convolutions

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from sktransfer._process_lock import ProcessLock
+from sktransfer._threads import ProcessLock
 from sktransfer.networks import _weights
 from sktransfer.networks._copies import copied_results
 from sktransfer.networks._fingerprint import architecture_digest

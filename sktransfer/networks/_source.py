@@ -17,7 +17,7 @@ import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from sktransfer._random_state import own_random_state
+from sktransfer._threads import own_random_state
 from sktransfer.networks import _weights
 from sktransfer.networks._preprocessing import Preprocessing
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sktransfer._process_lock import ProcessLock
+from sktransfer._threads import ProcessLock
 from sktransfer.networks._copies import (
     are_same,
     contents,
@@ -35,7 +35,7 @@ from sktransfer.networks._training_only import (
 )
 
 # torch.fx traces by replacing nn.Module's own methods for a while, for all threads.
-_trace_lock = ProcessLock(is_reentrant=True)
+_trace_lock = ProcessLock()
 
 
 class TracingError(RuntimeError):

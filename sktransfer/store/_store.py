@@ -11,7 +11,7 @@ import os
 from collections import OrderedDict
 from typing import Any
 
-from sktransfer._process_lock import ProcessLock
+from sktransfer._threads import ProcessLock
 from sktransfer.store._disk import DEFAULT_DISK_BYTES, DiskStore
 from sktransfer.store._info import FileStat, StoreInfo
 from sktransfer.store._memory import DEFAULT_MEMORY_BYTES, MemoryStore

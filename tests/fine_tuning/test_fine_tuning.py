@@ -35,7 +35,7 @@ from sktransfer import (
     PretrainedFeatureExtractor,
     load_backbone,
 )
-from sktransfer._random_state import own_random_state
+from sktransfer._threads import own_random_state
 from sktransfer.embedding._batches import cpu_batch_size
 from sktransfer.fine_tuning import _base as _fine_tuning_base
 from sktransfer.fine_tuning import _boundary as boundary

@@ -5,20 +5,16 @@ import pickle
 import sys
 import tempfile
 import threading
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from sklearn.exceptions import ConvergenceWarning
 from skorch.callbacks import Callback
 from test_fine_tuning import small
 
-from sktransfer._shared_context import SharedContext
 from sktransfer.fine_tuning import _callbacks as _training_callbacks
 from sktransfer.fine_tuning import _rows as training_rows
 from sktransfer.fine_tuning import _train as _training
-from sktransfer.fine_tuning._probe import _quietly
 from sktransfer.fine_tuning._tuned_network import TunedNetwork
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,42 +60,6 @@ def test_threads_that_are_first_to_predict(stripes, monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         for proba in pool.map(predict, range(2)):
             np.testing.assert_allclose(proba, expected, atol=1e-6)
-
-
-def test_a_shared_setting_ends_with_the_last():
-    log = []
-
-    class Setting:
-        def __enter__(self):
-            log.append("set")
-
-        def __exit__(self, *error):
-            log.append("put back")
-
-    shared = SharedContext(Setting)
-    first, second = shared(), shared()
-    with first, second:
-        assert log == ["set"]
-    assert log == ["set", "put back"]
-    # Overlapping, not within each other.
-    first, second = shared(), shared()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert log == ["set", "put back", "set"]
-    second.__exit__(None, None, None)
-    assert log == ["set", "put back", "set", "put back"]
-
-
-def test_overlapping_probes_leave_the_callers_warnings():
-    before = list(warnings.filters)
-    first, second = _quietly(), _quietly()
-    first.__enter__()
-    second.__enter__()
-    assert warnings.filters[0][2] is ConvergenceWarning
-    first.__exit__(None, None, None)
-    second.__exit__(None, None, None)
-    assert warnings.filters == before
 
 
 # -- disks -----------------------------------------------------------------------------------

@@ -6,12 +6,11 @@ import threading
 
 import pytest
 
-from sktransfer._process_lock import ProcessLock
+from sktransfer._threads import ProcessLock
 
 
-@pytest.mark.parametrize("is_reentrant", [False, True])
-def test_it_excludes_other_threads(is_reentrant):
-    lock, count = ProcessLock(is_reentrant=is_reentrant), [0]
+def test_it_excludes_other_threads():
+    lock, count = ProcessLock(), [0]
 
     def add():
         for _ in range(200):
@@ -36,17 +35,16 @@ def test_an_error_opens_it():
         pass
 
 
-def test_its_holder_may_take_a_reentrant_one_again():
-    lock = ProcessLock(is_reentrant=True)
+def test_its_holder_may_take_it_again():
+    lock = ProcessLock()
     with lock, lock:
         pass
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.parametrize("is_reentrant", [False, True])
-def test_a_child_does_not_wait_for_the_parents_thread(is_reentrant):
-    lock = ProcessLock(is_reentrant=is_reentrant)
+def test_a_child_does_not_wait_for_the_parents_thread():
+    lock = ProcessLock()
     is_held, may_end = threading.Event(), threading.Event()
 
     def hold():
