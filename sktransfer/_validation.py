@@ -10,6 +10,7 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
+from sklearn.base import _fit_context as fit_context
 from sklearn.utils._param_validation import HasMethods, Interval, Options, StrOptions
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import (
@@ -19,6 +20,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
+from sktransfer._warnings import warn
 from sktransfer.images._containers import is_tensor
 from sktransfer.images._images import Images, as_images
 
@@ -37,12 +39,18 @@ __all__ = [
     "SHARED_CONSTRAINTS",
     "CallbackSupportMixin",
     "FitProgress",
+    "HasMethods",
+    "Interval",
+    "Options",
+    "StrOptions",
     "check_images",
     "check_weight",
+    "fit_context",
     "image_column_names",
     "is_empty_part",
     "keep_index",
     "set_image_tags",
+    "warn",
     "with_callbacks",
 ]
 
