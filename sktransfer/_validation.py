@@ -35,6 +35,7 @@ __all__ = [
     "Options",
     "StrOptions",
     "check_images",
+    "check_parameters",
     "check_weight",
     "fit_context",
     "image_column_names",
@@ -128,6 +129,11 @@ def is_empty_part(estimator: BaseEstimator, X) -> bool:
     if hasattr(X, "columns"):
         _check_feature_names(estimator, X, reset=False)
     return True
+
+
+def check_parameters(estimator: BaseEstimator) -> None:
+    """Raise scikit-learn's error for a parameter outside the estimator's constraints."""
+    estimator._validate_params()
 
 
 def check_weight(sample_weight, n_samples: int) -> np.ndarray:
