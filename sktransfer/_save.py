@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -162,7 +163,7 @@ def _tensors_of(estimator: BaseEstimator, standalone: bool) -> Tensors:
         modules["backbone"] = estimator.backbone_.network.module
     for prefix, module in modules.items():
         for key, tensor in module.state_dict().items():
-            tensors[f"{prefix}/{key}"] = np.array(tensor.detach().cpu(), order="C")
+            tensors[f"{prefix}/{key}"] = np.array(tensor.detach().cpu().numpy(), order="C")
     return tensors
 
 
@@ -195,8 +196,10 @@ def atomic_write(path: str) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, path) from error
     with folder:
         part = Path(folder.name) / "part"
-        part.touch()  # with the permissions of a new file, which the library would narrow
+        part.touch()
+        mode = (target if target.exists() else part).stat().st_mode
         yield part
+        part.chmod(stat.S_IMODE(mode))  # safetensors lets nobody else read its files
         os.replace(part, target)
 
 
