@@ -99,7 +99,7 @@ def reduced_decoding(name, paths):
     a, b = results["fast"].astype(float), results["full"].astype(float)
     length = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     moved = np.linalg.norm(a - b, axis=1) / length[1]
-    # Against how far two different pictures are apart.
+    # The distance of two different images, to compare with.
     apart = np.linalg.norm(b - np.roll(b, 1, axis=0), axis=1) / length[1]
     return {
         "times_faster": took_full / took_fast,
