@@ -55,6 +55,13 @@ class LinearHead(nn.Module):
             self.linear.weight.copy_(torch.as_tensor(coef))
             self.linear.bias.copy_(torch.as_tensor(intercept))
 
+    @torch.no_grad()
+    def divide_scores(self, temperature: float) -> None:
+        """Divide all scores by a temperature from now on."""
+        for layer in [self.linear, *(self.hidden or [])[-1:]]:
+            for parameter in layer.parameters():
+                parameter.div_(temperature)
+
 
 def make_head(
     head: str | Sequence[int] | nn.Module, n_in: int, n_out: int, dropout: float

@@ -6,12 +6,14 @@ import warnings
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from torch import nn
 from torch.nn import functional as F
 
 from sktransfer._threads import one_at_a_time
+from sktransfer.fine_tuning._head import WeightedLoss
 from sktransfer.networks._backbone import Backbone
 
 # Strengths that are tried on a held-out quarter; _C_FEW_ROWS where there are too few rows for one.
@@ -19,6 +21,8 @@ _C = (0.001, 0.01, 0.1, 1.0)
 _C_FEW_ROWS = 0.1
 _ALPHAS = tuple(10.0**p for p in range(-1, 6))
 _MAX_ITER = 300
+# The temperature's part of the loss of guessing, its largest value, and how many rows it is from.
+_LOSS_SHARE, _MAX_TEMPERATURE, _TEMPERATURE_ROWS = 0.5, 1e4, 10_000
 
 
 # Views of an image that are added where few rows are to teach stages: enlarged corners of it, by
@@ -46,7 +50,7 @@ class CornerViews:
             for fingerprint in backbone.group_fingerprints
         ]
 
-    def inference_module(self, device: torch.device, precision: str) -> nn.Module:
+    def inference_module(self, device: torch.device, precision: str, *_: object) -> nn.Module:
         return _OnCorners(self.backbone.inference_module(device, precision))
 
 
@@ -261,3 +265,38 @@ def stratified_part(
         carried = wanted - n_part
         part.append(rng.permutation(members)[:n_part])
     return np.sort(np.concatenate(part)).astype(int)
+
+
+@torch.no_grad()
+def probe_temperature(
+    head: nn.Module, rows: np.ndarray, target: np.ndarray, weight: np.ndarray, kind: str
+) -> float:
+    """The temperature T ≥ 1 at which the loss of softmax(scores / T) is half that of guessing.
+
+    A probe of few rows and many columns fits them perfectly. The gradient that reaches the stages,
+    softmax(scores) - y, vanishes then; softened scores keep it [1]_. Guessing means predicting the
+    training class frequencies.
+
+    References
+    ----------
+    .. [1] Y. Ren, S. Guo, W. Bae, D. J. Sutherland: "How to prepare your task head for
+       finetuning", ICLR 2023. https://arxiv.org/abs/2302.05779
+    """
+    rows, target, weight = (array[:_TEMPERATURE_ROWS] for array in (rows, target, weight))
+    loss, shares = WeightedLoss(kind), torch.from_numpy(weight / weight.mean())
+    scores, y = head.eval()(torch.from_numpy(rows)).double(), torch.from_numpy(target)
+    if kind == "multiclass":
+        counts = np.bincount(target, weights=weight, minlength=scores.shape[1])
+        guess = torch.from_numpy((counts / weight.sum()).clip(1e-12)).log()
+    else:
+        y = y.double()
+        guess = torch.from_numpy((weight @ target / weight.sum()).clip(1e-12, 1 - 1e-12)).logit()
+    wanted = _LOSS_SHARE * float(loss((guess.expand(len(y), -1), shares), y))
+
+    def excess(log_temperature: float) -> float:
+        return float(loss((scores / np.exp(log_temperature), shares), y)) - wanted
+
+    if excess(0.0) >= 0:
+        return 1.0
+    highest = float(np.log(_MAX_TEMPERATURE))
+    return float(np.exp(brentq(excess, 0.0, highest) if excess(highest) > 0 else highest))
