@@ -28,13 +28,14 @@ from sktransfer._validation import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from skorch import NeuralNet
 
     from sktransfer.embedding._embed import BadRow
-    from sktransfer.fine_tuning._batches import Kept, Pixels, TrainingSet
-    from sktransfer.fine_tuning._rows import EmbeddingSettings, Part, TrainingRows
-    from sktransfer.fine_tuning._train import Phase, TrainingResult, TrainingSettings
+    from sktransfer.fine_tuning._batches import EmbeddingSettings
+    from sktransfer.fine_tuning._callbacks import EpochLog
+    from sktransfer.fine_tuning._head import LinearHead
+    from sktransfer.fine_tuning._rows import Part, TrainingRows
+    from sktransfer.fine_tuning._train import Phase, TrainingSettings
     from sktransfer.fine_tuning._tuned import TunedNetwork
     from sktransfer.fine_tuning._unfreeze import UnfreezePlan
     from sktransfer.images._images import Images
@@ -149,68 +150,67 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         else:
             tuned = self._new_network(data, first_stage, seed)
             if self._starts_as_probe:
-                self._start_as_probe(tuned, data.train, rng, has_corners=is_careful)
+                self._start_as_probe(tuned.head, data.train, rng, has_corners=is_careful)
 
         # 3. Freeze: the outputs of frozen stages are computed once.
-        phases = self._phases(tuned, data, max_epochs, device)
+        phases = self._phases(tuned, data, max_epochs)
 
         # 4. Train.
-        n_rows = len(data.train.rows)
         settings = self._training_settings(
             tuned,
             device=device,
             seed=seed + first_epoch,
             keeps_best=data.keeps_best,
             is_continued=is_partial,
-            temperature=self._probe_temperature(tuned, data.train) if probe_teaches else 1.0,
-            wise_ft_share=np.interp(n_rows, *_WISE_FT) if is_careful else None,
+            temperature=self._probe_temperature(tuned.head, data.train) if probe_teaches else 1.0,
+            wise_ft_share=np.interp(len(data.train.rows), *_WISE_FT) if is_careful else None,
         )
         old_net = None if old is None else old.net
-        result = train(tuned, phases, settings, plan.first_stage, first_epoch, old_net)
+        log = train(tuned, phases, settings, plan.first_stage, first_epoch, old_net)
 
         # 5. Keep.
-        self._keep(data, tuned, result, first_epoch)
+        self._keep(data, tuned, log, first_epoch)
 
-    def _read_data(
-        self, X, y, sample_weight, X_val, y_val, old, is_partial, rng: np.random.RandomState
-    ) -> _Data:
+    def _read_data(self, X, y, sample_weight, X_val, y_val, old, is_partial, rng) -> _Data:
         from sktransfer.fine_tuning._rows import TrainingRows
         from sktransfer.fine_tuning._unfreeze import UnfreezePlan
 
-        reset = old is None
-        images = check_images(self, X, reset=reset)
-        target = self._read_target(y, images.n_rows, reset=reset)
+        images = check_images(self, X, reset=old is None)
+        target = self._read_target(y, images.n_rows, reset=old is None)
         weight = check_weight(sample_weight, images.n_rows)
         backbone = self._load_backbone() if old is None else old.backbone
         stage_names = backbone.stage_names_to_layer
         first_epoch = 0 if old is None else self.n_iter_
         plan = UnfreezePlan(self.unfreeze, stage_names, self.max_epochs, first_epoch)
         begins_with_head = self.augment is None and plan.first_stage(1) == len(stage_names)
-        wants_embeddings = begins_with_head or self._starts_as_probe
-        if old is not None:  # trained stages give other embeddings than the backbone
+        if old is None:
+            wants_embeddings = begins_with_head or self._starts_as_probe
+        else:  # trained stages embed otherwise than the backbone
             wants_embeddings = begins_with_head and not old.has_own_stages
         settings = self._embedding_settings()
-        rows = TrainingRows(
-            images, target, weight, backbone, settings, wants_embeddings=wants_embeddings
-        )
-        if len(rows) == 0:
-            raise ValueError(
-                f"No row is left to train on: {len(rows.bad)} of {images.n_rows} could not be "
-                "read, and the others have no weight."
-            )
-        valid_rows = None
+        rows = TrainingRows(images, target, weight, backbone, settings, wants_embeddings)
+        target = self._prepare_target(rows.target, rows.weight, reset=old is None)
+        index = np.arange(len(rows))
         if X_val is not None or y_val is not None:
-            images, target = self._check_validation(X_val, y_val)
+            images, own = self._check_validation(X_val, y_val)
             weight = np.ones(images.n_rows)
             valid_rows = TrainingRows(
-                images, target, weight, backbone, settings,
-                wants_embeddings=wants_embeddings, what="validation",
-            )  # fmt: skip
-            if len(valid_rows) == 0:
-                raise ValueError(
-                    f"No row of X_val is left: none of its {images.n_rows} can be read."
-                )
-        return _Data(backbone, plan, *self._parts(rows, valid_rows, reset, is_partial, rng))
+                images, own, weight, backbone, settings, wants_embeddings, "validation"
+            )
+            own = self._prepare_target(valid_rows.target, valid_rows.weight, reset=False)
+            valid = self._part(valid_rows, own, np.arange(len(valid_rows)))
+        else:
+            valid = None
+        keeps_best = bool(self.early_stopping)
+        if self.early_stopping == "auto":
+            keeps_best = valid is not None or len(rows) >= _N_ROWS_TO_SPLIT
+        keeps_best = keeps_best and not is_partial and self.max_epochs > 0
+        if keeps_best and valid is None:
+            held_out = self._held_out(target, rng)
+            index = np.setdiff1d(index, held_out)
+            keeps_best = len(held_out) > 0
+            valid = self._part(rows, target, held_out) if keeps_best else None
+        return _Data(backbone, plan, self._part(rows, target, index), valid, keeps_best)
 
     def _check_validation(self, X_val, y_val) -> tuple[Images, np.ndarray]:
         if X_val is None or y_val is None:
@@ -219,40 +219,25 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         images = check_images(self, X_val, reset=False, name="X_val")
         return images, self._read_target(y_val, images.n_rows, reset=False, name="y_val")
 
-    def _parts(
-        self,
-        rows: TrainingRows,
-        valid_rows: TrainingRows | None,
-        reset: bool,
-        is_partial: bool,
-        rng: np.random.RandomState,
-    ) -> tuple[Part, Part | None, bool]:
-        """The training part, the validation part, and whether the best epoch on it is kept."""
+    def _held_out(self, target: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
+        """Rows to validate on; none, with a warning, if there are too few."""
         from sktransfer.fine_tuning._probe import stratified_part
-        from sktransfer.fine_tuning._rows import Part
 
-        target, n = self._prepare_target(rows.target, rows.weight, reset=reset), len(rows)
-        keeps_best = bool(self.early_stopping)
-        if self.early_stopping == "auto":
-            keeps_best = valid_rows is not None or n >= _N_ROWS_TO_SPLIT
-        keeps_best = keeps_best and not is_partial and self.max_epochs > 0
-        if valid_rows is not None:
-            own = self._prepare_target(valid_rows.target, valid_rows.weight, reset=False)
-            valid = Part(valid_rows, own, np.arange(len(valid_rows)))
-            return Part(rows, target, np.arange(n)), valid, keeps_best
-        if not keeps_best:
-            return Part(rows, target, np.arange(n)), None, False
-        fraction, codes = self.validation_fraction, target if target.ndim == 1 else None
-        held_out = stratified_part(codes, fraction, rng, n)
-        if not len(held_out):
+        fraction, n = self.validation_fraction, len(target)
+        held_out = stratified_part(target if target.ndim == 1 else None, fraction, rng, n)
+        if len(held_out) == 0:
             warn(
                 f"There is no early stopping: validation_fraction={fraction} of {n} different "
                 "rows leaves no row to validate on. Give a larger validation_fraction, more rows "
                 "of each class, or X_val and y_val."
             )
-            return Part(rows, target, np.arange(n)), None, False
-        train = Part(rows, target, np.setdiff1d(np.arange(n), held_out))
-        return train, Part(rows, target, held_out), True
+        return held_out
+
+    def _part(self, data: TrainingRows, target: np.ndarray, rows: np.ndarray) -> Part:
+        from sktransfer.fine_tuning._rows import Part
+
+        weight = self._training_weight(target[rows], data.weight[rows])
+        return Part(data, rows, target[rows], weight)
 
     def _load_backbone(self) -> Backbone:
         from sktransfer._threads import own_random_state
@@ -295,32 +280,24 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             precision=self.precision,
         )
 
-    def _start_as_probe(
-        self, tuned: TunedNetwork, part: Part, rng: np.random.RandomState, has_corners: bool
-    ) -> None:
+    def _start_as_probe(self, head: LinearHead, part: Part, rng, has_corners: bool) -> None:
         from sktransfer.fine_tuning._probe import fit_probe
 
-        assert part.data.embeddings is not None
-        embeddings = part.data.embeddings[part.rows][:, None]
+        views = part.embeddings[:, None]
         if has_corners and len(part.rows) < _N_ROWS_TO_SPLIT:
-            embeddings = part.data.with_corners(part.rows)
-        target = part.target[part.rows]
-        weight = self._training_weight(target, part.data.weight[part.rows])
-        coef, intercept = fit_probe(embeddings, target, weight, self._kind, self._n_outputs, rng)
-        tuned.head.start_from(coef, intercept)
+            views = part.data.with_corners(part.rows)
+        head.start_from(
+            *fit_probe(views, part.target, part.weight, self._kind, self._n_outputs, rng)
+        )
 
-    def _probe_temperature(self, tuned: TunedNetwork, part: Part) -> float:
+    def _probe_temperature(self, head: LinearHead, part: Part) -> float:
         from sktransfer.fine_tuning._probe import probe_temperature
 
         if self._kind == "regression":
             return 1.0
-        rows, target = part.rows, part.target[part.rows]
-        weight = self._training_weight(target, part.data.weight[rows])
-        return probe_temperature(tuned.head, part.data.embeddings[rows], target, weight, self._kind)
+        return probe_temperature(head, part.embeddings, part.target, part.weight, self._kind)
 
-    def _phases(
-        self, tuned: TunedNetwork, data: _Data, max_epochs: int, device: torch.device
-    ) -> list[Phase]:
+    def _phases(self, tuned: TunedNetwork, data: _Data, max_epochs: int) -> list[Phase]:
         """The epochs of the head alone, trained on embeddings, and those of stages."""
         from sktransfer.fine_tuning._train import Phase
 
@@ -328,34 +305,23 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         if self.augment is not None or (max_epochs == 0 and entry < n_stages):
             entry = 0  # new images in each epoch, or none
         parts = [data.train] if data.valid is None else [data.train, data.valid]
-        sources = dict.fromkeys(part.data for part in parts)
+        rows = list(dict.fromkeys(part.data for part in parts))
         module = tuned.module(whole=entry < n_stages)
         phases, n_head = [], 0
-
-        def phase(n_epochs: int, entry: int) -> Phase:
-            sets = [self._training_set(part, sources[part.data]) for part in parts]
-            return Phase(n_epochs, entry, sets[0], sets[1] if len(sets) > 1 else None)
-
         if self.augment is None and data.train.data.embeddings is not None:
             first_stages = [data.plan.first_stage(epoch) for epoch in range(1, max_epochs + 1)]
             n_head = first_stages.count(n_stages)
             if n_head or entry == n_stages:
-                sources = {rows: rows.embedded() for rows in sources}
-                phases.append(phase(n_head, n_stages))
+                sources = {own: own.embedded() for own in rows}
+                sets = [part.training_set(sources[part.data]) for part in parts]
+                phases.append(Phase(n_head, n_stages, *sets))
         if n_head < max_epochs or not phases:
-            if entry > 0:
-                sources = {rows: rows.frozen_outputs(module, entry, device) for rows in sources}
+            sources = {own: own.frozen_outputs(module, entry) for own in rows if entry > 0}
             if entry == 0 or None in sources.values():  # too large to be kept
-                entry, sources = 0, {rows: rows.pixels() for rows in sources}
-            phases.append(phase(max_epochs - n_head, entry))
+                entry, sources = 0, {own: own.pixels() for own in rows}
+            sets = [part.training_set(sources[part.data]) for part in parts]
+            phases.append(Phase(max_epochs - n_head, entry, *sets))
         return phases
-
-    def _training_set(self, part: Part, source: Pixels | Kept) -> TrainingSet:
-        from sktransfer.fine_tuning._batches import TrainingSet
-
-        target = part.target[part.rows]
-        weight = self._training_weight(target, part.data.weight[part.rows])
-        return TrainingSet(source, part.rows, target, weight)
 
     def _training_settings(self, tuned: TunedNetwork, **chosen) -> TrainingSettings:
         from sktransfer.fine_tuning._train import TrainingSettings
@@ -368,9 +334,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         own["lr"] = module.auto_lr(first) if self.lr == "auto" else self.lr
         return TrainingSettings(**own | chosen, kind=self._kind, n_outputs=self._n_outputs)
 
-    def _keep(
-        self, data: _Data, tuned: TunedNetwork, result: TrainingResult, first_epoch: int
-    ) -> None:
+    def _keep(self, data: _Data, tuned: TunedNetwork, log: EpochLog, first_epoch: int) -> None:
         from sktransfer.fine_tuning._train import report
 
         for part in (data.train, data.valid):
@@ -380,14 +344,14 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         self.backbone_, self._tuned, self.bad_images_ = data.backbone, tuned, rows.bad
         self._n_image_columns = rows.n_columns
         self.n_features_out_ = rows.n_columns * data.backbone.n_features
-        self.history_ = [*(self.history_ if first_epoch else []), *result.history]
-        self.n_iter_, self.best_epoch_ = result.n_iter, result.best_epoch
+        self.history_ = [*(self.history_ if first_epoch else []), *log.history]
+        self.n_iter_, self.best_epoch_ = log.epoch, log.kept_epoch
         start = "linear probe" if self._starts_as_probe else "network as it was"
-        report(result, type(self).__name__, start, tuned.has_own_stages)
+        report(log, type(self).__name__, start, tuned.has_own_stages)
 
     # -- from images to scores --------------------------------------------------------------
     def _embedding_settings(self) -> EmbeddingSettings:
-        from sktransfer.fine_tuning._rows import EmbeddingSettings
+        from sktransfer.fine_tuning._batches import EmbeddingSettings
 
         return EmbeddingSettings(
             self.memory, self.device, self.precision, self.n_jobs, self.on_error, self.verbose
@@ -395,7 +359,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     def _embed(self, X) -> tuple[np.ndarray, list[BadRow]]:
         """Tuned embeddings, NaN in rows of unreadable images, and these images."""
-        from sktransfer.fine_tuning._rows import embed_rows, report_bad
+        from sktransfer.fine_tuning._batches import embed_rows
+        from sktransfer.fine_tuning._rows import report_bad
 
         check_is_fitted(self)
         images = check_images(self, X, reset=False)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from sktransfer._progress import progress_bar
 from sktransfer.embedding._batches import embed
+from sktransfer.embedding._cluster import embed_anywhere
 from sktransfer.embedding._embed import BadRow
 from sktransfer.fine_tuning._module import TunedModule
+from sktransfer.fine_tuning._probe import CornerViews
 from sktransfer.images._images import BadImage, Images
 from sktransfer.networks._backbone import Backbone
 from sktransfer.networks._preprocessing import AnyPreprocessing
@@ -24,6 +27,37 @@ from sktransfer.store._store import activations, as_store
 MAX_KEPT_BYTES = 2 * 2**30
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class EmbeddingSettings:
+    """How images are read and embedded; the names are the estimators' parameters."""
+
+    memory: object
+    device: str
+    precision: str
+    n_jobs: int | None
+    on_error: str
+    verbose: int
+
+
+def embed_rows(
+    images: Images, backbone: Backbone | CornerViews, settings: EmbeddingSettings
+) -> tuple[np.ndarray, list[BadRow]]:
+    """One embedding per image, in rows of all image columns, and the unreadable images."""
+    out = np.empty((len(images), backbone.n_features), dtype=np.float32)
+    with progress_bar(len(images), settings.verbose) as tick:
+        bad = embed_anywhere(
+            images,
+            backbone,
+            out=out,
+            memory=settings.memory,
+            device=settings.device,
+            precision=settings.precision,
+            n_jobs=settings.n_jobs,
+            progress=tick,
+        )
+    return out.reshape(images.n_rows, -1), bad
 
 
 class Pixels:
@@ -118,113 +152,90 @@ class Kept:
     Parameters
     ----------
     rows : ndarray of shape (n_rows, n_columns, …)
-    n_columns : int
     bad : list of BadRow
         Images that could not be read; their rows have no meaning.
-    is_bad : ndarray of bool of shape (n_rows,) or None
+    is_bad : ndarray of bool of shape (n_rows,), or False
         Their rows.
     """
 
     is_kept = True
 
-    def __init__(
-        self,
-        rows: np.ndarray,
-        n_columns: int,
-        bad: list[BadRow] | None = None,
-        is_bad: np.ndarray | None = None,
-    ):
+    def __init__(self, rows: np.ndarray, bad: list[BadRow] | None = None, is_bad=False):
         self._rows, self.bad = rows, bad or []
-        self.is_bad = np.zeros(len(rows), dtype=bool) if is_bad is None else is_bad
+        self.is_bad = np.broadcast_to(is_bad, len(rows))
 
     def take(self, index: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(self._rows[index])
 
 
 class FrozenStages:
-    """The stages before `stop` of a module, as a backbone for `embed`.
+    """The stages of a module before `stop`, unchanged, in the form of a backbone for `embed`.
 
     An image's row holds all values of the last of these stages.
     """
 
-    def __init__(self, backbone: Backbone, module: TunedModule, stop: int, device: torch.device):
+    def __init__(self, backbone: Backbone, module: TunedModule, stop: int):
         self.name, self.preprocessing = backbone.name, backbone.preprocessing
         self.input_size = backbone.input_size
-        self.module, self.stop = module, stop
+        self.module, self.stop = module.eval(), stop
         with torch.no_grad():
-            blank = torch.zeros(1, *backbone.input_size, device=device)
+            blank = torch.zeros(1, *backbone.input_size, device=module.device)
             self.shape = tuple(module.run(blank, 0, stop).shape[1:])
         self.n_features = math.prod(self.shape)
         self.feature_groups = [("frozen stages", self.n_features)]
         self.group_fingerprints = [f"{backbone.fingerprint}-until{stop}"]
 
-    def inference_module(self, device: torch.device, precision: str, *_: object) -> nn.Module:
-        return _RunStages(self.module, self.stop)
-
-
-class _RunStages(nn.Module):
-    def __init__(self, module: TunedModule, stop: int):
-        super().__init__()
-        self.module, self.stop = module, stop
+    def inference_module(
+        self, device: torch.device, precision: str, *_: object
+    ) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+        self.module.to(device)
+        return self._run
 
     @torch.inference_mode()
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def _run(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [self.module.run(x, 0, self.stop).float().flatten(1)]
 
 
 def frozen_outputs(
-    images: Images,
-    n_columns: int,
-    backbone: Backbone,
-    module: TunedModule,
-    stop: int,
-    device: torch.device,
-    *,
-    memory: object,
-    n_jobs: int | None,
-    on_error: str,
+    images: Images, n_columns: int, frozen: FrozenStages, settings: EmbeddingSettings
 ) -> Kept | None:
-    """Compute the outputs of the frozen stages before `stop` once, or find them in this process.
+    """Compute the outputs of frozen stages once, or find those that an earlier fit computed.
 
     Parameters
     ----------
     images : Images
         Of length n_rows · n_columns.
-    module : TunedModule
-        Its stages before `stop` are those of `backbone`, unchanged.
-    memory, n_jobs, on_error
-        The estimator's parameters. Unless `memory` keeps nothing, rows are kept for later fits.
+    n_columns : int
+    frozen : FrozenStages
+    settings : EmbeddingSettings
+        Unless its `memory` keeps nothing, rows are kept in this process.
 
     Returns
     -------
     kept : Kept or None
         None if the rows are larger than ``MAX_KEPT_BYTES``.
     """
-    module.to(device).eval()
-    frozen = FrozenStages(backbone, module, stop, device)
     n_bytes = 4 * frozen.n_features * len(images)
     if n_bytes > MAX_KEPT_BYTES:
         return None
-    store = as_store(memory)
-    if store.max_bytes != 0:
-        # More than the store holds would push out its own rows before they are used again.
-        store = activations if n_bytes <= activations.max_bytes else as_store(False)
+    # More than the store holds would push out its own rows before they are used again.
+    is_shared = as_store(settings.memory).max_bytes != 0 and n_bytes <= activations.max_bytes
     out = np.empty((len(images), frozen.n_features), dtype=np.float32)
     bad = embed(
         images,
         frozen,
         out=out,
-        store=store,
-        device=str(device),
-        precision=module.precision,
-        n_jobs=n_jobs,
+        store=activations if is_shared else as_store(False),
+        device=settings.device,
+        precision=settings.precision,
+        n_jobs=settings.n_jobs,
         fill=0.0,
     )
-    if bad and on_error == "raise":
+    if bad and settings.on_error == "raise":
         raise _no_longer_readable(bad[-1])
     rows_in_X = np.array([images.row(i) for i in range(0, len(images), n_columns)])
     is_bad = np.isin(rows_in_X, [b.row for b in bad])
-    return Kept(out.reshape(-1, n_columns, *frozen.shape), n_columns, bad, is_bad)
+    return Kept(out.reshape(-1, n_columns, *frozen.shape), bad, is_bad)
 
 
 def _no_longer_readable(bad: BadRow) -> ValueError:

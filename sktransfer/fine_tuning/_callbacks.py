@@ -117,7 +117,9 @@ class EpochLog(Callback):
     Attributes
     ----------
     history : list of dict
-    is_within_epoch : bool
+    epoch : int
+        Epochs trained.
+    is_within_epoch, is_interrupted : bool
     """
 
     def __init__(
@@ -134,11 +136,17 @@ class EpochLog(Callback):
         self.keeps_best, self.patience = keeps_best, patience
         self.first_trained_stage = first_trained_stage
         self.history: list[dict[str, float]] = []
-        self.is_within_epoch = False
+        self.is_within_epoch = self.is_interrupted = False
         self.best_epoch: int | None = None
         self.best_state: State = {}
         self._best, self._n_without_gain, self._since = (-math.inf, -math.inf), 0, 0.0
         self._batches: list[tuple[np.ndarray, np.ndarray, np.ndarray, float]] = []
+
+    @property
+    def kept_epoch(self) -> int:
+        """The epoch whose weights are kept."""
+        has_best = self.keeps_best and self.best_epoch is not None
+        return self.best_epoch if has_best else self.epoch  # type: ignore[return-value]
 
     def on_train_begin(self, net: NeuralNet, **kwargs: object) -> None:
         if self.valid is not None:

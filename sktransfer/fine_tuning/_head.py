@@ -127,7 +127,7 @@ class WeightedLoss(nn.Module):
         scores, weight = y_pred
         losses = self._losses(scores, target)
         if losses.ndim == 0:
-            if (weight != 1).any():
+            if ((weight - 1).abs() > 1e-6).any():
                 raise ValueError(
                     f"loss={self.loss!r} returns a single number for a batch, but the rows have "
                     "different weights (from sample_weight, class_weight or equal images, which "

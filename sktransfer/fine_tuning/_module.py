@@ -113,6 +113,10 @@ class TunedModule(nn.Module):
         return max(1, len(x))
 
     @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
     def n_unfrozen(self) -> int:
         """Number of trained stages, not counting one that only pools."""
         return sum(name != "pool" for name in self.stage_names[self.n_frozen :])

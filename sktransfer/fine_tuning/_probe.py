@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -50,18 +52,14 @@ class CornerViews:
             for fingerprint in backbone.group_fingerprints
         ]
 
-    def inference_module(self, device: torch.device, precision: str, *_: object) -> nn.Module:
-        return _OnCorners(self.backbone.inference_module(device, precision))
+    def inference_module(
+        self, device: torch.device, precision: str, *_: object
+    ) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+        return partial(_embed_corners, self.backbone.inference_module(device, precision))
 
 
-class _OnCorners(nn.Module):
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    @torch.inference_mode()
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [part for corner in _CORNERS for part in self.network(_enlarged(x, *corner))]
+def _embed_corners(network: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    return [part for corner in _CORNERS for part in network(_enlarged(x, *corner))]
 
 
 def _enlarged(x: torch.Tensor, down: float, right: float) -> torch.Tensor:

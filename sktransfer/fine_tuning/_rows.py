@@ -5,18 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from sktransfer._progress import progress_bar
 from sktransfer._validation import warn
 from sktransfer.embedding._batches import n_decoding_threads
-from sktransfer.embedding._cluster import embed_anywhere
 from sktransfer.embedding._embed import BadRow
-from sktransfer.fine_tuning._batches import Kept, Pixels, frozen_outputs
+from sktransfer.fine_tuning._batches import (
+    EmbeddingSettings,
+    FrozenStages,
+    Kept,
+    Pixels,
+    TrainingSet,
+    embed_rows,
+    frozen_outputs,
+)
 from sktransfer.fine_tuning._module import TunedModule
 from sktransfer.fine_tuning._probe import CornerViews
 from sktransfer.images._images import BadImage, Images
@@ -24,37 +28,6 @@ from sktransfer.networks._backbone import Backbone
 from sktransfer.store._store import as_store
 
 _N_REPORTED = 10
-
-
-@dataclass
-class EmbeddingSettings:
-    """How images are read and embedded; the names are the estimators' parameters."""
-
-    memory: object
-    device: str
-    precision: str
-    n_jobs: int | None
-    on_error: str
-    verbose: int
-
-
-def embed_rows(
-    images: Images, backbone: Backbone | CornerViews, settings: EmbeddingSettings
-) -> tuple[np.ndarray, list[BadRow]]:
-    """One embedding per image, in rows of all image columns, and the unreadable images."""
-    out = np.empty((len(images), backbone.n_features), dtype=np.float32)
-    with progress_bar(len(images), settings.verbose) as tick:
-        bad = embed_anywhere(
-            images,
-            backbone,
-            out=out,
-            memory=settings.memory,
-            device=settings.device,
-            precision=settings.precision,
-            n_jobs=settings.n_jobs,
-            progress=tick,
-        )
-    return out.reshape(images.n_rows, -1), bad
 
 
 class TrainingRows:
@@ -92,7 +65,6 @@ class TrainingRows:
         weight: np.ndarray,
         backbone: Backbone,
         settings: EmbeddingSettings,
-        *,
         wants_embeddings: bool,
         what: str = "training",
     ):
@@ -116,6 +88,11 @@ class TrainingRows:
         report_bad(self.bad, images, settings.on_error, what)
         is_good = ~np.isin(index, [b.row for b in self.bad])
         self._index = index[is_good]
+        if len(self) == 0:
+            raise ValueError(
+                f"No row is left for {what}: {len({b.row for b in self.bad})} of {images.n_rows} "
+                "could not be read, and the others have no weight."
+            )
         self.images = _rows_of(images, self._index)
         self.target, self.weight = target[self._index], weight[is_good]
         self._pixels = pixels if is_good.all() else None
@@ -143,7 +120,7 @@ class TrainingRows:
     def embedded(self) -> Kept:
         """The embeddings as inputs, (n_columns, n_features) each."""
         assert self.embeddings is not None
-        return Kept(self.embeddings.reshape(len(self), self.n_columns, -1), self.n_columns)
+        return Kept(self.embeddings.reshape(len(self), self.n_columns, -1))
 
     def pixels(self) -> Pixels:
         """The decoded images as inputs."""
@@ -152,19 +129,11 @@ class TrainingRows:
         self._sources.append(self._pixels)
         return self._pixels
 
-    def frozen_outputs(self, module: TunedModule, stop: int, device: torch.device) -> Kept | None:
+    def frozen_outputs(self, module: TunedModule, stop: int) -> Kept | None:
         """The outputs of the stages before `stop` as inputs; None if they are too large."""
-        settings, self._pixels = self._settings, None
+        self._pixels = None
         kept = frozen_outputs(
-            self.images,
-            self.n_columns,
-            self._backbone,
-            module,
-            stop,
-            device,
-            memory=settings.memory,
-            n_jobs=settings.n_jobs,
-            on_error=settings.on_error,
+            self.images, self.n_columns, FrozenStages(self._backbone, module, stop), self._settings
         )
         self._sources += [] if kept is None else [kept]
         return kept
@@ -189,15 +158,24 @@ class Part(NamedTuple):
     Parameters
     ----------
     data : TrainingRows
-    target : ndarray
-        What the loss takes, for all rows of `data`.
     rows : ndarray of int
-        The rows of `data` that belong to this part.
+        Rows of `data`.
+    target, weight : ndarray
+        Of these rows, as the loss takes them.
     """
 
     data: TrainingRows
-    target: np.ndarray
     rows: np.ndarray
+    target: np.ndarray
+    weight: np.ndarray
+
+    @property
+    def embeddings(self) -> np.ndarray:
+        assert self.data.embeddings is not None
+        return self.data.embeddings[self.rows]
+
+    def training_set(self, source: Pixels | Kept) -> TrainingSet:
+        return TrainingSet(source, self.rows, self.target, self.weight)
 
 
 def merge_rows(

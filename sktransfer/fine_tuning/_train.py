@@ -84,29 +84,7 @@ class Phase(NamedTuple):
     n_epochs: int
     entry: int
     train_set: TrainingSet
-    valid_set: TrainingSet | None
-
-
-@dataclass
-class TrainingResult:
-    """The outcome of a training.
-
-    Attributes
-    ----------
-    history : list of dict
-        One row per epoch; with a validation part also epoch 0, before the first step.
-    n_iter : int
-        Epochs trained, also before this training.
-    best_epoch : int
-        The epoch whose weights are kept.
-    is_interrupted : bool
-        Whether Ctrl-C ended it.
-    """
-
-    history: list[dict[str, float]]
-    n_iter: int
-    best_epoch: int
-    is_interrupted: bool
+    valid_set: TrainingSet | None = None
 
 
 def train(
@@ -116,7 +94,7 @@ def train(
     first_stage: Callable[[int], int],
     first_epoch: int = 0,
     old_net: NeuralNet | None = None,
-) -> TrainingResult:
+) -> EpochLog:
     """Train `tuned` in place.
 
     Parameters
@@ -165,7 +143,7 @@ def train(
         if old_net is not None:
             _continue(net, old_net)
         tuned.net = net
-        is_interrupted = _run(net, phases, log)
+        _run(net, phases, log)
         if log.best_state:
             module.load_state_dict(log.best_state, strict=False)
             log.best_state = {}
@@ -176,15 +154,13 @@ def train(
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
             raise not_finite(f"The trained weights {name} became NaN or infinite.", settings.lr)
-    best_epoch = log.best_epoch if settings.keeps_best and log.best_epoch is not None else log.epoch
-    return TrainingResult(log.history, log.epoch, best_epoch, is_interrupted)
+    return log
 
 
-def _run(net: NeuralNet, phases: list[Phase], log: EpochLog) -> bool:
-    """Run skorch's loop; return whether Ctrl-C ended it."""
+def _run(net: NeuralNet, phases: list[Phase], log: EpochLog) -> None:
+    """Run skorch's loop until the last epoch, or until a KeyboardInterrupt."""
     module, first_set = net.module_, phases[0].train_set
     module.entry = phases[0].entry
-    is_interrupted = False
     try:
         net.notify("on_train_begin", X=first_set, y=None)
         for n_epochs, entry, train_set, valid_set in phases:
@@ -193,7 +169,7 @@ def _run(net: NeuralNet, phases: list[Phase], log: EpochLog) -> bool:
             net.fit_loop(train_set, epochs=n_epochs)
     except KeyboardInterrupt:
         # Callbacks raise it, too, to end a training; by custom after an epoch.
-        is_interrupted = log.is_within_epoch
+        log.is_interrupted = log.is_within_epoch
     except Exception as error:
         if log.valid is None and "valid_" in str(error):
             error.add_note(
@@ -206,7 +182,6 @@ def _run(net: NeuralNet, phases: list[Phase], log: EpochLog) -> bool:
         module.eval()
         module.entry = 0
         net.train_split, log.valid = None, None  # the net does not keep the rows
-    return is_interrupted
 
 
 def _validation_batches(valid_set: TrainingSet, settings: TrainingSettings) -> Batches:
@@ -338,18 +313,18 @@ def _own_copy(callback: object, memo: dict[int, object]) -> object:
         return copy.copy(callback)
 
 
-def report(result: TrainingResult, class_name: str, start: str, trains_stages: bool) -> None:
+def report(log: EpochLog, class_name: str, start: str, trains_stages: bool) -> None:
     """Warn of an interruption, and of a training that did not improve on its start."""
-    if result.is_interrupted:
+    if log.is_interrupted:
         warn(
-            f"The training of {class_name} was interrupted after {result.n_iter} epochs; the "
-            f"weights of epoch {result.best_epoch} are kept, and the estimator is fitted."
+            f"The training of {class_name} was interrupted after {log.epoch} epochs; the "
+            f"weights of epoch {log.kept_epoch} are kept, and the estimator is fitted."
         )
-    elif result.best_epoch == 0 and result.n_iter:
+    elif log.kept_epoch == 0 and log.epoch:
         what = "Fine-tuning" if trains_stages else "Training the head"
         warn(
             f"{what} did not improve on the {start} (validation score "
-            f"{result.history[0]['valid_score']:.3f}, best of {result.n_iter} epochs no better): "
+            f"{log.history[0]['valid_score']:.3f}, best of {log.epoch} epochs no better): "
             f"the {start} (epoch 0) is kept. More data, a smaller lr, fewer unfrozen stages or a "
             "stronger layer_decay may help; or the frozen features are the better model here."
         )
