@@ -159,16 +159,7 @@ class EpochLog(Callback):
         self.is_within_epoch = True
         self._batches.clear()
 
-    def on_batch_end(
-        self,
-        net: NeuralNet,
-        batch: tuple = (),
-        training: bool = False,
-        loss: torch.Tensor | None = None,
-        y_pred: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs: object,
-    ) -> None:
-        assert loss is not None and y_pred is not None
+    def on_batch_end(self, net, batch, *, training=False, loss, y_pred, **kwargs: object) -> None:  # type: ignore[override]
         value = float(loss.detach())
         if training and not math.isfinite(value):
             where = f"epoch {len(net.history)}, batch {len(net.history[-1, 'batches'])}"

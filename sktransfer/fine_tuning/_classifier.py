@@ -33,134 +33,98 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     Parameters
     ----------
     backbone : str, torch.nn.Module or callable, default="builtin"
-        The network: the name of a torchvision classification builder (``"resnet50"``),
-        ``"timm:NAME"`` (needs the extra ``timm``), ``"builtin"`` (small; its weights are
-        part of the package), an ``nn.Module``, or a callable without arguments that returns
-        one. A module is copied, not changed.
-
+        The network: a torchvision classification builder (``"resnet50"``), ``"timm:NAME"``
+        (extra ``timm``), ``"builtin"`` (small; its weights are part of the package), a module,
+        or a callable without arguments that returns one. A module is copied, not changed.
     weights : str, Path or None, default="DEFAULT"
-        The name of torchvision's weights (``"IMAGENET1K_V2"``), or a local ``.pt``, ``.pth``
-        or ``.safetensors`` file. ``None``: random weights, to compare transfer with training
-        from scratch.
-
+        Name of torchvision's weights (``"IMAGENET1K_V2"``), or a local ``.pt``, ``.pth`` or
+        ``.safetensors`` file. ``None``: random weights, for training from scratch.
     layer : str or None, default=None
         The stage after which the head is put. ``None``: the last one.
-
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
         How a feature map becomes a row. ``"auto"``: as in the network itself.
-
     preprocessing : "auto", dict or callable, default="auto"
         As in :class:`PretrainedFeatureExtractor`.
-
     image_shape : tuple of int or None, default=None
-        The shape of one image, ``(height, width)`` or ``(height, width, channels)``, for
-        flat numeric rows. One entry may be -1.
-
+        Shape of one image, ``(height, width)`` or ``(height, width, channels)``, for flat
+        numeric rows. One entry may be -1.
     unfreeze : int, "all", "gradual" or mapping, default="all"
-        The stages that are trained beside the head: none (0), the last k, all of them, or
-        more and more until half of the epochs (``"gradual"``). A mapping has epochs, counted
-        from 1, as keys and numbers of stages or ``"all"`` as values.
-        ``load_backbone(...).stages`` shows a network's stages. The parameters and buffers of
-        frozen stages do not change, and without augmentation their outputs are computed once
-        rather than in each epoch. Batch norms of unfrozen stages keep the statistics of
-        pre-training, except with ``weights=None``.
-
+        The stages that are trained beside the head: none (0), the last k, all, or more and
+        more until half of the epochs (``"gradual"``). A mapping has epochs, counted from 1, as
+        keys and numbers of stages or ``"all"`` as values. ``load_backbone(...).stages`` lists a
+        network's stages. The parameters and buffers of frozen stages do not change; without
+        augmentation their outputs are computed once. Batch norms of unfrozen stages keep the
+        statistics of pre-training, except with ``weights=None``.
     head : "linear", tuple of int or torch.nn.Module, default="linear"
-        A linear layer; a linear layer and a perceptron with these hidden sizes, whose outputs
-        are added; or a module that takes embeddings (n, n_features) and returns scores (n, n_classes).
-
+        A linear layer; with a tuple, plus a perceptron of these hidden sizes; or a module that
+        takes embeddings (n, n_features) and returns scores (n, n_classes).
     head_init : {"linear_probe", "random"}, default="linear_probe"
-        ``"linear_probe"``: the head starts as scikit-learn's :class:`~sklearn.linear_model.LogisticRegression`,
-        fitted on the frozen embeddings. Epoch 0 is the linear probe then, and pre-training is
-        distorted less than by a random head [1]_. Its scores are divided by a temperature before stages are
-        trained, as the gradient of an over-confident head vanishes [4]_: labels stay, and the loss
-        on the training rows becomes half that of guessing by class frequencies. A module
-        as `head` starts as it is.
-
+        ``"linear_probe"``: the head starts as scikit-learn's logistic regression on the frozen
+        embeddings, which distorts pre-training less than a random start [1]_; epoch 0 is the
+        linear probe. Before stages are trained, its scores are divided by a temperature that makes
+        the training loss half that of guessing, as the gradient of an over-confident head
+        vanishes [4]_. A module as `head` starts as it is.
     dropout : float, default=0.0
         Share of the embedding that is dropped in training.
-
     loss : "auto", callable or torch.nn.Module, default="auto"
-        ``"auto"``: cross-entropy, or binary cross-entropy for several labels per row.
-        A callable takes scores (n, n_outputs) and targets, and returns one value per row: equal
-        images of the same target are merged into one weighted row, so losses of torch need
-        ``reduction="none"``. A single number for the batch is accepted if all rows have the same
-        weight. Targets are class indices (int64); class probabilities in training with
-        MixUp or CutMix; or rows of 0 and 1 (float32) for several labels per row. Label smoothing:
+        ``"auto"``: cross-entropy; for several labels per row, binary cross-entropy of each.
+        A callable takes scores (n, n_outputs) and targets, and returns one value per row (torch's
+        losses with ``reduction="none"``), as equal images of the same target become one weighted
+        row. A single number is accepted where all rows have the same weight. Targets are
+        class indices (int64), class probabilities (where MixUp or CutMix mixed them), or rows of
+        0 and 1 for several labels (float32). Label smoothing:
         ``torch.nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")``.
-
     max_epochs : int, default=8
         With 0 the model is the linear probe.
-
     batch_size : int, default=32
         Rows of one training step.
-
     lr : "auto" or float, default="auto"
-        Learning rate of the head. It rises from 1/25 of this to it in the first quarter of the
-        training and falls to 1e-5 of it afterwards (one cycle [2]_), unless `callbacks` holds
-        skorch's ``LRScheduler``. ``"auto"``: 3e-4; or 1e-4 if trained stages contain no
-        normalisation (AlexNet, VGG without batch norm, SqueezeNet).
-
+        Learning rate of the head; ``"auto"``: 3e-4, or 1e-4 if trained stages contain no
+        normalisation (AlexNet, VGG, SqueezeNet). It rises from 1/25 of this in the first quarter
+        of the training and then falls to 1e-5 of it [2]_, unless `callbacks` holds skorch's
+        ``LRScheduler``.
     layer_decay : float, default=0.7
-        Learning rate of each stage divided by that of the stage above it.
-
+        Learning rate of each stage, divided by that of the stage above it.
     optimizer : {"adamw", "sgd"} or callable, default="adamw"
-        ``"sgd"`` has a momentum of 0.9. A callable takes parameter groups and ``lr``, as torch's
-        optimizer classes and ``functools.partial(torch.optim.SGD, momentum=0.5)`` do.
-
+        ``"sgd"`` has a momentum of 0.9. A callable takes parameter groups and ``lr``, such as
+        ``functools.partial(torch.optim.SGD, momentum=0.5)`` or ``torch.optim.NAdam``.
     weight_decay : float, default=0.01
-        Weight decay of the optimizer; biases and norms have none.
-
+        Weight decay of the optimizer; none on biases and norms.
     augment : {"light", "strong"}, callable, list or None, default=None
-        Random changes of training images, different in each epoch. ``"light"`` mirrors and crops,
+        Random changes of training images, new in each epoch. ``"light"`` mirrors and crops,
         ``"strong"`` crops more and changes colours. A callable takes and returns one uint8 tensor
-        (channels, height, width), as transforms of ``torchvision.transforms.v2`` do; it is
-        repeatable if it draws from torch's random state. ``v2.MixUp`` and ``v2.CutMix``
-        act on the batch and its targets, unless there are several labels per row.
-        A list holds several of these. If `preprocessing` is a callable, its float images are
-        changed, except for their colours.
-
+        (channels, height, width), as ``torchvision.transforms.v2`` do; draw from torch's random
+        state to be repeatable. ``v2.MixUp`` and ``v2.CutMix`` mix images of a batch and their
+        targets; not for several labels per row. A list holds several of these. Where
+        `preprocessing` is a callable, its float images are changed, but not their colours.
     early_stopping : "auto" or bool, default="auto"
-        Whether the epoch with the best score on a validation part is kept. Epoch 0 counts, so
-        with ``head_init="linear_probe"`` the model is never worse there than the linear probe.
-        ``"auto"``: if `X_val` is given or there are at least 1000 training rows.
-
+        Whether the epoch with the best score on a validation part is kept. Epoch 0 counts: from
+        a linear probe, the model is never worse there than the probe. ``"auto"``: if `X_val` is
+        given or there are at least 1000 training rows.
     validation_fraction : float, default=0.1
         Share of the rows that is held out for validation if no `X_val` is given.
-
     n_iter_no_change : int, default=10
         With early stopping, epochs without a better score after which training ends.
-
     class_weight : dict, "balanced" or None, default=None
-        As in scikit-learn. Several labels per row: ``"balanced"`` or None.
-
+        As in scikit-learn. For several labels per row ``"balanced"`` or None.
     random_state : int, RandomState instance or None, default=None
         Seed of shuffling, dropout, augmentation and the split. The global random states of
         torch and, for an int, of NumPy are not changed.
-
     callbacks : list or None, default=None
-        skorch callbacks, or (name, callback) pairs; copies of them are used. skorch's
-        ``LRScheduler`` replaces the schedule of `lr`.
-
+        skorch callbacks, or (name, callback) pairs; copies of them are used.
     device : str, default="auto"
-        A torch device. ``"auto"``: ``"cuda"``, ``"mps"`` or ``"cpu"``, the first that exists.
-
+        A torch device; ``"auto"``: the first of ``"cuda"``, ``"mps"`` and ``"cpu"`` that exists.
     precision : {"float32", "bfloat16"}, default="float32"
-        The network's precision. Weights are float32 in either case.
-
+        Precision of the network's computations; weights are float32.
     n_jobs : int or None, default=None
         Threads for decoding. ``None`` and -1: as many as torch uses in this process.
-
     memory : str, Path, joblib.Memory, store, False or None, default=None
         Where embeddings are kept, as in :class:`PretrainedFeatureExtractor`. Unless ``False``,
-        the outputs of frozen stages are kept in this process for later fits, up to 1 GiB.
-
+        outputs of frozen stages are kept in this process for later fits, up to 1 GiB.
     on_error : {"raise", "skip"}, default="raise"
-        What happens with unreadable images. ``"raise"``: a ValueError lists them; they are its
-        attribute ``bad_images``, too. ``"skip"``: their rows are left out of training, with a
-        warning, and the frequencies of the classes in training
-        is predicted for them.
-
+        ``"raise"``: a ValueError lists all unreadable images, also as its ``bad_images``.
+        ``"skip"``: they are left out of training, with a warning, and `class_priors_` are
+        predicted for them.
     verbose : int, default=0
         1 shows progress bars and skorch's table of epochs.
 
@@ -168,38 +132,28 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     ----------
     classes_ : ndarray of shape (n_classes,)
         The labels. For several labels per row: the numbers of the columns of `y`.
-
     class_priors_ : ndarray of shape (n_classes,), float64
         Frequencies of the classes, or of each label, in training: the probabilities that are
         predicted for an unreadable image.
-
     net_ : skorch.NeuralNet
         The trained net; its ``module_`` is a :class:`torch.nn.Module`.
-
     backbone_ : Backbone
         The pre-trained network.
-
     history_ : list of dict
-        A row per epoch, for :class:`pandas.DataFrame`, with ``epoch``, ``train_loss``, ``lr`` (the
-        largest), ``n_unfrozen`` (stages) and ``seconds``. With a validation part also
-        ``valid_loss`` and ``valid_score`` (accuracy), from epoch 0 on.
-
+        A row per epoch, for :class:`pandas.DataFrame`: ``epoch``, ``train_loss``, ``lr`` (the
+        largest), ``n_unfrozen`` (stages), ``seconds``. With a validation part, which is scored from
+        epoch 0 on, also ``valid_loss`` and ``valid_score`` (accuracy).
     n_iter_ : int
         Number of epochs trained.
-
     best_epoch_ : int
         The epoch whose weights are kept; 0 is the start.
-
     bad_images_ : list of BadRow
         The images that the last call could not read, with ``row``, ``where`` and ``reason``;
         after `fit` those of `X`.
-
     n_features_in_ : int
         Number of image columns, or of pixel columns if `image_shape` is given.
-
     feature_names_in_ : ndarray of shape (n_features_in_,)
         Names of the columns in `fit`, if `X` has names.
-
     n_features_out_ : int
         Number of columns that `transform` returns.
 
@@ -210,28 +164,26 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
 
     Notes
     -----
-    Rows of the same images and the same target are merged into one of their joint weight, and
-    rows are sorted by their content: a weight of 2 is exactly the row twice, the order of `X`
-    has no effect, and no row is on both sides of the validation split.
+    Rows of the same images and target are merged into one of their joint weight, and sorted by
+    their content: a weight of 2 is exactly the row twice, the order of `X` has no effect, and no
+    row is on both sides of the validation split.
 
-    If pre-trained stages are trained from a linear probe and no validation part chooses the epoch,
-    the start is made safer in two ways. The probe is also fitted on two enlarged corners of each
-    image if there are fewer than 1000 rows. The weights that are kept are an interpolation of those
-    at the start and at the end of training [3]_: half way up to 200 rows, three quarters from 600
-    rows on.
+    If stages are trained from pre-trained weights and a linear probe, and no validation part
+    chooses the epoch, then the final weights are interpolated between the start and the end of
+    training [3]_: half way up to 200 rows, three quarters of the way from 600 rows on. With fewer
+    than 1000 rows the probe is also fitted on two enlarged corners of each image.
 
-    Ctrl-C ends the training; the estimator is fitted with the weights of that moment, or of the
-    best epoch so far. A pickle holds what was trained and how to load the rest, see :func:`save`.
+    Ctrl-C ends the training; the weights of that moment, or of the best epoch, are kept. A pickle
+    holds what was trained and how to load the rest, see :func:`save`.
 
     References
     ----------
-    .. [1] A. Kumar, A. Raghunathan, R. Jones, T. Ma, P. Liang. "Fine-tuning can distort
-       pretrained features and underperform out-of-distribution." ICLR 2022.
-       :doi:`10.48550/arXiv.2202.10054`
+    .. [1] A. Kumar et al. "Fine-tuning can distort pretrained features and underperform
+       out-of-distribution." ICLR 2022. :doi:`10.48550/arXiv.2202.10054`
     .. [2] L. N. Smith, N. Topin. "Super-convergence: very fast training of neural networks
        using large learning rates." 2019. :doi:`10.1117/12.2520589`
-    .. [3] M. Wortsman, G. Ilharco, J. W. Kim et al. "Robust fine-tuning of zero-shot models."
-       CVPR 2022. :doi:`10.1109/CVPR52688.2022.00780`
+    .. [3] M. Wortsman et al. "Robust fine-tuning of zero-shot models." CVPR 2022.
+       :doi:`10.1109/CVPR52688.2022.00780`
     .. [4] Y. Ren, S. Guo, W. Bae, D. J. Sutherland. "How to prepare your task head for
        finetuning." ICLR 2023. :doi:`10.48550/arXiv.2302.05779`
 
