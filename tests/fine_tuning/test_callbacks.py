@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from skorch.callbacks import (
     Callback,
     Checkpoint,
@@ -15,7 +16,6 @@ from skorch.callbacks import (
     TensorBoard,
     TrainEndCheckpoint,
 )
-from sklearn.base import clone
 from small_models import quick, small, state_of
 
 from sktransfer import FineTuningRegressor

@@ -65,7 +65,7 @@ def test_classes_are_those_of_the_first_call(stripes, classes):
 def test_classes_of_several_labels_are_their_columns(coded):
     X, k = coded
     Y = np.eye(3, dtype=int)[k]
-    with pytest.raises(ValueError, match="several labels per row: .* the classes are the num"):
+    with pytest.raises(ValueError, match=r"several labels per row: .* the classes are the num"):
         quick().partial_fit(X, Y, classes=[0, 1])
     model = quick().partial_fit(X, Y, classes=[0, 1, 2]).partial_fit(X, Y, classes=[0, 1, 2])
     with pytest.raises(ValueError, match="not the same as in the first call"):

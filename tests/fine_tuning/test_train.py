@@ -281,8 +281,8 @@ def test_errors_of_validation_images_name_them(stripes):
 
 
 def test_patience_ends_training(stripes):
+    model = small(lr=1e-12, early_stopping=True, n_iter_no_change=2, max_epochs=9)
     with pytest.warns(UserWarning, match="did not improve"):
-        model = small(lr=1e-12, early_stopping=True, n_iter_no_change=2, max_epochs=9)
         model.fit(*stripes)
     assert model.n_iter_ == 2
 
