@@ -14,24 +14,10 @@ from skorch.callbacks import (
     EpochScoring,
     LRScheduler,
     TensorBoard,
-    TrainEndCheckpoint,
 )
 from small_models import quick, small, state_of
 
 from sktransfer import FineTuningRegressor
-
-
-class Writer:
-    """What a TensorBoard writer is for `copy`: it holds a lock."""
-
-    def __init__(self):
-        self.lock, self.names = threading.Lock(), []
-
-    def add_scalar(self, tag, *args, **kwargs):
-        self.names.append(tag)
-
-    def close(self):
-        self.names.append("closed")
 
 
 # -- the user's callbacks --------------------------------------------------------------------
@@ -48,6 +34,19 @@ def test_callbacks_work_and_do_not_break_clone(stripes):
     clone(model).fit(X, y, X_val=X, y_val=y)
 
 
+class Writer:
+    """What a TensorBoard writer is for `copy`: it holds a lock."""
+
+    def __init__(self):
+        self.lock, self.names = threading.Lock(), []
+
+    def add_scalar(self, tag, *args, **kwargs):
+        self.names.append(tag)
+
+    def close(self):
+        self.names.append("closed")
+
+
 @pytest.mark.parametrize("has_name", [False, True])
 def test_a_callback_that_cannot_be_copied_is_shared(stripes, has_name):
     writer = Writer()
@@ -57,35 +56,13 @@ def test_a_callback_that_cannot_be_copied_is_shared(stripes, has_name):
     assert writer.names[-1] == "closed"
 
 
-def test_callbacks_that_hold_each_other(stripes):
-    class Counter(Callback):
-        n = 0
-
-        def on_epoch_end(self, net, **kwargs):
-            self.n += 1
-
-    class Watcher(Callback):
-        def __init__(self, other):
-            self.other, self.seen = other, []
-
-        def on_train_end(self, net, **kwargs):
-            self.seen.append(self.other.n)
-
-    counter = Counter()
-    model = quick(callbacks=[counter, ("watcher", Watcher(counter))], max_epochs=2).fit(*stripes)
-    assert dict(model.net_.callbacks_)["watcher"].seen == [2]
-    assert counter.n == 0
-
-
 @pytest.mark.parametrize("callbacks", [[3], [("a",)], [()]], ids=str)
 def test_other_objects_are_refused(stripes, callbacks):
     with pytest.raises(TypeError, match=r"callbacks holds .*skorch's callbacks are accepted"):
         quick(callbacks=callbacks).fit(*stripes)
 
 
-@pytest.mark.parametrize(
-    "callback", [EarlyStopping(), Checkpoint()], ids=lambda c: type(c).__name__
-)
+@pytest.mark.parametrize("callback", [EarlyStopping(), Checkpoint()], ids=["stop", "checkpoint"])
 def test_a_callback_without_a_validation_part_to_watch(stripes, callback, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Exception, match="valid_loss") as caught:
@@ -109,23 +86,17 @@ def test_a_scheduler_of_skorch_switches_the_built_in_schedule_off(stripes, has_n
     Rates.seen.clear()
     scheduler = LRScheduler(policy="StepLR", step_size=1, gamma=0.1)
     callbacks = [("rates", Rates()), ("scheduler", scheduler) if has_name else scheduler]
-    quick(callbacks=callbacks, max_epochs=3, batch_size=64, lr=1e-2).fit(*stripes)
+    settings = {"callbacks": callbacks, "max_epochs": 3, "batch_size": 64}
+    model = small(**settings, lr=1e-2, layer_decay=0.5).fit(*stripes)
     np.testing.assert_allclose(Rates.seen, [1e-2, 1e-3, 1e-4])
+    last = {group["lr"] for group in model.net_.optimizer_.param_groups}
+    np.testing.assert_allclose(sorted(last), [2.5e-6, 5e-6, 1e-5])
 
 
-def test_a_scheduler_keeps_the_layers_rates_apart(stripes):
-    scheduler = LRScheduler(policy="StepLR", step_size=100)
-    model = small(callbacks=[scheduler], layer_decay=0.5, lr=1e-2).fit(*stripes)
-    rates = {group["lr"] for group in model.net_.optimizer_.param_groups}
-    assert rates == {1e-2, 5e-3, 2.5e-3}
-
-
-def test_the_built_in_schedule_is_one_cycle(stripes):
+def test_the_built_in_schedule_is_in_the_history(stripes):
     Rates.seen.clear()
     model = quick(callbacks=[Rates()], max_epochs=8, batch_size=64, lr=1.0).fit(*stripes)
-    assert Rates.seen[0] < 0.5
     assert np.argmax(Rates.seen) in (1, 2)
-    assert max(Rates.seen) > 0.9
     assert Rates.seen[-1] < 0.05
     np.testing.assert_allclose([row["lr"] for row in model.history_], Rates.seen)
 
@@ -134,7 +105,7 @@ def test_the_built_in_schedule_is_one_cycle(stripes):
 class Interrupt(Callback):
     """Raises what Ctrl-C raises, in the middle or at the end of an epoch."""
 
-    def __init__(self, epoch, event="on_epoch_end"):
+    def __init__(self, epoch, event):
         self.epoch, self.event = epoch, event
 
     def on_batch_end(self, net, training=False, **kwargs):
@@ -162,21 +133,10 @@ def test_an_interrupt_keeps_the_best_epoch(stripes):
     X, y = stripes
     model = small(callbacks=[Interrupt(4, "on_batch_end")], lr=0.05, max_epochs=50)
     model.fit(X, y, X_val=X, y_val=y)
-    assert model.n_iter_ == 3
     best = max(row["valid_score"] for row in model.history_)
+    assert model.n_iter_ == 3
     assert model.history_[model.best_epoch_]["valid_score"] == best
     assert model.score(X, y) == pytest.approx(best)
-
-
-def test_an_interrupt_before_training_leaves_no_model(stripes):
-    def augment(image):
-        raise KeyboardInterrupt
-
-    model = small(preprocessing=augment)
-    with pytest.raises(KeyboardInterrupt):
-        model.fit(*stripes)
-    with pytest.raises(AttributeError, match="not fitted yet"):
-        model.net_  # noqa: B018
 
 
 # -- the net ---------------------------------------------------------------------------------
@@ -187,6 +147,8 @@ def test_net_is_skorchs(stripes, capsys):
     assert type(model.net_).__name__ == "NeuralNetClassifier"
     regressor = quick(FineTuningRegressor).fit(X, np.arange(48.0))
     assert type(regressor.net_).__name__ == "NeuralNetRegressor"
+    with pytest.raises(AttributeError, match="not fitted yet: it has no net_"):
+        clone(model).net_  # noqa: B018
 
 
 def pixels_of(X):
@@ -197,14 +159,11 @@ def pixels_of(X):
 def test_the_net_takes_images_and_can_be_pickled(stripes, unfreeze):
     X, y = stripes
     model = small(preprocessing={"size": 20, "crop": 20}, unfreeze=unfreeze).fit(X, y)
-    if unfreeze == 0:  # its net is the head alone
-        rows = torch.from_numpy(model.transform(X))[:, None]
-    else:
-        rows = pixels_of(X)
-    for net in (model.net_, pickle.loads(pickle.dumps(model.net_))):
-        np.testing.assert_allclose(net.predict_proba(rows), model.predict_proba(X), atol=1e-5)
+    # Where nothing else is trained it is the head alone.
+    rows = torch.from_numpy(model.transform(X))[:, None] if unfreeze == 0 else pixels_of(X)
     loaded = pickle.loads(pickle.dumps(model)).net_
-    np.testing.assert_allclose(loaded.predict_proba(rows), model.predict_proba(X), atol=1e-5)
+    for net in (model.net_, pickle.loads(pickle.dumps(model.net_)), loaded):
+        np.testing.assert_allclose(net.predict_proba(rows), model.predict_proba(X), atol=1e-5)
     np.testing.assert_equal(state_of(loaded), state_of(model))
 
 
@@ -212,16 +171,12 @@ def test_the_net_takes_images_and_can_be_pickled(stripes, unfreeze):
 @pytest.mark.parametrize("unfreeze", [1, "gradual"])
 def test_checkpoints_hold_no_rows(stripes, unfreeze, augment, tmp_path):
     X, y = stripes
-    callbacks = [
-        Checkpoint(f_pickle="epoch_{last_epoch[epoch]}.pkl", monitor=None, dirname=tmp_path),
-        TrainEndCheckpoint(f_pickle="end.pkl", dirname=tmp_path),
-    ]
+    name = "epoch_{last_epoch[epoch]}.pkl"
+    checkpoint = Checkpoint(f_pickle=name, monitor=None, dirname=tmp_path)
     settings = {"preprocessing": {"size": 20, "crop": 20}, "augment": augment}
-    model = small(unfreeze=unfreeze, callbacks=callbacks, early_stopping=False, **settings)
+    model = small(unfreeze=unfreeze, callbacks=[checkpoint], early_stopping=False, **settings)
     model.fit(X, y, X_val=X, y_val=y)
     file = (tmp_path / "epoch_1.pkl").read_bytes()
     score = (model.classes_[pickle.loads(file).predict(pixels_of(X))] == y).mean()
     assert score == model.history_[1]["valid_score"]
     assert len(file) < 60_000
-    net = pickle.loads((tmp_path / "train_end_end.pkl").read_bytes())
-    assert net.predict_proba(pixels_of(X)).shape == (48, 3)

@@ -83,12 +83,6 @@ def test_classes_without_weight(stripes, parameters, kept):
     assert set(model.predict(X)) <= set(kept)
 
 
-def test_folds_lacking_a_class(stripes):
-    X, y = stripes
-    model = quick().fit(X[y != "down"], y[y != "down"])
-    assert list(model.classes_) == ["across", "plain"]
-
-
 def test_bagging_that_draws_one_class(stripes):
     X, y = stripes
     flat = X[:, ::2, ::2, 0].reshape(48, -1) / 255

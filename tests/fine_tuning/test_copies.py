@@ -31,15 +31,6 @@ def test_copies_predict_the_same(stripes, unfreeze, again):
     np.testing.assert_array_equal(model.predict_proba(X), model.predict_proba(X))
 
 
-def test_a_copy_does_not_change_with_the_original(stripes):
-    X, y = stripes
-    model = small(unfreeze=1).fit(X, y)
-    copied = copy.deepcopy(model)
-    before = copied.predict_proba(X)
-    model.partial_fit(X, y)
-    np.testing.assert_array_equal(copied.predict_proba(X), before)
-
-
 def test_pickles_hold_only_what_was_trained(stripes):
     X, y = stripes
     head = FineTuningClassifier(unfreeze=0, max_epochs=1).fit(X, y)

@@ -18,7 +18,6 @@ from sklearn.model_selection import (
     HalvingGridSearchCV,
     cross_val_predict,
     cross_val_score,
-    learning_curve,
 )
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
@@ -160,16 +159,6 @@ def test_validation_rows_through_a_pipeline(stripes):
 
 
 # -- inspection ------------------------------------------------------------------------------
-def test_learning_curve(table):
-    frame, y = table
-    sizes, train, test = learning_curve(
-        quick(), frame["front"], y, train_sizes=[0.5, 1.0], cv=3, error_score="raise"
-    )
-    assert list(sizes) == [16, 32]
-    assert train.shape == test.shape == (2, 3)
-    assert np.isfinite(test).all()
-
-
 def test_permutation_importance_of_image_columns(table):
     frame, y = table
     both = frame[["front", "back"]]

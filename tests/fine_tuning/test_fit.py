@@ -218,14 +218,6 @@ def test_the_frozen_part_runs_once(stripes, first_inputs, memory):
     assert images_through(first_inputs) == len(stripes[0])
 
 
-@pytest.mark.parametrize("unfreeze", [0, 1])
-def test_the_start_adds_passes_but_epochs_do_not(stripes, first_inputs, unfreeze):
-    X, y = stripes
-    small(unfreeze=unfreeze, max_epochs=5, memory=False).fit(X, y)
-    # The probe sees each image and two corners; then the boundary of the frozen stages.
-    assert images_through(first_inputs) <= len(X) * (4 if unfreeze else 1)
-
-
 @pytest.mark.parametrize("unfreeze", ["gradual", LATER], ids=str)
 def test_epochs_of_the_head_alone_run_on_embeddings(stripes, first_inputs, unfreeze):
     X, y = stripes
@@ -297,23 +289,3 @@ def test_a_fit_that_fails_leaves_a_fitted_model_as_it_was(stripes, cls):
         model.set_params(lr=1e30, optimizer="sgd").fit(X[:4], other)
     assert set(vars(model)) == seen
     np.testing.assert_array_equal(model.predict(X[:5]), before)
-
-
-def test_tensors_of_five_dimensions(stripes):
-    """A network may keep some, as one of windows does; only maps are channels-last."""
-
-    class Shifted(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("shifts", torch.ones(1, 1, 4, 1, 1))
-
-        def forward(self, x):
-            return x + self.shifts[0]
-
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(3, 4, 3), Shifted(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(4, 3),
-    )  # fmt: skip
-    model = small(backbone=network, lr=1e-2).fit(*stripes)
-    assert model.score(*stripes) > 0.4

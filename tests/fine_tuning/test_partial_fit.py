@@ -28,48 +28,31 @@ def test_one_epoch_after_another(stripes):
     assert n_steps(model) == model.n_iter_ == 2
     assert list(model.classes_) == ["across", "down", "other", "plain"]
     assert model.predict_proba(X)[:, 2].max() < 0.3
-    assert [row["epoch"] for row in model.history_] == [1, 2]
+    assert [(row["epoch"], row["lr"]) for row in model.history_] == [(1, 1e-3), (2, 1e-3)]
     with pytest.raises(ValueError, match="holds the label 'new'"):
         model.partial_fit(X[:1], ["new"])
 
 
-def test_it_goes_on_from_fit(stripes):
+@pytest.mark.parametrize("again", [lambda m: m, lambda m: pickle.loads(pickle.dumps(m))])
+def test_it_goes_on_from_fit(stripes, again):
     X, y = stripes
-    model = small(unfreeze=1).fit(X, y)
-    before = state_of(model)
+    model = again(small(unfreeze=1).fit(X, y))
+    before = state_of(model)["head.linear.weight"]
     model.partial_fit(X, y)
-    assert model.n_iter_ == 3
     assert [row["epoch"] for row in model.history_] == [1, 2, 3]
-    assert not np.array_equal(state_of(model)["head.linear.weight"], before["head.linear.weight"])
+    assert model.n_iter_ == 3
+    assert not np.array_equal(state_of(model)["head.linear.weight"], before)
 
 
-def test_the_rate_is_constant(stripes):
-    X, y = stripes
-    model = small(unfreeze=1, lr=1e-3)
-    for _ in range(3):
-        model.partial_fit(X, y)
-    assert [row["lr"] for row in model.history_] == [1e-3] * 3
-
-
-@pytest.mark.parametrize(
-    "classes", [["across", "down", "plain"], ["plain", "down", "across"]], ids=" ".join
-)
-def test_classes_are_those_of_the_first_call(stripes, classes):
-    X, y = stripes
-    model = quick().partial_fit(X, y, classes=["across", "down", "plain"])
-    model.partial_fit(X, y, classes=classes)
-    with pytest.raises(ValueError, match="not the same as in the first call to partial_fit"):
-        model.partial_fit(X, y, classes=["across", "down"])
-
-
-def test_classes_of_several_labels_are_their_columns(coded):
+def test_classes_are_those_of_the_first_call(coded):
     X, k = coded
+    model = quick().partial_fit(X, k, classes=[0, 1, 2]).partial_fit(X, k, classes=[2, 1, 0])
+    with pytest.raises(ValueError, match="not the same as in the first call to partial_fit"):
+        model.partial_fit(X, k, classes=[0, 1])
     Y = np.eye(3, dtype=int)[k]
     with pytest.raises(ValueError, match=r"several labels per row: .* the classes are the num"):
         quick().partial_fit(X, Y, classes=[0, 1])
     model = quick().partial_fit(X, Y, classes=[0, 1, 2]).partial_fit(X, Y, classes=[0, 1, 2])
-    with pytest.raises(ValueError, match="not the same as in the first call"):
-        model.partial_fit(X, Y, classes=[0, 1])
     with pytest.raises(ValueError, match=r"y has shape \(48,\), but this .* was fitted on multil"):
         model.partial_fit(X, k)
 
@@ -89,47 +72,24 @@ def test_targets_are_those_of_the_first_call(numbers):
 def test_what_may_change(stripes):
     X, y = stripes
     model = small(head=(4,), unfreeze="all").partial_fit(X, y)
-    model.set_params(dropout=0.5, lr=0.1, layer_decay=0.5, batch_size=7).partial_fit(X, y)
+    changes = {"dropout": 0.5, "lr": 0.1, "layer_decay": 0.5, "batch_size": 7, "augment": "light"}
+    model.set_params(**changes).partial_fit(X, y)
     net = model.net_
     drops = [part.p for part in net.module_.head.modules() if isinstance(part, torch.nn.Dropout)]
     assert drops == [0.5, 0.5]
     assert {group["lr"] for group in net.optimizer_.param_groups} == {0.1, 0.05, 0.025}
-    assert model.n_iter_ == 2
     assert n_steps(model) == 2 + 7  # 48 rows in steps of 32, then of 7
-    assert_same_model(model, pickle.loads(pickle.dumps(model)), rtol=0, atol=0)
-
-
-def test_augmentation_may_change(stripes):
-    X, y = stripes
-    model = quick(pooling="max", lr=0.01)
-    for augment in (None, "light", None):
-        before = state_of(model)["head.linear.weight"] if augment else None
-        model.set_params(augment=augment).partial_fit(X, y)
-        assert before is None or not np.array_equal(before, state_of(model)["head.linear.weight"])
-    assert model.score(X, y) > 0.6
-
-
-def test_another_optimizer_starts_anew(stripes):
-    X, y = stripes
-    model = small(unfreeze=1).partial_fit(X, y)
-    model.set_params(optimizer=SGD).partial_fit(X, y)
-    assert {group["momentum"] for group in model.net_.optimizer_.param_groups} == {0.5}
-    assert model.n_iter_ == 2
-
-
-def test_callbacks_may_change(stripes):
-    X, y = stripes
     seen = []
 
     class Watch(Callback):
         def on_epoch_end(self, net, **kwargs):
             seen.append(net.module_.training)
 
-    model = quick().partial_fit(X, y)
-    model.set_params(callbacks=[Watch()]).partial_fit(X, y)
+    model.set_params(optimizer=SGD, callbacks=[Watch()]).partial_fit(X, y)  # start anew
+    assert {group["momentum"] for group in model.net_.optimizer_.param_groups} == {0.5}
     model.partial_fit(X, y)
     assert len(seen) == 2
-    assert model.n_iter_ == 3
+    assert model.n_iter_ == 4
 
 
 def test_stages_may_be_frozen_again(stripes):
@@ -141,11 +101,10 @@ def test_stages_may_be_frozen_again(stripes):
         assert np.array_equal(value, before[name]) == (not name.startswith("head.")), name
     model.set_params(unfreeze="all").partial_fit(X, y)
     assert model.history_[-1]["n_unfrozen"] == 2
-    assert not np.array_equal(state_of(model)["head.linear.weight"], before["head.linear.weight"])
 
 
 def test_trained_stages_that_are_frozen_again_are_not_shared(stripes):
-    """Other fits find results of the pre-trained stages, which are others."""
+    """Other fits find the results of the pre-trained stages."""
     X, y = stripes
 
     def trained(memory):
@@ -159,10 +118,9 @@ def test_trained_stages_that_are_frozen_again_are_not_shared(stripes):
 
 
 def test_stages_join_in_later_epochs(stripes):
-    X, y = stripes
     model = small(unfreeze={1: 0, 3: "all"})
     for _ in range(4):
-        model.partial_fit(X, y)
+        model.partial_fit(*stripes)
     assert [row["n_unfrozen"] for row in model.history_] == [0, 0, 2, 2]
     assert n_steps(model) == 8
 
@@ -171,18 +129,10 @@ def test_a_head_of_another_shape_is_refused(stripes):
     X, y = stripes
     model = quick().fit(X, y)
     before = state_of(model)
-    for head in [(4,), torch.nn.Linear(model.n_features_out_, 3)]:
+    for head in [(4,), torch.nn.Linear(6, 3)]:
         with pytest.raises(ValueError, match=r"head[\s\S]*LinearHead[\s\S]*as it was"):
             model.set_params(head=head).partial_fit(X, y)
     np.testing.assert_equal(state_of(model), before)
-
-
-def test_an_unpickled_model_goes_on(stripes):
-    X, y = stripes
-    model = small(unfreeze=1).fit(X, y)
-    again = pickle.loads(pickle.dumps(model)).partial_fit(X, y)
-    assert again.n_iter_ == model.n_iter_ + 1
-    assert model.n_iter_ == 2
 
 
 # -- a call that fails -----------------------------------------------------------------------
@@ -221,8 +171,7 @@ def test_a_call_that_fails_changes_nothing(stripes, unfreeze, fault):
                 model.partial_fit(X, y)
             Refuse.asked = False
         np.testing.assert_array_equal(model.predict_proba(X), before)
-        assert model.history_ == history
-        assert model.n_iter_ == 3
+        assert (model.history_, model.n_iter_) == (history, 3)
         for _ in range(2):
             model.partial_fit(X, y)
         return model
@@ -230,14 +179,3 @@ def test_a_call_that_fails_changes_nothing(stripes, unfreeze, fault):
     one, other = run(False), run(True)
     np.testing.assert_array_equal(one.predict_proba(X), other.predict_proba(X))
     assert [r["train_loss"] for r in one.history_] == [r["train_loss"] for r in other.history_]
-
-
-def test_a_class_weight_may_leave_nothing(stripes):
-    X, y = stripes
-    across = y == "across"
-    model = quick(class_weight={"across": 0}).partial_fit(X, y)
-    before = model.predict_proba(X)
-    with pytest.raises(ValueError, match=r"leaves nothing to train on.* the classes \['across'\]"):
-        model.partial_fit(X[across], y[across])
-    np.testing.assert_array_equal(model.predict_proba(X), before)
-    model.partial_fit(X[~across], y[~across])

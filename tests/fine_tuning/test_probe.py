@@ -111,14 +111,6 @@ def test_two_classes(stripes):
     np.testing.assert_allclose(1 / (1 + np.exp(-two.decision_function(X))), proba[:, 1])
 
 
-@pytest.mark.parametrize("scale", [1e-3, 50])
-def test_the_scale_of_weights_does_not_matter(stripes, scale):
-    X, y = stripes
-    start = small(max_epochs=0).fit(X, y)
-    weighted = small(max_epochs=0).fit(X, y, sample_weight=np.full(len(y), scale))
-    np.testing.assert_allclose(weighted.predict_proba(X), start.predict_proba(X), atol=1e-3)
-
-
 # -- corners ---------------------------------------------------------------------------------
 def test_the_start_is_the_probe_of_images_and_their_corners(stripes):
     X, y = stripes[0][:24], stripes[1][:24]
@@ -199,14 +191,6 @@ def test_corners_of_what_a_function_prepared(stripes):
     expected, _ = start_of(X, y, **SAME_SIZE)
     got, _ = start_of(X, y, preprocessing=prepare)
     np.testing.assert_allclose(got, expected, rtol=0.02, atol=0.01 * np.abs(expected).max())
-
-
-def test_corners_come_from_the_store(stripes, first_inputs):
-    X, y = stripes
-    small(unfreeze=1, max_epochs=1).fit(X, y)
-    n_batches = len(first_inputs)
-    small(unfreeze=1, max_epochs=1, lr=1e-3).fit(X[5:], y[5:])
-    assert len(first_inputs) == n_batches
 
 
 # -- other starts ----------------------------------------------------------------------------

@@ -37,22 +37,6 @@ def test_order_of_rows_does_not_matter(stripes):
     assert_same_model(small().fit(X, y), small().fit(X[order], y[order]), rtol=0, atol=0)
 
 
-def test_equal_images_of_other_labels_are_other_rows(stripes):
-    X, y = stripes
-    model = quick(batch_size=64, lr=1e-12).fit([*X, X[0]], [*y, "plain"])
-    assert len(model.net_.history[-1, "batches"]) == 1
-    assert model.net_.history[-1, "batches", -1, "train_batch_size"] == 49
-
-
-@pytest.mark.parametrize("weight", [np.nan, -1.0, np.inf])
-def test_impossible_weights(stripes, weight):
-    X, y = stripes
-    weights = np.ones(len(X))
-    weights[3] = weight
-    with pytest.raises(ValueError, match=r"[Ww]eight"):
-        small().fit(X, y, sample_weight=weights)
-
-
 # -- images that cannot be read --------------------------------------------------------------
 @pytest.mark.parametrize("unfreeze", [0, 1])
 @pytest.mark.parametrize("head_init", ["linear_probe", "random"])
@@ -127,18 +111,6 @@ def test_a_missing_file_without_weight_is_not_read(picture_files, tmp_path, on_e
     assert_same_model(model, small(max_epochs=1).fit(paths[:-1], y[:-1]), rtol=0, atol=0)
 
 
-def test_unreadable_images_leave_nothing_behind(picture_files, tmp_path, first_inputs):
-    X = [*picture_files[:6], str(tmp_path / "missing.png")]
-    y = ["a", "b"] * 3 + ["a"]
-    settings = {"unfreeze": 1, "head_init": "random"}
-    with pytest.warns(UserWarning, match="left out of training"):
-        model = small(on_error="skip", **settings).fit(X, y)
-    n_batches = len(first_inputs)
-    again = small(**settings).fit(X[:6], y[:6])
-    assert len(first_inputs) == n_batches
-    assert_same_model(again, model, rtol=1e-5, atol=1e-7)
-
-
 # -- images that vanish while training -------------------------------------------------------
 class Remove(Callback):
     """Removes files after an epoch."""
@@ -184,19 +156,6 @@ def test_an_image_that_vanishes(picture_files, parameters):
     assert [bad.row for bad in model.bad_images_] == [3]
     assert np.isfinite([row["train_loss"] for row in model.history_]).all()
     assert np.isfinite(model.predict_proba(X[:3])).all()
-
-
-@pytest.mark.usefixtures("keeps_nothing")
-@pytest.mark.filterwarnings("ignore:Fine-tuning did not improve")
-def test_all_validation_images_vanish(picture_files):
-    paths, y = picture_files[:12], ["a", "b", "c"] * 4
-    model = small(unfreeze="all", on_error="skip", max_epochs=4, callbacks=[Remove(paths[9:], 2)])
-    with pytest.warns(UserWarning, match="left out of the rest of validation"):
-        model.fit(paths[:9], y[:9], X_val=paths[9:], y_val=y[9:])
-    scores = [row["valid_score"] for row in model.history_]
-    assert np.isfinite(scores).tolist() == [True, True, True, False, False]
-    assert model.best_epoch_ <= 2
-    assert np.isfinite(model.predict_proba(paths[:9])).all()
 
 
 # -- reading ---------------------------------------------------------------------------------

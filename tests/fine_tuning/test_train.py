@@ -106,42 +106,7 @@ def test_a_cpu_batch_in_parts_trains_the_same_model(coded, first_inputs):
         np.testing.assert_allclose(got, value, rtol=1e-3, atol=2e-5)
 
 
-def test_statistics_that_move_are_those_of_whole_batches(coded, first_inputs):
-    X, k = coded
-    X = X[:12].repeat(12, 1).repeat(12, 2)
-    settings = {"preprocessing": {"size": 240, "crop": 240}, "max_epochs": 1}
-    FineTuningClassifier("builtin", weights=None, head_init="random", **settings).fit(X, k[:12])
-    assert {len(batch) for batch in first_inputs} == {12}
-
-
-def test_rows_are_dealt_out_evenly_and_each_comes_once(stripes):
-    class Sizes(Callback):
-        seen = []  # noqa: RUF012
-
-        def on_batch_end(self, net, batch=None, training=False, **kwargs):
-            self.seen.append(len(batch[1]))
-
-    quick(batch_size=32, callbacks=[Sizes()]).fit(*stripes)
-    assert Sizes.seen == [24, 24]
-
-
 # -- learning rates --------------------------------------------------------------------------
-def test_layer_decay_is_in_the_rates(stripes):
-    model = small(layer_decay=0.5).fit(*stripes)
-    groups = model.net_.optimizer_.param_groups
-    assert {g["weight_decay"] for g in groups} == {0.0, 0.01}
-    rates = {id(p): g["lr"] for g in groups for p in g["params"]}
-    module = model.net_.module_
-    of_head, of_last, of_first = (
-        rates[id(next(part.parameters()))]
-        for part in (module.head, module.stages[1], module.stages[0])
-    )
-    assert of_last == pytest.approx(of_head / 2)
-    assert of_first == pytest.approx(of_head / 4)
-    for group in groups:
-        assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] > 0}
-
-
 def network_without_norms():
     network = tiny_network()
     network.stage2[1] = nn.Identity()
@@ -346,13 +311,6 @@ def test_same_seed_same_model_and_global_seeds_stay(stripes, monkeypatch):
     other = small(**settings | {"random_state": 1}).fit(*stripes)
     X, _ = stripes
     assert not np.allclose(other.predict_proba(X), first.predict_proba(X), rtol=1e-6)
-
-
-def test_training_learns(stripes):
-    X, y = stripes
-    model = small(lr=0.01, max_epochs=15).fit(X[:36], y[:36])
-    assert model.history_[-1]["train_loss"] < 0.5 * model.history_[0]["train_loss"]
-    assert len(pd.DataFrame(model.history_)) == model.n_iter_ == model.best_epoch_ == 15
 
 
 @pytest.mark.cuda
