@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from sktransfer._save import load, save
     from sktransfer.embedding._extractor import PretrainedFeatureExtractor
     from sktransfer.fine_tuning._classifier import FineTuningClassifier
-    from sktransfer.fine_tuning._optimizers import Optimizer
     from sktransfer.fine_tuning._regressor import FineTuningRegressor
     from sktransfer.networks._backbone import load_backbone
     from sktransfer.networks._catalog import list_backbones
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 _HOMES = {
     "FineTuningClassifier": "sktransfer.fine_tuning._classifier",
     "FineTuningRegressor": "sktransfer.fine_tuning._regressor",
-    "Optimizer": "sktransfer.fine_tuning._optimizers",
     "PretrainedFeatureExtractor": "sktransfer.embedding._extractor",
     "embedding_store": "sktransfer.store._store",
     "list_backbones": "sktransfer.networks._catalog",
@@ -35,7 +33,6 @@ _HOMES = {
 __all__ = [
     "FineTuningClassifier",
     "FineTuningRegressor",
-    "Optimizer",
     "PretrainedFeatureExtractor",
     "__version__",
     "embedding_store",

@@ -1,15 +1,16 @@
 """The border between our estimators and scikit-learn's validation.
 
-This is the one file that touches scikit-learn's private functions, so that a
-new release of scikit-learn can break one file only.
+This is the only file that uses private names of scikit-learn, so that a new release of
+scikit-learn can break no other. Other files import what they need of them from here.
 """
 
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from sklearn.base import _fit_context as fit_context
 from sklearn.utils._param_validation import HasMethods, Interval, Options, StrOptions
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import (
@@ -19,35 +20,33 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
+from sktransfer._warnings import warn
 from sktransfer.images._containers import is_tensor
 from sktransfer.images._images import Images, as_images
 
-try:  # scikit-learn >= 1.9
-    from sklearn.callback import CallbackSupportMixin, with_callbacks
-except ImportError:
-
-    class CallbackSupportMixin:  # type: ignore[no-redef]
-        """Stands in where scikit-learn has no callbacks yet."""
-
-    def with_callbacks(method):  # type: ignore[no-redef]
-        return method
-
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
+    from sklearn.utils import Tags
 
 __all__ = [
     "SHARED_CONSTRAINTS",
-    "CallbackSupportMixin",
-    "FitProgress",
+    "HasMethods",
+    "Interval",
+    "Options",
+    "StrOptions",
     "check_images",
+    "check_parameters",
     "check_weight",
+    "fit_context",
     "image_column_names",
     "is_empty_part",
     "keep_index",
     "set_image_tags",
-    "with_callbacks",
+    "warn",
 ]
 
-# Of the parameters that the extractor and fine-tuning have in common, in scikit-learn's terms.
-SHARED_CONSTRAINTS: dict[str, list[Any]] = {
+# Of the parameters that the extractor and the fine-tuning estimators have in common.
+SHARED_CONSTRAINTS: dict[str, list] = {
     "backbone": [str, HasMethods(["forward"]), callable],
     "weights": [str, HasMethods(["__fspath__"]), None],
     "pooling": [StrOptions({"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"})],
@@ -72,16 +71,22 @@ SHARED_CONSTRAINTS: dict[str, list[Any]] = {
 }
 
 
-def check_images(estimator: Any, X: Any, *, reset: bool, name: str = "X") -> Images:
-    """Validate ``X``, set or check what was seen in ``fit``, and wrap its images.
+def check_images(estimator: BaseEstimator, X, *, reset: bool, name: str = "X") -> Images:
+    """Validate ``X``, set or check what `fit` remembers of it, and wrap its images.
 
-    No pixel is decoded here. Flat numeric rows (those that ``image_shape``
-    speaks of) go through scikit-learn's own :func:`validate_data`, so that its
-    messages stand for shapes, sparse input, missing values and names. Where it was given by
-    another `name`, errors begin with that.
+    No pixel is decoded. Flat numeric rows (those that `image_shape` describes) go through
+    scikit-learn's :func:`validate_data`, which raises its usual errors for wrong shapes, sparse
+    matrices, missing values and names. Errors begin with `name` unless it is ``"X"``.
     """
     try:
-        return _checked_images(estimator, X, reset)
+        if estimator.image_shape is not None and _is_flat(X):
+            # Its result is not used: it turns nullable and object integers into floats.
+            finite = estimator.on_error == "raise"
+            validate_data(estimator, X, reset=reset, ensure_all_finite=finite)
+            return as_images(X, estimator.image_shape)
+        images = as_images(X, estimator.image_shape)
+        _check_columns(estimator, X, images, reset)
+        return images
     except (TypeError, ValueError) as error:
         if name == "X":
             raise
@@ -89,17 +94,13 @@ def check_images(estimator: Any, X: Any, *, reset: bool, name: str = "X") -> Ima
         raise kind(f"{name}: {error}") from error
 
 
-def _checked_images(estimator: Any, X: Any, reset: bool) -> Images:
-    if estimator.image_shape is not None and _is_flat(X):
-        # What it returns is left aside: it makes floats of nullable and object integers.
-        validate_data(estimator, X, reset=reset, ensure_all_finite=estimator.on_error == "raise")
-        return as_images(X, estimator.image_shape)
-
-    images = as_images(X, estimator.image_shape)
+def _check_columns(estimator: BaseEstimator, X, images: Images, reset: bool) -> None:
+    """Set or check `n_features_in_` and `feature_names_in_`."""
+    class_name = type(estimator).__name__
     if len(images) == 0:
         raise ValueError(
-            f"Found array with 0 sample(s) while a minimum of 1 is required by "
-            f"{type(estimator).__name__}: X holds no image."
+            "Found array with 0 sample(s) while a minimum of 1 is required by "
+            f"{class_name}: X holds no image."
         )
     if hasattr(X, "columns"):
         _check_feature_names(estimator, X, reset=reset)
@@ -111,34 +112,38 @@ def _checked_images(estimator: Any, X: Any, reset: bool) -> Images:
         estimator.n_features_in_ = images.n_columns
     elif images.n_columns != estimator.n_features_in_:
         raise ValueError(
-            f"X has {images.n_columns} image column(s), but {type(estimator).__name__} "
-            f"was fitted on {estimator.n_features_in_} columns. Give X in the form it had in fit: "
-            "the same image columns, or flat rows of as many pixels."
+            f"X has {images.n_columns} image column(s), but {class_name} was fitted on "
+            f"{estimator.n_features_in_} columns. Give X in the form it had in fit: the same "
+            "image columns, or flat rows of as many pixels."
         )
-    return images
 
 
-def is_empty_part(estimator: Any, X: Any) -> bool:
-    """Whether ``X`` is a data frame or Series without rows, as parts of a larger one may be.
+def is_empty_part(estimator: BaseEstimator, X) -> bool:
+    """Whether ``X`` is a data frame or Series without rows, as a partition may be.
 
-    Its columns must be those of ``fit`` all the same.
+    A data frame must have the columns of `fit` nevertheless.
     """
-    if not (hasattr(X, "columns") or hasattr(X, "to_frame")) or len(X):
+    is_pandas_like = hasattr(X, "columns") or hasattr(X, "to_frame")
+    if not is_pandas_like or len(X):
         return False
     if hasattr(X, "columns"):
         _check_feature_names(estimator, X, reset=False)
     return True
 
 
-def check_weight(sample_weight: Any, n_samples: int) -> np.ndarray:
-    """Return one weight per row as float64; ``None``: ones. Negative ones are an error."""
-    return _check_sample_weight(
-        sample_weight, np.empty((n_samples, 1)), dtype=np.float64, ensure_non_negative=True
-    )
+def check_parameters(estimator: BaseEstimator) -> None:
+    """Raise scikit-learn's error for a parameter outside the estimator's constraints."""
+    estimator._validate_params()
 
 
-def image_column_names(estimator: Any, input_features: Any) -> list[str]:
-    """Return a name for each image column; a single column without one has the name ""."""
+def check_weight(sample_weight, n_samples: int) -> np.ndarray:
+    """Return one non-negative float64 weight per row; ``None`` gives ones."""
+    rows = np.empty((n_samples, 1))
+    return _check_sample_weight(sample_weight, rows, dtype=np.float64, ensure_non_negative=True)
+
+
+def image_column_names(estimator: BaseEstimator, input_features) -> list[str]:
+    """Return a name for each image column; a single column without a name is ``""``."""
     names = _check_feature_names_in(estimator, input_features, generate_names=False)
     n_columns = estimator._n_image_columns
     if names is None or estimator.n_features_in_ != n_columns:  # pixel columns: one image
@@ -146,9 +151,9 @@ def image_column_names(estimator: Any, input_features: Any) -> list[str]:
     return [str(name) for name in names]
 
 
-def set_image_tags(estimator: Any, tags: Any) -> Any:
-    """Say in scikit-learn's tags what an estimator of images takes and gives."""
-    # With image_shape X is a table of numbers; without, it may well be a list of paths.
+def set_image_tags(estimator: BaseEstimator, tags: Tags) -> Tags:
+    """Describe an estimator of images in scikit-learn's tags."""
+    # With image_shape X is a table of numbers; without it X may be a list of paths.
     tags.input_tags.one_d_array = estimator.image_shape is None
     tags.input_tags.string = estimator.image_shape is None
     tags.input_tags.three_d_array = True
@@ -157,12 +162,11 @@ def set_image_tags(estimator: Any, tags: Any) -> Any:
     return tags
 
 
-def keep_index(estimator: Any, columns: np.ndarray, X: Any) -> Any:
-    """Give the output a pandas Series' index where ``set_output("pandas")`` wants a frame.
+def keep_index(estimator: BaseEstimator, columns: np.ndarray, X):
+    """Give the output a Series' index where ``set_output(transform="pandas")`` is on.
 
-    scikit-learn's own wrapper keeps the index of data frames only, and a ColumnTransformer
-    that names its column by a string passes a Series: its blocks would be joined on
-    different indices.
+    scikit-learn keeps the index of data frames only, and a ColumnTransformer that names its
+    column by a string passes a Series: its blocks would be joined on different indices.
     """
     is_series = hasattr(X, "index") and hasattr(X, "to_frame")
     if not is_series or _get_output_config("transform", estimator)["dense"] != "pandas":
@@ -172,67 +176,57 @@ def keep_index(estimator: Any, columns: np.ndarray, X: Any) -> Any:
     return pd.DataFrame(columns, index=X.index)
 
 
-class FitProgress:
-    """Tells scikit-learn's callbacks, where it has them, how far ``fit`` has come."""
-
-    def __init__(self, estimator: Any, X: Any, y: Any, n_images: int = 0) -> None:
-        self._estimator, self._X, self._y, self._n_images = estimator, X, y, n_images
-        # A step a percent, where somebody listens.
-        self._n_steps = min(100, n_images) if getattr(estimator, "_skl_callbacks", None) else 0
-        self._n_done = self._n_told = 0
-        self._context = None
-        if hasattr(estimator, "_init_callback_context"):
-            self._context = estimator._init_callback_context(max_subtasks=self._n_steps)
-            self._context.call_on_fit_task_begin(estimator=estimator, X=X, y=y)
-
-    def advance(self, n: int) -> None:
-        """Note that ``n`` more images are done."""
-        self._n_done += n
-        while self._context and self._n_told < self._n_done * self._n_steps // self._n_images:
-            self._n_told += 1
-            step = self._context.subcontext(task_name="images")
-            step.call_on_fit_task_begin(estimator=self._estimator)
-            step.call_on_fit_task_end(estimator=self._estimator)
-
-    def done(self) -> None:
-        if self._context is not None:
-            self._context.call_on_fit_task_end(
-                estimator=self._estimator, X=self._X, y=self._y, reconstruction_attributes={}
-            )
-
-
-def _is_flat(X: Any) -> bool:
+def _is_flat(X) -> bool:
     """Whether ``X`` is a table of numbers, or what scikit-learn should refuse as one."""
     if hasattr(X, "columns"):  # a data frame is flat unless it holds strings, bytes, images …
         return all(_is_number_dtype(dtype) for dtype in X.dtypes)
     if hasattr(X, "toarray"):  # scipy sparse
         return True
     if isinstance(X, (list, tuple)):
-        row: Any = X[0] if X else None
-        is_row = isinstance(row, (list, tuple)) or getattr(row, "ndim", 0) == 1
-        return _is_number(row[0] if is_row and len(row) else row)
+        cell = X[0] if len(X) else ""
+        is_row = isinstance(cell, (list, tuple)) or getattr(cell, "ndim", 0) == 1
+        return _is_number(cell[0] if is_row and len(cell) else cell)
     if is_tensor(X):
         return X.ndim <= 2
     if not hasattr(X, "dtype") and hasattr(X, "__array__"):
         X = np.asarray(X)
-    ndim, dtype = getattr(X, "ndim", None), getattr(X, "dtype", None)
-    if ndim is None or ndim > 2 or dtype is None:
+    if not hasattr(X, "dtype") or getattr(X, "ndim", 3) > 2:
         return False
-    if _is_number_dtype(dtype) or getattr(dtype, "kind", "") == "c":
+    if _is_number_dtype(X.dtype) or getattr(X.dtype, "kind", "") == "c":
         return True
-    return ndim == 2 and isinstance(X, np.ndarray) and X.size > 0 and _is_number(X.flat[0])
+    return isinstance(X, np.ndarray) and X.ndim == 2 and X.size > 0 and _is_number(X.flat[0])
 
 
-def _is_number_dtype(dtype: Any) -> bool:
+def _is_number_dtype(dtype) -> bool:
     is_numeric = getattr(dtype, "is_numeric", None)  # polars
     if callable(is_numeric):
         return bool(is_numeric())
     return getattr(dtype, "kind", "O") in "biuf"
 
 
-def _is_number(value: Any) -> bool:
-    """Whether a cell is a number, or a dict that is no ``{"bytes": …, "path": …}`` either."""
+def _is_number(value) -> bool:
+    """Whether a cell is a number, or a dict other than ``{"bytes": …, "path": …}``."""
     if isinstance(value, dict):
         return "bytes" not in value and "path" not in value
     is_scalar = np.isscalar(value) or (is_tensor(value) and value.ndim == 0)
     return is_scalar and not isinstance(value, (str, bytes))
+
+
+# REMOVE when embedding and fine-tuning no longer import these three.
+class CallbackSupportMixin:
+    pass
+
+
+def with_callbacks(method):
+    return method
+
+
+class FitProgress:
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def advance(self, n):
+        pass
+
+    def done(self):
+        pass

@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
+from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from tiny_networks import tiny_network
 
 from sktransfer import (
     FineTuningClassifier,
     FineTuningRegressor,
-    Optimizer,
     PretrainedFeatureExtractor,
     load,
     save,
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LABELS = np.array(["a", "b", "c"] * 4)
 ESTIMATORS = {
     "head": FineTuningClassifier(unfreeze=0, max_epochs=1),
-    "stage": FineTuningClassifier(unfreeze=1, max_epochs=1, head=(4,), optimizer=Optimizer("sgd")),
+    "stage": FineTuningClassifier(unfreeze=1, max_epochs=1, head=(4,), optimizer="sgd"),
     "two columns": FineTuningClassifier(unfreeze=1, max_epochs=1, class_weight={"a": 2.0}),
     "labels": FineTuningClassifier(unfreeze={1: 0}, max_epochs=1),
     "numbers": FineTuningRegressor(unfreeze=0, max_epochs=1, preprocessing={"size": (48, 48)}),
@@ -44,8 +44,6 @@ ESTIMATORS = {
 
 
 def fitted(name, pictures, **parameters):
-    from sklearn.base import clone
-
     X, y = pictures, LABELS
     if name == "two columns":
         import pandas as pd
@@ -83,7 +81,7 @@ def test_round_trip(name, standalone, pictures, tmp_path):
         np.testing.assert_allclose(loaded.predict_proba(X), model.predict_proba(X), rtol=1e-4)
     ours, theirs = model.get_params(), loaded.get_params()
     same = {key for key in ours if ours[key] == theirs[key]}
-    assert set(ours) - same <= {"memory", "optimizer"}
+    assert set(ours) - same <= {"memory"}
     assert list(loaded.get_feature_names_out()) == list(model.get_feature_names_out())
     again = pickle.loads(pickle.dumps(loaded))
     if name == "numbers":
@@ -103,7 +101,7 @@ def test_file_is_as_small_as_what_was_trained(pictures, tmp_path):
 
 
 def test_what_stands_alone_is_written_so_again(pictures, tmp_path):
-    model, X = fitted("stage", pictures, warm_start=True)
+    model, X = fitted("stage", pictures)
     save(model, tmp_path / "first", standalone=True)
     save(load(tmp_path / "first"), tmp_path / "second")
     again = load(tmp_path / "second")
@@ -159,8 +157,14 @@ def test_own_module_is_given_again(pictures, tmp_path):
 
 def test_callables_and_strangers_are_refused(pictures, tmp_path):
     model, _ = fitted("head", pictures)
-    with pytest.raises(TypeError, match="the parameter lr_schedule is"):
-        save(model.set_params(lr_schedule=np.cos), tmp_path / "model")
+    for name, value in (
+        ("augment", np.flip),
+        ("augment", [torch.nn.Identity()]),
+        ("optimizer", torch.optim.SGD),
+        ("loss", torch.nn.CrossEntropyLoss(reduction="none")),
+    ):
+        with pytest.raises(TypeError, match=f"the parameter {name} is .* use pickle or joblib"):
+            save(clone(model).set_params(**{name: value}).fit(pictures, LABELS), tmp_path / "model")
     with pytest.raises(TypeError, match="save writes"):
         save(LogisticRegression(), tmp_path / "model")
     with pytest.raises(ValueError, match="not fitted"):
@@ -292,62 +296,48 @@ def array(dtype, *items):
 
 
 HEADERS = {
-    "no JSON": (lambda h: "{", "no JSON"),
+    "not JSON": (lambda h: "{", "not JSON"),
     "deep": (lambda h: "[" * 100_000, "nested too deeply"),
     "a list": (lambda h: [], "names no format"),
-    "format": ({("format",): 2}, "its format is 2"),
+    "format": ({("format",): 1}, "its format is 1, and this version reads 2"),
     "class": ({("class",): "os.system"}, "its class is 'os.system'"),
     "class of ours": ({("class",): "load_backbone"}, "its class is 'load_backbone'"),
-    "more": ({("code",): "import os"}, "its header holds"),
-    "no dict": ({("parameters",): [1]}, "'parameters' of its header"),
+    "more": ({("code",): "import os"}, "header does not hold"),
+    "not a dict": ({("parameters",): [1]}, "header does not hold"),
     "unknown parameter": ({("parameters", "evil"): 1}, r"no parameters \['evil'\]"),
     "machine": ({("parameters", "memory"): "/etc"}, r"no parameters \['memory'\]"),
     "parameter": ({("parameters", "lr"): -1}, "The 'lr' parameter"),
     "object": ({("parameters", "lr"): {"__kind__": "eval", "items": []}}, "parameter 'lr' is"),
     "array": (
         {("attributes", "classes_"): array("O", {})},
-        "no value of a known kind",
+        "not of a known kind",
     ),
-    "dtype": ({("attributes", "classes_"): array("V8")}, "no value of a known kind"),
+    "dtype": ({("attributes", "classes_"): array("V8")}, "not of a known kind"),
     "attribute": ({("attributes", "predict"): 1}, "fitted attributes are"),
     "type": ({("attributes", "n_iter_"): "3"}, "its n_iter_ is of type str"),
-    "sign": ({("attributes", "_lowest"): -2}, "_lowest is -2"),
-    "lowest": ({("attributes", "_lowest"): 99}, "not those of the stages"),
-    "other stage": ({("attributes", "_lowest"): 1}, "not those of the stages"),
+    "sign": ({("attributes", "first_trained_stage"): -2}, "first_trained_stage is -2"),
+    "no such stage": ({("attributes", "first_trained_stage"): 99}, "not those of the stages"),
+    "other stage": ({("attributes", "first_trained_stage"): 1}, "not those of the stages"),
     "kind": ({("attributes", "_kind"): "regression"}, "kind of target"),
-    "columns": ({("attributes", "_n_image_columns"): 7}, "1 columns of X do not hold 7 images"),
-    "no columns": ({("attributes", "_n_image_columns"): 0}, "do not hold 0 images"),
     "many columns": (
         {("attributes", key): 10**30 for key in ("n_features_in_", "_n_image_columns")},
-        "do not agree",
+        "its n_features_out_ is",
     ),
-    "digits": (lambda h: json.dumps(h)[:-1] + ', "x": ' + "9" * 5000 + "}", "no JSON"),
+    "digits": (lambda h: json.dumps(h)[:-1] + ', "x": ' + "9" * 5000 + "}", "not JSON"),
     "nested": (
         {("attributes", "history_"): json.loads("[" * 700 + "]" * 700)},
-        "too deeply|no list of dicts",
+        "too deeply",
     ),
     "head": ({("parameters", "head"): [-1]}, r"head=\[-1\] has the hidden size -1"),
     "large head": ({("parameters", "head"): [2**40]}, "head does not fit"),
     "huge head": ({("parameters", "head"): [10**30]}, "head does not fit"),
-    "names": ({("attributes", "feature_names_in_"): array("O", "a", "b")}, "feature_names_in_ are"),
     "bytes": ({("parameters", "augment"): array("|S3", 5)}, "parameter 'augment' is"),
     "numbers": ({("attributes", "classes_"): array("<U3", 1, 2, 3)}, "known kind"),
     "integer": ({("attributes", "classes_"): array("<i8", 1, 10**40, 2)}, "known kind"),
     "unit": ({("attributes", "classes_"): array("<M8[0s]", 1, 2, 3)}, "known kind"),
-    "no time": (
-        {("attributes", "classes_"): array("<M8[s]", 1, 2, -(2**63))},
-        "different ones in order",
-    ),
     "table": ({("attributes", "classes_"): array("<i8", [1], [2], [3])}, "known kind"),
-    "order": ({("attributes", "classes_"): array("<U1", "b", "a", "c")}, "different ones in order"),
-    "twice": ({("attributes", "classes_"): array("<U1", "a", "a", "b")}, "different ones in order"),
-    "one class": ({("attributes", "classes_"): array("<U1", "a")}, "different ones in order"),
-    "labels": ({("attributes", "_kind"): "multilabel"}, "different ones in order"),
-    "NaN": ({("attributes", "classes_"): array("<f8", 1.0, 2.0, np.nan)}, "classes_ holds NaN"),
-    "blind": ({("attributes", "_blind_scores"): array("<f8", 1.0)}, "each of 3 outputs"),
-    "blind kind": ({("attributes", "_blind_scores"): array("<i8", 1, 2, 3)}, "each of 3 outputs"),
     "fingerprint": ({("fingerprint",): "0" * 64}, "written with other weights"),
-    "standalone": ({("standalone",): True}, "wrongly whether it stands alone"),
+    "standalone": ({("standalone",): True}, "wrongly whether it is standalone"),
     "backbone": ({("parameters", "backbone"): "resnet5"}, "backbone='resnet5' is not known"),
 }
 
@@ -364,24 +354,6 @@ def test_bad_headers_are_refused(saved, attack):
     write(path, header, tensors)
     with pytest.raises(ValueError, match=message):
         load(path)
-
-
-def test_targets_of_another_scale_are_refused(pictures, tmp_path):
-    path = tmp_path / "model"
-    save(fitted("numbers", pictures)[0], path)
-    tensors = load_file(path)
-    for key, value, message in (
-        ("_target_mean", array("<f8", 1.0), "each of 2 outputs"),
-        ("_target_mean", array("<f8", 1.0, np.nan), "_target_mean holds NaN"),
-        ("_target_scale", array("<U1", "1", "2"), "each of 2 outputs"),
-        ("_n_targets", 10**30, "each of 1000"),
-        ("_is_flat", True, "2 targets do not make one column"),
-    ):
-        header, _ = _read(path)
-        change(header, "attributes", key, value=value)
-        write(tmp_path / "changed", header, tensors)
-        with pytest.raises(ValueError, match=message):
-            load(tmp_path / "changed")
 
 
 def places(value, place=()):
@@ -440,7 +412,7 @@ def test_bad_tensors_are_refused(saved):
             load(path)
     eighth = torch.zeros(3, dtype=torch.float8_e4m3fn)  # NumPy has no such numbers
     save_torch_file({"head/linear.bias": eighth}, path, {"sktransfer": json.dumps(header)})
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
         load(path)
 
 
@@ -450,10 +422,10 @@ def test_other_files_are_refused(saved, tmp_path, monkeypatch):
     content = path.read_bytes()
     for bad in (content[:200], content[:-10], b"", pickle.dumps(Bomb()), b"\xff" * 1000):
         path.write_bytes(bad)
-        with pytest.raises(ValueError, match="no safetensors file"):
+        with pytest.raises(ValueError, match="not a readable safetensors file"):
             load(path)
     save_file({"a": np.zeros(1)}, path)
-    with pytest.raises(ValueError, match="no header of ours"):
+    with pytest.raises(ValueError, match="sktransfer did not write it"):
         load(path)
     assert not Path("exploded").exists()
     with pytest.raises(FileNotFoundError):
