@@ -173,9 +173,9 @@ def test_a_mix_trains_with_the_usual_loss_and_weights(stripes, kind):
 def test_a_mix_is_for_one_label_per_row(coded, kind):
     X, k = coded
     mix = MIXES[kind](num_classes=3)
-    message = f"augment[\\s\\S]*{type(mix).__name__}[\\s\\S]*one label per row"
+    message = f"augment holds {type(mix).__name__}.*, which mixes classes, but y holds "
     for augment in (mix, [v2.RandomHorizontalFlip(), mix]):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"{message}numbers"):
             small(FineTuningRegressor, augment=augment).fit(X, k)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"{message}several labels per row"):
             small(FineTuningClassifier, augment=augment).fit(X, np.eye(3, dtype=int)[k])
