@@ -1,13 +1,33 @@
-"""scikit-learn's own battery over the fine-tuning estimators: all pass, none expected to fail."""
+"""scikit-learn's battery, and its tools around the estimators as a user would write them."""
 
 import warnings
 
+import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
+from sklearn import config_context
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.compose import ColumnTransformer
+from sklearn.ensemble import RandomForestClassifier, StackingClassifier, VotingClassifier
+from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+from sklearn.inspection import permutation_importance
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import (
+    GridSearchCV,
+    HalvingGridSearchCV,
+    cross_val_predict,
+    cross_val_score,
+)
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import estimator_checks_generator, parametrize_with_checks
+from small_models import assert_same_model, quick, small
 from tiny_networks import tiny_network
 
 from sktransfer import FineTuningClassifier, FineTuningRegressor
 
+# -- the battery: all pass, none is expected to fail -----------------------------------------
 COMMON = {
     "backbone": tiny_network,
     "image_shape": (1, -1),
@@ -21,10 +41,7 @@ ESTIMATORS = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-# The battery's numbers are drawn from all over the line: pixels out of 0…1 are expected.
+# The battery's numbers are drawn from all over the line: pixels outside 0…1 are expected.
 @pytest.mark.filterwarnings("ignore:.*outside 0…:UserWarning")
 @parametrize_with_checks(ESTIMATORS)
 def test_sklearn_estimator(estimator, check):
@@ -38,3 +55,127 @@ def test_whole_battery_runs():
         checks = list(estimator_checks_generator(ESTIMATORS[0]))
     assert len(checks) >= 55
     assert not [w for w in caught if "Can't test estimator" in str(w.message)]
+
+
+# -- searches --------------------------------------------------------------------------------
+def test_grid_search(stripes):
+    X, y = stripes
+    grid = [
+        {"unfreeze": [0, 1], "lr": [1e-3, 1e-2]},
+        {"layer_decay": [0.5], "backbone": ["builtin"], "unfreeze": [0]},
+    ]
+    search = GridSearchCV(small(max_epochs=1), grid, cv=2, error_score="raise").fit(X, y)
+    assert len(search.cv_results_["params"]) == 5
+    assert search.predict(X).dtype == y.dtype
+
+
+@pytest.mark.slow
+def test_search_in_two_processes(stripes):
+    X, y = stripes
+    model = FineTuningClassifier(unfreeze=0, max_epochs=1, random_state=0)
+    search = GridSearchCV(model, {"lr": [1e-3, 1e-2]}, cv=2, n_jobs=2, error_score="raise")
+    alone = GridSearchCV(model, {"lr": [1e-3, 1e-2]}, cv=2, error_score="raise")
+    np.testing.assert_allclose(
+        search.fit(X, y).cv_results_["mean_test_score"],
+        alone.fit(X, y).cv_results_["mean_test_score"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_resources"),
+    [({"resource": "max_epochs", "min_resources": 1, "max_resources": 4}, [1, 2, 4]),
+     ({"min_resources": 24}, [24, 48])], ids=["epochs", "rows"],
+)  # fmt: skip
+def test_halving_search(stripes, settings, n_resources):
+    grid = {"lr": [1e-4, 1e-2], "unfreeze": [0, 1]}
+    settings = settings | {"cv": 2, "factor": 2, "random_state": 0, "error_score": "raise"}
+    search = HalvingGridSearchCV(small(), grid, **settings).fit(*stripes)
+    assert search.n_resources_ == n_resources
+    assert search.n_features_in_ == 1
+
+
+# -- in larger models ------------------------------------------------------------------------
+@pytest.fixture
+def table(stripes, tmp_path):
+    """Paths of an image of the product and of another one, two numbers; and the kinds."""
+    X, y = stripes
+    paths = [str(tmp_path / f"{i}.png") for i in range(len(X))]
+    for path, image in zip(paths, X, strict=True):
+        Image.fromarray(image).save(path)
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"front": paths, "back": rng.permutation(paths)})
+    frame["price"] = rng.normal(size=len(y)) + (y == "down")
+    frame["weight"] = rng.normal(size=len(y))
+    return frame, y
+
+
+def only(*columns):
+    return ColumnTransformer([("only", "passthrough", list(columns))])
+
+
+@pytest.mark.parametrize("voting", ["soft", "hard"])
+def test_voting_beside_a_forest_on_the_table(table, voting):
+    frame, y = table
+    photo = make_pipeline(only("front"), small(unfreeze=1))
+    numbers = make_pipeline(only("price", "weight"), RandomForestClassifier(20, random_state=0))
+    vote = VotingClassifier([("photo", photo), ("numbers", numbers)], voting=voting)
+    vote.fit(frame, y)
+    assert set(vote.predict(frame)) <= set(y)
+    if voting == "soft":
+        alone = [p.fit(frame, y).predict_proba(frame) for p in (photo, numbers)]
+        np.testing.assert_allclose(vote.predict_proba(frame), np.mean(alone, axis=0), atol=1e-6)
+
+
+def test_calibration_stacking_and_cross_validation(stripes):
+    X, y = stripes
+    calibrated = CalibratedClassifierCV(quick(), cv=2).fit(X, y)
+    np.testing.assert_allclose(calibrated.predict_proba(X).sum(axis=1), 1)
+    frame = pd.DataFrame({"photo": list(X)})
+    stack = StackingClassifier([("tuned", quick())], cv=2).fit(frame[["photo"]], y)
+    assert stack.predict(frame).shape == (48,)
+    assert cross_val_score(quick(), X, y, cv=3).shape == (3,)
+
+
+def test_a_tuned_network_before_a_classical_model(stripes):
+    X, y = stripes
+    pipe = make_pipeline(
+        small(unfreeze=1).set_output(transform="pandas"), LogisticRegression(max_iter=10_000)
+    )
+    assert pipe.fit(X, y).score(X, y) > 0.6
+    assert pipe[:-1].transform(X).columns[0].endswith("tuned_000")
+
+
+def test_validation_rows_through_a_pipeline(stripes):
+    X, y = stripes
+    with config_context(enable_metadata_routing=True):
+        model = small(early_stopping=False).set_fit_request(X_val=True, y_val=True)
+        pipe = make_pipeline(FunctionTransformer(lambda X: X[:, ::-1]), model)
+        pipe.set_params(transform_input=["X_val"])
+        pipe.fit(X[:40], y[:40], X_val=X[40:], y_val=y[40:])
+        assert "valid_score" in pipe[-1].history_[0]
+        flipped = small(early_stopping=False)
+        flipped.fit(X[:40, ::-1], y[:40], X_val=X[40:, ::-1], y_val=y[40:])
+    assert_same_model(pipe[-1], flipped, rtol=0, atol=0)
+
+
+# -- inspection ------------------------------------------------------------------------------
+def test_permutation_importance_of_image_columns(table):
+    frame, y = table
+    both = frame[["front", "back"]]
+    model = quick(max_epochs=4).fit(both, y)
+    found = permutation_importance(model, both, y, n_repeats=3, random_state=0)
+    assert found.importances_mean[0] > 0.2
+    assert found.importances_mean[0] > found.importances_mean[1]
+
+
+@pytest.mark.parametrize("cls", [FineTuningClassifier, FineTuningRegressor])
+def test_cross_val_predict(table, cls):
+    frame, y = table
+    if cls is FineTuningClassifier:
+        proba = cross_val_predict(small(), frame["front"], y, cv=3, method="predict_proba")
+        assert (np.sort(np.unique(y))[proba.argmax(axis=1)] == y).mean() > 0.5
+        scores = cross_val_predict(small(), frame["front"], y, cv=3, method="decision_function")
+        np.testing.assert_array_equal(scores.argmax(axis=1), proba.argmax(axis=1))
+    else:
+        target = frame[["price", "weight"]]
+        assert cross_val_predict(small(cls), frame["front"], target, cv=3).shape == (48, 2)
