@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
     from torch import nn
 
-    from sktransfer.fine_tuning._tuned_network import TunedNetwork
+    from sktransfer.fine_tuning._tuned import TunedNetwork
     from sktransfer.networks._backbone import Backbone
 
 FORMAT = 2
@@ -340,7 +340,7 @@ def _backbone(estimator: BaseEstimator, header: dict, own: Tensors, path: str) -
     layer = with_cached_layers(estimator.layer, getattr(estimator, "cache_layers", None))
     pooling = estimator.pooling
     if own and isinstance(backbone, str):
-        from sktransfer.fine_tuning._tuned_network import with_own_weights
+        from sktransfer.fine_tuning._tuned import with_own_weights
 
         settings = _decoded(header["preprocessing"], "preprocessing")
         try:
@@ -368,7 +368,7 @@ def _tuned_network(estimator: BaseEstimator, of_tuned: dict, tensors: Tensors) -
     import torch
 
     from sktransfer.fine_tuning._head import make_head
-    from sktransfer.fine_tuning._tuned_network import TunedNetwork
+    from sktransfer.fine_tuning._tuned import TunedNetwork
 
     backbone, n_columns = estimator.backbone_, estimator._n_image_columns
     state = {key: tensor.float() for key, tensor in _torch(_taken(tensors, "head/")).items()}
