@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(n_images: int, verbose: int, advance=None) -> Iterator[Callable[[int], object]]:
+def progress_bar(n_images: int, verbose: int) -> Iterator[Callable[[int], object]]:
     """Show a bar unless `verbose` is 0; call what it gives with each number of finished images."""
     if not verbose:
         yield lambda n: None

@@ -329,7 +329,6 @@ HEADERS = {
     "sign": ({("attributes", "first_trained_stage"): -2}, "first_trained_stage is -2"),
     "no such stage": ({("attributes", "first_trained_stage"): 99}, "not those of the stages"),
     "other stage": ({("attributes", "first_trained_stage"): 1}, "not those of the stages"),
-    "kind": ({("attributes", "_kind"): "regression"}, "kind of target"),
     "many columns": (
         {("attributes", key): 10**30 for key in ("n_features_in_", "_n_image_columns")},
         "its n_features_out_ is",
@@ -348,7 +347,6 @@ HEADERS = {
     "unit": ({("attributes", "classes_"): array("<M8[0s]", 1, 2, 3)}, "known kind"),
     "table": ({("attributes", "classes_"): array("<i8", [1], [2], [3])}, "known kind"),
     "fingerprint": ({("fingerprint",): "0" * 64}, "written with other weights"),
-    "standalone": ({("standalone",): True}, "wrongly whether it is standalone"),
     "backbone": ({("parameters", "backbone"): "resnet5"}, "backbone='resnet5' is not known"),
 }
 
