@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
-from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._validation import (
     SHARED_CONSTRAINTS,
-    CallbackSupportMixin,
-    FitProgress,
+    Interval,
+    StrOptions,
     check_images,
+    fit_context,
     image_column_names,
     is_empty_part,
     keep_index,
     set_image_tags,
-    with_callbacks,
+    warn,
 )
 
 if TYPE_CHECKING:
-    from sktransfer.embedding._batches import BadRow
+    from sktransfer.embedding._embed import BadRow
 
 _N_REPORTED = 10
 
 
-class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEstimator):
+class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
     """Turn images into the columns that a pre-trained network sees in them.
 
     The network's classification head is cut off and what would have entered it, or the
@@ -84,13 +82,6 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
 
     precision : {"float32", "bfloat16", "float16"}, default="float32"
         What the network computes in. The columns are float32 always.
-
-    compile : bool, default=False
-        Whether the network runs through :func:`torch.compile`. The columns are the same up to
-        rounding, and so is what is kept in `memory`. The first batch in a process waits for the
-        compiler: measured on two cores, 33 to 69 s, after which the network ran at 0.6 to 1.14
-        times its speed without, so try it before you rely on it; on a GPU it is not measured.
-        Where there is no C++ compiler the network runs as it is, with a warning.
 
     n_jobs : int or None, default=None
         Threads for decoding and, on a CPU, for the network. ``None`` and -1 mean as many
@@ -178,7 +169,6 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         **SHARED_CONSTRAINTS,
         "layer": [str, "array-like", None],
         "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
-        "compile": ["boolean"],
         "cache_layers": ["array-like", None],
         "on_error": [StrOptions({"raise", "nan", "zero"})],
     }
@@ -201,7 +191,6 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         batch_size="auto",
         device="auto",
         precision="float32",
-        compile=False,
         n_jobs=None,
         memory=None,
         cache_layers=None,
@@ -217,17 +206,15 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
-        self.compile = compile
         self.n_jobs = n_jobs
         self.memory = memory
         self.cache_layers = cache_layers
         self.on_error = on_error
         self.verbose = verbose
 
-    @with_callbacks
-    @_fit_context(prefer_skip_nested_validation=True)
+    @fit_context(prefer_skip_nested_validation=True)
     def fit(self, X, y=None):
-        """Load the network and note the columns of `X`; no picture is decoded.
+        """Load the network and note the columns of `X`; no image is decoded.
 
         Parameters
         ----------
@@ -240,32 +227,24 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         -------
         self : PretrainedFeatureExtractor
         """
-        progress = FitProgress(self, X, y)
-        self._fit(X)
-        progress.done()
+        from sktransfer.embedding._cluster import check_place
+        from sktransfer.networks._backbone import load_backbone, with_cached_layers
+
+        images = check_images(self, X, reset=True)
+        check_place(self.memory, self.device)
+        self.backbone_ = load_backbone(
+            self.backbone,
+            weights=self.weights,
+            layer=with_cached_layers(self.layer, self.cache_layers),
+            pooling=self.pooling,
+            preprocessing=self.preprocessing,
+        )
+        self._n_image_columns = images.n_columns
+        n_asked = 1 if self.layer is None or isinstance(self.layer, str) else len(self.layer)
+        widths = [width for _, width in self.backbone_.feature_groups[:n_asked]]
+        self.n_features_out_ = images.n_columns * sum(widths)
+        self.bad_images_ = []
         return self
-
-    @with_callbacks
-    @_fit_context(prefer_skip_nested_validation=True)
-    def fit_transform(self, X, y=None):
-        """Fit and transform, with scikit-learn's callbacks told of the progress.
-
-        Parameters
-        ----------
-        X : list, array, Series or data frame of n_samples images
-            See the class's Notes.
-        y : None
-            Ignored.
-
-        Returns
-        -------
-        columns : ndarray of shape (n_samples, n_features_out_), float32
-        """
-        images = self._fit(X)
-        progress = FitProgress(self, X, y, len(images))
-        columns = keep_index(self, self._embed(images, progress.advance), X)
-        progress.done()
-        return columns
 
     def transform(self, X):
         """Embed images.
@@ -327,38 +306,18 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
     def __sklearn_tags__(self):
         return set_image_tags(self, super().__sklearn_tags__())
 
-    def _fit(self, X):
-        from sktransfer.embedding._cluster import check_place
-        from sktransfer.networks._backbone import load_backbone, with_cached_layers
-
-        images = check_images(self, X, reset=True)
-        check_place(self.memory, self.device)
-        self.backbone_ = load_backbone(
-            self.backbone,
-            weights=self.weights,
-            layer=with_cached_layers(self.layer, self.cache_layers),
-            pooling=self.pooling,
-            preprocessing=self.preprocessing,
-        )
-        self._n_image_columns = images.n_columns
-        n_asked = 1 if self.layer is None or isinstance(self.layer, str) else len(self.layer)
-        widths = [width for _, width in self.backbone_.feature_groups[:n_asked]]
-        self.n_features_out_ = images.n_columns * sum(widths)
-        self.bad_images_ = []
-        return images
-
     def _asked_groups(self) -> range:
         """Return which of the backbone's groups are columns: the first; the rest is kept only."""
         width = self.n_features_out_ // self._n_image_columns
         widths = np.cumsum([width for _, width in self.backbone_.feature_groups])
         return range(int(np.searchsorted(widths, width)) + 1)
 
-    def _embed(self, images, advance: Callable[[int], Any] | None = None) -> np.ndarray:
+    def _embed(self, images):
         from sktransfer._progress import progress_bar
         from sktransfer.embedding._cluster import embed_anywhere
 
         columns = np.empty((images.n_rows, self.n_features_out_), dtype=np.float32)
-        with progress_bar(len(images), self.verbose, advance) as tick:
+        with progress_bar(len(images), self.verbose) as tick:
             bad = embed_anywhere(
                 images,
                 self.backbone_,
@@ -367,27 +326,28 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
                 batch_size=self.batch_size,
                 device=self.device,
                 precision=self.precision,
-                is_compiled=self.compile,
                 n_jobs=self.n_jobs,
                 groups=self._asked_groups(),
                 fill=0.0 if self.on_error == "zero" else np.nan,
                 progress=tick,
             )
         if assumed := images.take_warnings():
-            warnings.warn(assumed, UserWarning, stacklevel=3)
+            warn(assumed)
         # Not read back: another thread may be transforming with this object, too.
         self.bad_images_ = bad
         if bad and self.on_error == "raise":
-            raise ValueError(_report(bad, len(images), is_kept=self.memory is not False))
+            error = ValueError(_report(bad, len(images), is_kept=self.memory is not False))
+            error.bad_images = bad  # type: ignore[attr-defined]
+            raise error
         return columns
 
 
-def _report(bad: list[BadRow], n_rows: int, is_kept: bool) -> str:
-    lines = [f"{len(bad)} of {n_rows} images could not be read:"]
+def _report(bad: list[BadRow], n_images: int, is_kept: bool) -> str:
+    lines = [f"{len(bad)} of {n_images} images could not be read:"]
     lines += [f"  {row}" for row in bad[:_N_REPORTED]]
     if len(bad) > _N_REPORTED:
         lines.append(f"  … and {len(bad) - _N_REPORTED} more, all in bad_images_.")
     if is_kept:
         lines.append("The others are embedded and kept, so nothing is lost.")
-    lines.append('Mend or drop these rows, or set on_error="nan" or on_error="zero".')
+    lines.append('Repair or drop these rows, or set on_error="nan" or on_error="zero".')
     return "\n".join(lines)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from sktransfer.embedding._embed import add_note
 
 
 class LinearHead(nn.Module):
@@ -100,7 +99,7 @@ def make_head(head: Any, n_in: int, n_out: int, dropout: float) -> nn.Module:
         with torch.no_grad():
             shape = tuple(own.eval()(torch.zeros(2, n_in)).shape)
     except Exception as error:
-        add_note(error, f"The head was called with embeddings of shape (2, {n_in}).")
+        error.add_note(f"The head was called with embeddings of shape (2, {n_in}).")
         raise
     if shape != (2, n_out):
         raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sktransfer.embedding._batches import BadRow
+from sktransfer.embedding._embed import BadRow
 from sktransfer.images._images import BadImage, Images
 
 # What is kept of a training set (pixels, or what the frozen stages make of them): in memory up

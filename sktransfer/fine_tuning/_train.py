@@ -17,7 +17,6 @@ from skorch.callbacks import Callback, LRScheduler
 from skorch.helper import predefined_split
 
 from sktransfer._threads import own_random_state, repeatable_kernels
-from sktransfer.embedding._embed import add_note
 from sktransfer.fine_tuning._callbacks import (
     EpochLog,
     FiniteLoss,
@@ -212,8 +211,7 @@ def train(
             result.is_interrupted = _run(net, train_set, max_epochs)
         except Exception as error:
             if valid is None and "valid_" in str(error):
-                add_note(
-                    error,
+                error.add_note(
                     "There is no validation part that a callback could watch: give X_val and "
                     "y_val, or early_stopping=True.",
                 )

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sktransfer.embedding._batches import BadRow, n_decoding_threads
+from sktransfer.embedding._batches import n_decoding_threads
 from sktransfer.embedding._cluster import embed_anywhere
+from sktransfer.embedding._embed import BadRow
 from sktransfer.fine_tuning._boundary import boundary_rows, keeps_anything
 from sktransfer.fine_tuning._rows import Kept, Pixels, digest_rows, merge_rows, rows_of
 from sktransfer.fine_tuning._views import each_corner

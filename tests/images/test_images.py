@@ -70,7 +70,7 @@ def contents(stack, folder):
 
 def data_urls(stack, folder):
     head = "data:image/png;base64,"
-    return [head + base64.b64encode(data).decode() for data in contents(stack, folder)]
+    return [head + base64.b64encode(data).picture() for data in contents(stack, folder)]
 
 
 def memory_urls(stack, folder):
@@ -251,7 +251,7 @@ def assert_shows(images, stack):
     assert len(images) == len(stack)
     assert images.n_columns == 1
     for i, picture in enumerate(stack):
-        decoded = images.decode(i)
+        decoded = images.picture(i)
         np.testing.assert_array_equal(decoded, picture)
         assert decoded.dtype == np.uint8
         assert decoded.flags.c_contiguous
@@ -291,14 +291,14 @@ def test_http_is_read_once_for_digest_and_decode(stack, folder, server):
     assert_shows_in_pairs(images, stack)
     assert server.hits.count("GET") == N
     with pytest.raises(BadImage, match="there is nothing at this URL"):
-        as_images([f"{server.url}/none.png"]).decode(0)
+        as_images([f"{server.url}/none.png"]).picture(0)
 
 
 def assert_shows_in_pairs(images, stack):
     digests = [images.digest(i) for i in range(len(images))]
     assert len(set(digests)) == len(stack)
     for i, picture in enumerate(stack):
-        np.testing.assert_array_equal(images.decode(i), picture)
+        np.testing.assert_array_equal(images.picture(i), picture)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_bool_is_black_and_white():
     mask = np.eye(6, dtype=bool)
     expected = np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
     for form in [mask, mask[..., None], torch.from_numpy(mask), Image.fromarray(mask)]:
-        np.testing.assert_array_equal(as_images([form]).decode(0), expected)
+        np.testing.assert_array_equal(as_images([form]).picture(0), expected)
 
 
 def test_pictures_of_different_sizes(stack):
@@ -340,11 +340,11 @@ def test_pictures_of_different_sizes(stack):
     ):
         images = as_images(X)
         for i, picture in enumerate(pictures):
-            np.testing.assert_array_equal(images.decode(i), picture)
+            np.testing.assert_array_equal(images.picture(i), picture)
 
 
 def test_a_view_shares_the_users_array(stack):
-    assert np.shares_memory(as_images(stack).decode(2), stack)
+    assert np.shares_memory(as_images(stack).picture(2), stack)
     assert stack.flags.writeable
 
 
@@ -360,7 +360,7 @@ def test_pil_not_loaded_stays_so(stack, folder):
     (image,) = lazy_pil(stack, folder)[:1]
     images = as_images([image, image])
     assert images.digest(0) == images.digest(1) == as_images(contents(stack, folder)).digest(0)
-    images.decode(0)
+    images.picture(0)
     assert image.tile  # still to be read
     np.testing.assert_array_equal(np.asarray(image), stack[0])
 
@@ -368,7 +368,7 @@ def test_pil_not_loaded_stays_so(stack, folder):
 def test_an_open_file_stays_where_it_stood(stack, folder):
     stream = io.BytesIO(contents(stack, folder)[0])
     stream.seek(5)
-    as_images([stream]).decode(0)
+    as_images([stream]).picture(0)
     assert stream.tell() == 5
 
 
@@ -414,7 +414,7 @@ def test_digest_of_pil_sees_palette_and_orientation():
     digests = [images.digest(i) for i in range(4)]
     assert len(set(digests)) == 3
     assert digests[0] == digests[3]
-    assert images.decode(2).shape == (3, 2, 3)
+    assert images.picture(2).shape == (3, 2, 3)
 
 
 def test_digest_of_pil_sees_what_32_bit_numbers_mean():
@@ -423,7 +423,7 @@ def test_digest_of_pil_sees_what_32_bit_numbers_mean():
     of_file.load()
     assert of_file.mode == "I"
     images = as_images([of_file, of_file.copy()])  # a copy no longer says that it has 16 bits
-    assert np.abs(images.decode(0).astype(int) - images.decode(1)).max() > 0
+    assert np.abs(images.picture(0).astype(int) - images.picture(1)).max() > 0
     assert images.digest(0) != images.digest(1)
 
 
@@ -437,7 +437,7 @@ def test_what_is_decoded_is_what_was_digested(form, stack, folder, tmp_path):
         with open(path, "r+b") as file:  # in place: the open file sees it
             file.write((folder / "1.png").read_bytes())
             file.truncate()
-        np.testing.assert_array_equal(images.decode(0), stack[0])
+        np.testing.assert_array_equal(images.picture(0), stack[0])
         assert images.digest(0) != before
 
 
@@ -478,10 +478,10 @@ def test_several_image_columns(frame, stack, folder):
     assert (len(images), images.n_rows, images.n_columns) == (4, 2, 2)
     assert images.feature_names == ["front", "back"]
     for i, j in enumerate([0, 2, 1, 3]):  # row by row
-        np.testing.assert_array_equal(images.decode(i), stack[j])
+        np.testing.assert_array_equal(images.picture(i), stack[j])
     assert [images.row(i) for i in range(4)] == [0, 0, 1, 1]
-    np.testing.assert_array_equal(images.column(0).decode(1), stack[1])
-    np.testing.assert_array_equal(images.column(1).decode(1), stack[3])
+    np.testing.assert_array_equal(images.column(0).picture(1), stack[1])
+    np.testing.assert_array_equal(images.column(1).picture(1), stack[3])
     view = images.column(1)[1:]
     assert (len(view), view.n_rows, view.n_columns, view.feature_names) == (1, 1, 1, None)
     assert view.where(0) == images.where(3) == f"row 1, column 'back' ({back[1]!r})"
@@ -498,7 +498,7 @@ def test_columns_without_names(stack, folder):
     ):
         images = as_images(X)
         assert (images.n_columns, images.feature_names) == (2, None)
-        np.testing.assert_array_equal(images.column(1).decode(1), stack[3])
+        np.testing.assert_array_equal(images.column(1).picture(1), stack[3])
         assert images.column(1).where(1) == "row 1, column 1 (array of shape (7, 9, 3), uint8)"
 
 
@@ -549,7 +549,7 @@ def test_views_keep_their_rows(data):
     again = pickle.loads(pickle.dumps(images))
     for view in (images, again):
         assert [view.row(i) for i in range(len(view))] == list(rows)
-        assert [view.decode(i)[0, 0, 0] for i in range(len(view))] == list(rows)
+        assert [view.picture(i)[0, 0, 0] for i in range(len(view))] == list(rows)
 
 
 def test_masks_select_and_single_numbers_do_not(stack):
@@ -578,7 +578,7 @@ def test_a_pickled_view_takes_its_own_pictures_along(stack, folder):
     frame = pd.DataFrame({"a": paths(stack, folder), "b": contents(stack, folder)})
     again = pickle.loads(pickle.dumps(as_images(frame)[5:]))
     assert again.where(0).startswith("row 2, column 'b'")
-    np.testing.assert_array_equal(again.decode(0), stack[2])
+    np.testing.assert_array_equal(again.picture(0), stack[2])
     again = pickle.loads(pickle.dumps(as_images(frame)))
     assert (again.n_rows, again.n_columns, again.feature_names) == (4, 2, ["a", "b"])
 
@@ -599,7 +599,7 @@ def test_threads(stack, folder):
     opened = Image.open(folder / "0.png")
     palette = Image.fromarray(stack[1]).quantize(16)
     X = [opened, palette, paths(stack, folder)[2], stack[3] * 1.0] * 50
-    serial = [as_images([cell]).decode(0) for cell in X[:4]]
+    serial = [as_images([cell]).picture(0) for cell in X[:4]]
     images = as_images(X)
     with ThreadPoolExecutor(8) as pool:
         decoded = list(pool.map(images.decode, range(len(X))))

@@ -37,7 +37,7 @@ def assert_bad(cell, message, cause=None):
     images = as_images(["other.jpg", cell])
     images.where(1)
     with pytest.raises(BadImage, match=f"(?s){message}") as caught:
-        images.decode(1)
+        images.picture(1)
     assert isinstance(caught.value, ValueError)
     if cause is not None:
         assert isinstance(caught.value.__cause__, cause)
@@ -105,7 +105,7 @@ def test_bad_tensors():
     assert_bad(torch.zeros(9, 9, 3), r"looks like \(H, W, C\): give tensor.permute\(2, 0, 1\)")
     assert_bad(torch.zeros(9, 9, 9), r"would be 9 channels; tensors are")
     np.testing.assert_array_equal(
-        as_images([torch.full((3, 2, 2), 0.5, dtype=torch.bfloat16)]).decode(0),
+        as_images([torch.full((3, 2, 2), 0.5, dtype=torch.bfloat16)]).picture(0),
         np.full((2, 2, 3), 128),
     )
 
@@ -158,7 +158,7 @@ def test_spoilt_files_are_bad_or_decode_and_nothing_else(format, data):
         warnings.simplefilter("ignore")  # Pillow's own about TIFF tags pass through
         images = as_images([bytes(encoded)])
         try:
-            assert images.decode(0).dtype == np.uint8
+            assert images.picture(0).dtype == np.uint8
         except BadImage as error:
             assert str(error)  # noqa: PT017
 
@@ -172,11 +172,11 @@ def test_decompression_bombs(monkeypatch, picture):
     # Up to twice the limit Pillow warns, file by file; here all are told of at once.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", H * W // 2)
     images = as_images([data, jpeg])
-    np.testing.assert_array_equal(images.decode(0), picture)
-    images.decode(1)
+    np.testing.assert_array_equal(images.picture(0), picture)
+    images.picture(1)
     assert re.search(r"2 pictures with more pixels .*row 0: 40 × 24\) were", images.take_warnings())
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert as_images([data]).decode(0).shape == picture.shape
+    assert as_images([data]).picture(0).shape == picture.shape
 
 
 def test_pillow_is_left_as_it_was(picture):
@@ -193,6 +193,6 @@ def test_programming_errors_are_not_bad_images(monkeypatch, picture):
     monkeypatch.setattr("sktransfer.images._decode.over_white", None)
     image = Image.fromarray(picture).convert("RGBA")
     with pytest.raises(TypeError, match="not callable"):
-        as_images([encode(image, "PNG")]).decode(0)
+        as_images([encode(image, "PNG")]).picture(0)
     with pytest.raises(IndexError):
-        as_images([picture]).decode(1)
+        as_images([picture]).picture(1)

@@ -36,7 +36,7 @@ def encode(image, format, **options):
 
 def decode(data, **options):
     images = as_images([data])
-    decoded = images.decode(0, **options)
+    decoded = images.picture(0, **options)
     images.digest(0)
     assert images.take_warnings() is None
     assert decoded.dtype == np.uint8
@@ -220,8 +220,8 @@ def test_float_and_32_bit_files():
     whole = np.arange(256, dtype=np.int32).reshape(16, 16)
     np.testing.assert_array_equal(decode(encode(whole, "TIFF")), as_rgb(whole))
     images = as_images([encode(whole * 1000, "TIFF"), Image.fromarray(ramp * 3 - 1)])
-    np.testing.assert_array_equal(images.decode(0), as_rgb(whole))
-    images.decode(1)
+    np.testing.assert_array_equal(images.picture(0), as_rgb(whole))
+    images.picture(1)
     assert re.search(
         r"2 pictures .*first is row 0: 0…2.55e\+05.* stretched", images.take_warnings()
     )
@@ -383,7 +383,7 @@ def test_min_size_touches_nothing_but_jpeg(picture):
 
 
 def test_base64_may_be_folded_and_quoted(picture):
-    text = base64.encodebytes(encode(picture, "PNG")).decode()
+    text = base64.encodebytes(encode(picture, "PNG")).picture()
     np.testing.assert_array_equal(decode("data:image/png;base64," + text), picture)
     quoted = text.replace("\n", "").replace("+", "%2B").replace("/", "%2F").replace("=", "%3D")
     np.testing.assert_array_equal(decode("DATA:image/png;BASE64," + quoted), picture)
