@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import os
 import re
@@ -13,7 +14,7 @@ from typing import BinaryIO
 from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from sktransfer._threads import ProcessLock
@@ -98,21 +99,32 @@ def _decode(data: bytes, min_size: tuple[int, int] | None) -> Image.Image:
     # struct.error, KeyError, zlib.error, MemoryError …
     try:
         image = Image.open(io.BytesIO(data))
-    except Image.UnidentifiedImageError as error:
-        raise BadImage(f"Pillow knows no image file that begins with {data[:12]!r}") from error
+    except UnidentifiedImageError as error:
+        message = f"Pillow does not know its file format; it begins with {data[:12]!r}"
+        raise BadImage(message) from error
     except Image.DecompressionBombError as error:
-        raise BadImage(f"{error} Raise PIL.Image.MAX_IMAGE_PIXELS if it can be trusted") from error
+        message = f"{error} Raise PIL.Image.MAX_IMAGE_PIXELS if the file can be trusted"
+        raise BadImage(message) from error
     except Exception as error:
         raise BadImage(f"the image file cannot be opened: {_words(error)}") from error
     try:
         if min_size is not None and isinstance(image, JpegImageFile):
-            is_on_its_side = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
-            height, width = min_size[::-1] if is_on_its_side else min_size
+            height, width = min_size[::-1] if _is_on_its_side(image) else min_size
             image.draft(None, (width, height))
-        ImageOps.exif_transpose(image, in_place=True)
-        return _simplify(image, _is_16_bit(image))
+        image.load()
+        is_16_bit = _is_16_bit(image)
+        with contextlib.suppress(Exception):  # damaged EXIF: the image is taken as upright
+            ImageOps.exif_transpose(image, in_place=True)
+        return _simplify(image, is_16_bit)
     except Exception as error:
         raise BadImage(f"the image file cannot be decoded: {_words(error)}") from error
+
+
+def _is_on_its_side(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(_ORIENTATION_TAG, 1) >= 5
+    except Exception:  # damaged EXIF
+        return False
 
 
 def _is_16_bit(image: Image.Image) -> bool:
@@ -281,8 +293,12 @@ def _read_pil(image: Image.Image) -> bytes | np.ndarray:
         with one_reader:
             if _is_unread_file(image):  # a list of Image.open(path) does not fill the memory
                 return _read_stream(image.fp)
+            image.load()
             is_16_bit = _is_16_bit(image)
-            return np.asarray(_simplify(ImageOps.exif_transpose(image), is_16_bit))
+            copy = image.copy()  # converting may write to the palette
+            with contextlib.suppress(Exception):
+                copy = ImageOps.exif_transpose(image)
+            return np.asarray(_simplify(copy, is_16_bit))
     except BadImage:
         raise
     except Exception as error:
@@ -292,10 +308,8 @@ def _read_pil(image: Image.Image) -> bytes | np.ndarray:
 def _is_unread_file(image: Image.Image) -> bool:
     if not isinstance(image, ImageFile.ImageFile) or image.fp is None or image.tell() != 0:
         return False
-    # tile: what is still to be read; decoderconfig: draft() was called; _exif: the user looked
-    # at the EXIF, and may have edited it.
-    is_changed = image.decoderconfig or getattr(image, "_exif", None) is not None
-    return bool(image.tile) and not is_changed
+    # tile: what is still to be read; decoderconfig: draft() was called.
+    return bool(image.tile) and not image.decoderconfig
 
 
 def _read_array(array: np.ndarray) -> np.ndarray | bytes:
