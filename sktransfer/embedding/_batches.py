@@ -36,7 +36,7 @@ _Result = TypeVar("_Result")
 class Rows(Protocol[_Item]):
     """Where batches come from and where their rows go: see `EmbeddingRun`."""
 
-    def batches(self, workers: Workers, limit: BatchLimit) -> Iterator[list[_Item]]: ...
+    def batches(self, workers: Workers, limit: BatchLimit) -> Iterator[list[_Item] | None]: ...
     def decode(
         self, batch: list[_Item], pinned: bool = False
     ) -> tuple[list[_Item], Tensor | None]: ...
@@ -184,13 +184,13 @@ class Workers:
 
     @functools.cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        pool = ThreadPoolExecutor(self.n_workers)
-        if self._n_torch_threads is None:
+        pool, n_torch_threads = ThreadPoolExecutor(self.n_workers), self._n_torch_threads
+        if n_torch_threads is None:
             return pool
         all_started = threading.Barrier(self.n_workers)
 
         def set_number() -> None:
-            torch.set_num_threads(self._n_torch_threads)
+            torch.set_num_threads(n_torch_threads)
             all_started.wait()
 
         def start() -> None:

@@ -22,29 +22,11 @@ from sktransfer.embedding._batches import (
     run_on_cpu,
 )
 from sktransfer.images._images import BadImage, Images
-
-# SHIM until the store has locks.
-try:
-    from sktransfer.store._store import N_BLOCKS, block_of
-except ImportError:
-    N_BLOCKS = 32
-
-    def block_of(digest):
-        return digest[0] % N_BLOCKS
-
-    _locks: dict = {}
-
-    def _lock(store, fingerprint, block):
-        return _locks.setdefault((id(store), fingerprint, block), threading.Lock())
-
-    from sktransfer.store._store import DiskStore as _D, MemoryStore as _M
-
-    _D.lock = _M.lock = _lock
+from sktransfer.store._store import N_BLOCKS, Lock, Store, block_of
 
 if TYPE_CHECKING:
     from sktransfer.images._cells import Cell
     from sktransfer.networks._backbone import Backbone
-    from sktransfer.store._store import DiskStore, MemoryStore
 
 # Images whose files are looked up in the store at once.
 _CHUNK = 1024
@@ -80,7 +62,7 @@ def embed(
     backbone: Backbone,
     *,
     out: np.ndarray,
-    store: MemoryStore | DiskStore,
+    store: Store,
     batch_size: int | str = "auto",
     device: str = "auto",
     precision: str = "float32",
@@ -145,6 +127,14 @@ class _Row:
     block: int = -1  # whose lock is held for it
 
 
+@dataclass
+class _Block:
+    """A block of digests whose lock this call holds."""
+
+    lock: Lock
+    n_rows: int = 0  # to compute, or under way
+
+
 class EmbeddingRun:
     """What one call to `embed` has found, computed and still lacks."""
 
@@ -153,7 +143,7 @@ class EmbeddingRun:
         images: Images,
         backbone: Backbone,
         out: np.ndarray,
-        store: MemoryStore | DiskStore,
+        store: Store,
         precision: str,
         groups: Sequence[int],
         fill: float,
@@ -170,7 +160,7 @@ class EmbeddingRun:
         self._read_together = max(1, min(4, len(images) // 8))
         self._first: dict[bytes, int] = {}  # digest -> the row that is computed for it
         self._twins: list[tuple[int, int]] = []  # (row, the row computed for an equal image)
-        self._held: dict[int, list] = {}  # block -> its lock, and how many rows are under way
+        self._held: dict[int, _Block] = {}
         self._later: list[_Row] = []  # rows of blocks that other threads or processes hold
         self._bad: dict[int, str] = {}  # row -> what is wrong with its image
         self._n_bad_told = 0
@@ -204,11 +194,11 @@ class EmbeddingRun:
         most = min(_CHUNK, 4 * workers.depth * limit.size)
         part: list[_Row] = []
         n_bytes = 0
-        for rows in workers.run(self._read, self._to_read()):
+        for rows in filter(None, workers.run(self._read, self._to_read())):
             part += rows
             n_new = sum(row.cell.n_bytes for row in rows if row.cell)
             n_bytes += n_new
-            fitting = _READ_BYTES * len(rows) // max(1, n_new)
+            fitting = _READ_BYTES * len(rows) // n_new
             self._read_together = max(1, min(_READ_TOGETHER, fitting, len(self._images) // 8))
             if len(part) >= most or n_bytes > _PART_BYTES:
                 yield from self._locked(self._new(part))
@@ -282,11 +272,10 @@ class EmbeddingRun:
                         row.cell = None
                     self._later += blocks[block]
                     continue
-                self._held[block] = [lock, 0]
+                self._held[block] = _Block(lock)
             missing = self._not_stored(blocks[block])
-            self._held[block][1] += len(missing)
-            if not self._held[block][1]:
-                self._release(block)
+            self._held[block].n_rows += len(missing)
+            self._finish(block, 0)
             yield from missing
 
     def _not_stored(self, rows: list[_Row]) -> list[_Row]:
@@ -316,16 +305,16 @@ class EmbeddingRun:
         self._tell(n_found)
         return found
 
-    def _release(self, block: int, n_done: int = 0) -> None:
-        """Note rows of a block as done, and release its lock after the last."""
-        self._held[block][1] -= n_done
-        if self._held[block][1] == 0:
-            self._held.pop(block)[0].release()
+    def _finish(self, block: int, n_rows: int) -> None:
+        """Note rows of a block as finished, and release its lock after the last."""
+        self._held[block].n_rows -= n_rows
+        if self._held[block].n_rows == 0:
+            self._held.pop(block).lock.release()
 
     def release_all(self) -> None:
         """Release the locks of a call that ends early."""
         while self._held:
-            self._held.popitem()[1][0].release()
+            self._held.popitem()[1].lock.release()
 
     # -- computing them ------------------------------------------------------------------
     def network(self, device: torch.device) -> torch.nn.Module:
@@ -390,12 +379,13 @@ class EmbeddingRun:
             arrays = [part.numpy() for part in parts]
             rows = np.concatenate([arrays[g] for g in self._groups], axis=1)
             self._out[[row.i for row in good]] = rows
-            digests = [row.digest for row in good]
-            for fingerprint, array in zip(self._fingerprints, arrays, strict=True):
-                self._store.put_many(fingerprint, digests, array)
+            if self._keeps:
+                digests = [row.digest for row in good]
+                for fingerprint, array in zip(self._fingerprints, arrays, strict=True):
+                    self._store.put_many(fingerprint, digests, array)
         for row in batch:
             if row.block >= 0:
-                self._release(row.block, 1)
+                self._finish(row.block, 1)
         self._tell(len(good))
 
     # -- the end -------------------------------------------------------------------------

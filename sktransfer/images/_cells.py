@@ -10,7 +10,6 @@ import os
 import re
 import stat
 from hashlib import sha256
-from typing import BinaryIO
 from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
@@ -138,9 +137,8 @@ def _simplify(image: Image.Image, is_16_bit: bool) -> Image.Image:
         return Image.fromarray(np.asarray(image).astype(np.uint16))
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return image
-    has_alpha_palette = image.mode == "P" and image.palette.mode.endswith("A")
-    is_transparent = "transparency" in image.info or image.mode in _WITH_ALPHA
-    if is_transparent or has_alpha_palette:
+    palette = image.palette.mode if image.mode == "P" and image.palette else ""
+    if "transparency" in image.info or image.mode in _WITH_ALPHA or palette.endswith("A"):
         image = image.convert("LA") if image.mode == "La" else image
         return image.convert("RGBA")
     if image.mode == "RGB":
@@ -151,7 +149,7 @@ def _simplify(image: Image.Image, is_16_bit: bool) -> Image.Image:
 # ---------------------------------------------------------------------------
 # What cells hold
 # ---------------------------------------------------------------------------
-def read_cell(cell: object) -> bytes | np.ndarray:
+def read_cell(cell) -> bytes | np.ndarray:
     """Return the encoded image or the numbers that a cell holds; raise BadImage."""
     if isinstance(cell, str):
         return _read_text(cell)
@@ -185,7 +183,7 @@ def read_cell(cell: object) -> bytes | np.ndarray:
     )
 
 
-def own_copy(cell: object) -> object:
+def own_copy(cell) -> object:
     """Copy what a container may change when the next cell is asked for."""
     if isinstance(cell, Image.Image) or is_stream(cell):
         return read_cell(cell)
@@ -196,7 +194,7 @@ def own_copy(cell: object) -> object:
     return np.array(cell) if hasattr(cell, "__array__") else cell
 
 
-def is_stream(cell: object) -> bool:
+def is_stream(cell) -> bool:
     """Whether the cell is an open file."""
     return hasattr(cell, "read") and hasattr(cell, "seek")
 
@@ -270,7 +268,7 @@ def _read_data_url(url: str) -> bytes:
         raise BadImage(f"the data URL does not decode as base64: {error}") from error
 
 
-def _read_stream(stream: BinaryIO) -> bytes:
+def _read_stream(stream) -> bytes:
     """Read an open file from its beginning and put it back where it was."""
     try:
         with one_reader:
@@ -292,7 +290,7 @@ def _read_pil(image: Image.Image) -> bytes | np.ndarray:
     try:
         with one_reader:
             if _is_unread_file(image):  # a list of Image.open(path) does not fill the memory
-                return _read_stream(image.fp)
+                return _read_stream(vars(image)["fp"])
             image.load()
             is_16_bit = _is_16_bit(image)
             copy = image.copy()  # converting may write to the palette
@@ -370,7 +368,7 @@ def _read_dict(cell: dict) -> bytes:
     )
 
 
-def unflatten(cell: object, shape: tuple[int, ...]) -> object:
+def unflatten(cell, shape: tuple[int, ...]) -> object:
     """Give a flat row of numbers its shape; other cells are returned unchanged."""
     if getattr(cell, "ndim", None) != 1:
         return cell
@@ -384,7 +382,7 @@ def unflatten(cell: object, shape: tuple[int, ...]) -> object:
     return pixels.permute(2, 0, 1) if is_tensor(pixels) and pixels.ndim == 3 else pixels
 
 
-def describe(cell: object) -> str:
+def describe(cell) -> str:
     """Describe a cell for messages."""
     if isinstance(cell, dict):
         path = cell.get("path")

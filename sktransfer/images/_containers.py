@@ -240,11 +240,11 @@ def _from_array(X: np.ndarray, image_shape: Shape) -> Columns:
 def _from_sequence(X, image_shape: Shape) -> Columns:
     """Take a 1-D sequence: of cells, or of rows of cells or numbers."""
     _check_size((len(X),))
-    first = next((cell for cell in X if not is_missing(cell)), None)
+    first = _first_cell(X)
     if isinstance(first, (Number, np.number)):
         return _from_numbers(np.asarray(X), image_shape)
     if isinstance(first, (list, tuple)) and isinstance(X, (list, tuple, np.ndarray)):
-        leaf = next((cell for cell in first if not is_missing(cell)), None)
+        leaf = _first_cell(first)
         if isinstance(X, (list, tuple)) and isinstance(leaf, (Number, np.number, list, tuple)):
             return _from_array(_numbers_of(X), image_shape)
         if not isinstance(leaf, (Number, np.number, list, tuple)):
@@ -255,10 +255,15 @@ def _from_sequence(X, image_shape: Shape) -> Columns:
                     "or the same number of images"
                 )
             return [list(column) for column in zip(*X, strict=True)], None, image_shape
-    is_flat = isinstance(first, np.ndarray) or is_tensor(first)
-    if image_shape is None and first is not None and is_flat and first.ndim == 1:
+    is_array = isinstance(first, np.ndarray) or is_tensor(first)
+    if image_shape is None and is_array and first.ndim == 1:
         raise ValueError(_flat_message(f"a list of arrays of shape {tuple(first.shape)}"))
     return [X], None, image_shape
+
+
+def _first_cell(cells):
+    """Return the first cell that is not missing, or None."""
+    return next((cell for cell in cells if not is_missing(cell)), None)
 
 
 def _numbers_of(X) -> np.ndarray:
@@ -266,8 +271,8 @@ def _numbers_of(X) -> np.ndarray:
         numbers = np.array(X)
     except ValueError as error:
         raise ValueError(
-            f"X is a nested list that does not form an array ({error}); for images of different sizes "
-            "give a list of arrays"
+            f"X is a nested list that does not form an array ({error}); for images of different "
+            "sizes give a list of arrays"
         ) from error
     if numbers.dtype.kind not in "biufc":
         numbers = np.array(X, dtype=np.float64)

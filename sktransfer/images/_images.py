@@ -266,21 +266,21 @@ class _Notes:
     def __init__(self, n_images: int) -> None:
         self.n_images = n_images
         self._lock = threading.Lock()
-        # kind -> (flag per image, first image, its low, its high). Flags, not a count: an image
+        # kind -> (flag per image, (first image, its low, its high)). Flags, not a count: an image
         # may be read more than once.
-        self._seen: dict[str, tuple[np.ndarray, int, float, float]] = {}
+        self._seen: dict[str, tuple[np.ndarray, tuple[int, float, float]]] = {}
 
     def add(self, number: int, kind: str, low: float, high: float) -> None:
         with self._lock:
             if kind not in self._seen:
-                self._seen[kind] = (np.zeros(self.n_images, bool), number, low, high)
-            flags, *first = self._seen[kind]
+                self._seen[kind] = np.zeros(self.n_images, bool), (number, low, high)
+            flags, first = self._seen[kind]
             flags[number] = True
-            self._seen[kind] = (flags, *min(first, [number, low, high]))
+            self._seen[kind] = flags, min(first, (number, low, high))
 
     def merge(self, seen: dict) -> None:
-        for kind, (flags, *first) in seen.items():
-            self.add(first[0], kind, *first[1:])
+        for kind, (flags, (number, low, high)) in seen.items():
+            self.add(number, kind, low, high)
             self._seen[kind][0][:] |= flags
 
     def take(self) -> dict:
@@ -293,7 +293,7 @@ def _warning(seen: dict, place: Callable[[int], str]) -> str | None:
     sentences = []
     for kind, text in _TEXTS.items():
         if kind in seen:
-            flags, first, low, high = seen[kind]
+            flags, (first, low, high) = seen[kind]
             n = int(flags.sum())
             count = f"{n} image{'s' if n > 1 else ''}"
             where = f"the first is {place(first)}" if n > 1 else place(first)

@@ -16,10 +16,8 @@ import torch
 from PIL import Image
 from seen_pictures import SeenPictures
 
-from sktransfer import PretrainedFeatureExtractor
-from sktransfer.embedding import _batches as _inference
-from sktransfer.embedding._embed import EmbeddingRun
-from sktransfer.store._store import DiskStore
+from sktransfer import PretrainedFeatureExtractor, embedding_store
+from sktransfer.embedding._batches import BatchLimit
 
 N_CORES = joblib.cpu_count()
 
@@ -107,33 +105,32 @@ def test_workers_share_out_the_last_batches(batch_size, monkeypatch):
     """They shrink towards the end, so that nobody waits long for the others' last one."""
     X = np.random.default_rng(0).integers(0, 256, (150, 20, 20, 3), dtype=np.uint8)
     X[99] = X[100] = X[101] = X[3]  # what is known already is in no batch
-    sizes = []
-    decode = EmbeddingRun.decode
-    monkeypatch.setattr(
-        EmbeddingRun, "decode",
-        lambda run, indices, pinned=False: sizes.append(list(indices)) or decode(run, indices),
-    )  # fmt: skip
+    sizes = sizes_of_batches(monkeypatch)
     extractor = PretrainedFeatureExtractor(batch_size=batch_size, n_jobs=2, memory=False)
     rows = extractor.fit_transform(X)
-    batches = sorted(sizes)
-    assert sorted(i for batch in batches for i in batch) == [*range(99), *range(102, 150)]
-    lengths = [len(batch) for batch in batches]
-    assert lengths == (
-        [32, 30, 22, 17, 12, 9, 8, 8, 8, 1] if batch_size == "auto" else [32] * 4 + [19]
+    assert sum(sizes) == 147
+    assert sorted(sizes)[::-1] == (
+        [32, 29, 22, 16, 12, 9, 8, 8, 8, 3] if batch_size == "auto" else [32] * 4 + [19]
     )
     np.testing.assert_array_equal(rows[99:102], rows[[3, 3, 3]])
 
 
-@pytest.mark.parametrize(("side", "largest"), [(64, 32), (112, 32), (160, 15), (224, 8), (640, 4)])
-def test_large_pictures_come_in_small_batches(side, largest, monkeypatch):
-    X = np.random.default_rng(0).integers(0, 256, (40, 20, 20, 3), dtype=np.uint8)
+def sizes_of_batches(monkeypatch):
+    """The sizes of the batches that go through a network, which returns zeros."""
     sizes = []
 
     def noting(self, network, batch, device=None):
         sizes.append(len(batch))
         return [torch.zeros(len(batch), 1408)]
 
-    monkeypatch.setattr(_inference._BatchLimit, "forward", noting)
+    monkeypatch.setattr(BatchLimit, "forward", noting)
+    return sizes
+
+
+@pytest.mark.parametrize(("side", "largest"), [(64, 32), (112, 32), (160, 15), (224, 8), (640, 4)])
+def test_large_pictures_come_in_small_batches(side, largest, monkeypatch):
+    X = np.random.default_rng(0).integers(0, 256, (40, 20, 20, 3), dtype=np.uint8)
+    sizes = sizes_of_batches(monkeypatch)
     options = {"preprocessing": {"size": side, "crop": side}, "n_jobs": 1, "memory": False}
     for batch_size, expected in (("auto", largest), (24, 24)):
         sizes.clear()
@@ -203,13 +200,15 @@ def test_processes_that_share_a_store_embed_once(many_pictures, tmp_path):
 
 # -- interruptions ---------------------------------------------------------------------------
 INTERRUPTED = """
+import signal
 import sys
 from pathlib import Path
 import numpy as np
 from PIL import Image
 from seen_pictures import SeenPictures
-from sktransfer import PretrainedFeatureExtractor
+from sktransfer import PretrainedFeatureExtractor, embedding_store
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and "&" ignore it
 folder, interrupt_at = Path(sys.argv[1]), int(sys.argv[2])
 pictures = np.load(folder / "pictures.npy")
 seen = SeenPictures(folder, interrupt_at=interrupt_at)
@@ -235,11 +234,11 @@ def test_ctrl_c_keeps_what_was_computed(many_pictures, tmp_path):
     assert "KeyboardInterrupt" in run.stderr
     seen = SeenPictures(tmp_path)
     n_seen = seen.n_seen
-    n_kept = DiskStore(tmp_path / "store").info().n_rows
+    n_kept = embedding_store(tmp_path / "store").info().n_rows
     assert 30 <= n_seen < len(many_pictures)
     assert n_kept >= n_seen - 3 * 4  # what was under way is lost: three batches
 
-    # The same again, in this process: only the rest, and nobody waits for the dead one's claims.
+    # The same again, in this process: only the rest, and nobody waits for the dead one's locks.
     same = SeenPictures(tmp_path, interrupt_at=30)
     extractor = PretrainedFeatureExtractor(preprocessing=same, memory=tmp_path / "store")
     rows = extractor.fit_transform(many_pictures)
@@ -252,7 +251,7 @@ def test_ctrl_c_keeps_what_was_computed(many_pictures, tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_error_from_a_callback_keeps_what_was_computed(many_pictures, error, tmp_path):
-    from sktransfer.embedding._batches import embed
+    from sktransfer.embedding._embed import embed
     from sktransfer.images._images import as_images
 
     seen = SeenPictures(tmp_path)
@@ -266,7 +265,7 @@ def test_an_error_from_a_callback_keeps_what_was_computed(many_pictures, error, 
         if sum(done) >= 20:
             raise error("enough")
 
-    store = DiskStore(tmp_path)
+    store = embedding_store(tmp_path)
     out = np.empty((len(many_pictures), extractor.n_features_out_), np.float32)
     with pytest.raises(error, match="enough"):
         embed(
@@ -306,10 +305,6 @@ def notes_of(caught):
     return "\n".join(getattr(caught.value, "__notes__", []))
 
 
-needs_notes = pytest.mark.skipif(sys.version_info < (3, 11), reason="add_note is of Python 3.11")
-
-
-@needs_notes
 def test_an_error_in_the_preprocessing_says_for_which_image(numbered):
     extractor = PretrainedFeatureExtractor(preprocessing=FailsAt(5), memory=False)
     with pytest.raises(RuntimeError, match="picture 5") as caught:
@@ -343,7 +338,6 @@ def refuse(x):
 torch.fx.wrap("refuse")
 
 
-@needs_notes
 def test_an_error_in_the_network_says_where(many_pictures, tmp_path):
     extractor = PretrainedFeatureExtractor(
         Fussy(), preprocessing={"size": 32, "crop": 32}, batch_size=4, n_jobs=1, memory=tmp_path
