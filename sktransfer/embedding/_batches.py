@@ -10,11 +10,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 
-from sktransfer._threads import ProcessLock
 from sktransfer._validation import warn
 
 if TYPE_CHECKING:
@@ -29,78 +28,64 @@ _CPU_VALUES, _SMALLEST_CPU_BATCH, _LARGEST_CPU_BATCH = 8 * 3 * 224 * 224, 4, 32
 _LAST_BATCH = 8
 _MOST_WORKERS = 8  # on a CPU: a few wide ones rather than many narrow ones
 
+_COUNTS: dict[str, Callable[[], int]] = {
+    "cuda": torch.cuda.device_count,
+    "mps": torch.mps.device_count,
+    "meta": int,  # computes nothing
+}
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-class Rows(Protocol[_Item]):
-    """Where batches come from and where their rows go: see `EmbeddingRun`."""
+def run_on_cpu(run, n_images: int, batch_size: int | str, n_threads: int) -> None:
+    """Run the batches of an `EmbeddingRun` on threads that each carry whole batches.
 
-    def batches(self, workers: Workers, limit: BatchLimit) -> Iterator[list[_Item] | None]: ...
-    def decode(
-        self, batch: list[_Item], pinned: bool = False
-    ) -> tuple[list[_Item], Tensor | None]: ...
-    def network(self, device: torch.device) -> nn.Module: ...
-    def note_on(self, error: Exception, good: list[_Item], pixels: Tensor) -> None: ...
-    def keep(self, batch: list[_Item], good: list[_Item], parts: list[Tensor]) -> None: ...
-
-
-def run_on_cpu(
-    rows: Rows, n_images: int, input_size: Sequence[int], batch_size: int | str, n_threads: int
-) -> None:
-    """Run all batches on threads that each carry whole batches from file to row.
-
-    Each has a share of the cores, so that decoding and network never wait for each other.
+    From file to row, with a share of the cores: decoding and network never wait for each other.
     """
     n_workers = min(n_threads, _MOST_WORKERS)
-    limit = BatchLimit(cpu_batch_size(input_size) if batch_size == "auto" else int(batch_size))
+    size = cpu_batch_size(run.input_size) if batch_size == "auto" else int(batch_size)
     # A handful of images is shared out rather than given to one worker.
-    limit.size = max(1, min(limit.size, -(-n_images // n_workers)))
+    limit = BatchLimit(max(1, min(size, -(-n_images // n_workers))))
     if batch_size == "auto" and n_workers > 1:
         limit.n_sharing = n_workers
     n_workers = min(n_workers, -(-n_images // limit.size))
     # Asked for when it is needed: rows that are all known need no network.
-    network = functools.cache(lambda: rows.network(torch.device("cpu")))
+    network = functools.cache(lambda: run.network(torch.device("cpu")))
 
     def work(batch: list) -> tuple[list, list, list[Tensor]]:
-        good, pixels = rows.decode(batch)
-        if pixels is None:
-            return batch, good, []
-        return batch, good, _forward(rows, limit, network(), good, pixels)
+        good, pixels = run.decode(batch)
+        return batch, good, run.forward(limit, network(), good, pixels) if good else []
 
     with Workers(n_workers, max(1, n_threads // n_workers)) as workers:
-        for result in workers.run(work, rows.batches(workers, limit)):
+        for result in workers.run(work, run.batches(workers, limit)):
             if result is not None:
-                rows.keep(*result)
+                run.keep(*result)
 
 
-def run_on_accelerator(
-    rows: Rows, device: torch.device, batch_size: int | str, n_threads: int
-) -> None:
+def run_on_accelerator(run, device: torch.device, batch_size: int | str, n_threads: int) -> None:
     """Decode in threads, into pinned memory for CUDA; this thread alone uses the device."""
     limit = BatchLimit(_ACCELERATOR_BATCH if batch_size == "auto" else int(batch_size))
-    network = functools.cache(lambda: rows.network(device))
+    network = functools.cache(lambda: run.network(device))
     # A batch's rows are waited for when the next is queued, so that the device always has work.
-    queued: deque[tuple[list, list, list[Tensor], Callable[[], None]]] = deque()
+    queued: deque[tuple[tuple[list, list, list[Tensor]], Callable[[], None]]] = deque()
 
-    def work(batch: list) -> tuple[list, list, Tensor | None]:
-        return batch, *rows.decode(batch, device.type == "cuda")
+    def work(batch: list) -> tuple[list, list, Tensor]:
+        return batch, *run.decode(batch, device.type == "cuda")
 
     def keep_all_but(n: int) -> None:
         while len(queued) > n:
-            *result, wait_for_copy = queued.popleft()
+            result, wait_for_copy = queued.popleft()
             wait_for_copy()
-            rows.keep(*result)
+            run.keep(*result)
 
     with Workers(n_threads) as workers:
-        for result in workers.run(work, rows.batches(workers, limit)):
-            if result is not None:
-                batch, good, pixels = result
-                parts = []
-                if pixels is not None:
-                    parts = _forward(rows, limit, network(), good, pixels, device)
-                queued.append((batch, good, parts, _queued_work(device)))
-            keep_all_but(0 if result is None else 1)
+        for decoded in workers.run(work, run.batches(workers, limit)):
+            if decoded is not None:
+                batch, good, pixels = decoded
+                parts = run.forward(limit, network(), good, pixels, device) if good else []
+                queued.append(((batch, good, parts), _queued_work(device)))
+            keep_all_but(0 if decoded is None else 1)
         keep_all_but(0)
 
 
@@ -121,27 +106,17 @@ def resolve_device(device: str) -> torch.device:
                 "device='auto' uses a GPU if there is one and else the CPU."
             )
         return named
-    if torch.cuda.is_available():
-        if multiprocessing.parent_process() is None:
-            return torch.device("cuda", 0)
-        try:
-            torch.cuda.init()
-        except RuntimeError as error:
-            warn(
-                f"CUDA cannot be used in this worker process, so the CPU is: {error} With joblib's "
-                "'loky' workers are not forked."
-            )
-            return torch.device("cpu")
-        # Workers of one pool have neighbouring process ids: deal the devices out by them.
-        return torch.device("cuda", os.getpid() % torch.cuda.device_count())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-_COUNTS = {
-    "cuda": lambda: torch.cuda.device_count() if torch.cuda.is_available() else 0,
-    "mps": lambda: int(torch.backends.mps.is_available()),
-    "meta": lambda: 0,  # computes nothing
-}
+    if not torch.cuda.is_available():
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if multiprocessing.parent_process() is None:
+        return torch.device("cuda", 0)
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        warn(f"CUDA cannot be used in this worker process, so the CPU is used: {error}")
+        return torch.device("cpu")
+    # Workers of one pool have neighbouring process ids: deal the devices out by them.
+    return torch.device("cuda", os.getpid() % torch.cuda.device_count())
 
 
 def n_decoding_threads(n_jobs: int | None) -> int:
@@ -160,34 +135,25 @@ def cpu_batch_size(input_size: Sequence[int]) -> int:
 
 
 # Held while the number of torch threads that new threads get differs from the caller's.
-_start_lock = ProcessLock()
+_start_lock = threading.Lock()
 
 
 class Workers:
     """Threads that start together when they are first needed.
 
-    Parameters
-    ----------
-    n_workers : int
-    n_torch_threads : int or None
-        How many torch threads each of them uses.
+    Each uses `n_torch_threads` torch threads; None: as many as any new thread.
     """
 
     def __init__(self, n_workers: int, n_torch_threads: int | None = None) -> None:
-        self.n_workers = n_workers
-        self._n_torch_threads = n_torch_threads
-
-    @property
-    def depth(self) -> int:
-        """How many tasks are under way at once."""
-        return 2 * self.n_workers
+        self.depth = 2 * n_workers  # tasks under way at once
+        self._n_workers, self._n_torch_threads = n_workers, n_torch_threads
 
     @functools.cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        pool, n_torch_threads = ThreadPoolExecutor(self.n_workers), self._n_torch_threads
+        pool, n_torch_threads = ThreadPoolExecutor(self._n_workers), self._n_torch_threads
         if n_torch_threads is None:
             return pool
-        all_started = threading.Barrier(self.n_workers)
+        all_started = threading.Barrier(self._n_workers)
 
         def set_number() -> None:
             torch.set_num_threads(n_torch_threads)
@@ -196,7 +162,7 @@ class Workers:
         def start() -> None:
             # torch.set_num_threads is for the calling thread and for all that start after it.
             for_new_threads = torch.get_num_threads()
-            wait([pool.submit(set_number) for _ in range(self.n_workers)])
+            wait([pool.submit(set_number) for _ in range(self._n_workers)])
             torch.set_num_threads(for_new_threads)
 
         with _start_lock:
@@ -278,21 +244,6 @@ class BatchLimit:
         if device is not None:
             _queued_work(device)()
         return [torch.cat(parts) for parts in zip(*halves, strict=True)]
-
-
-def _forward(
-    rows: Rows,
-    limit: BatchLimit,
-    network: nn.Module,
-    good: list,
-    pixels: Tensor,
-    device: torch.device | None = None,
-) -> list[Tensor]:
-    try:
-        return limit.forward(network, pixels, device)
-    except Exception as error:
-        rows.note_on(error, good, pixels)
-        raise
 
 
 def _queued_work(device: torch.device) -> Callable[[], None]:

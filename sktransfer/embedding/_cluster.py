@@ -27,12 +27,7 @@ if TYPE_CHECKING:
     from sktransfer.networks._backbone import Backbone
 
 # joblib's own backends: their workers are cores of this machine, which embed() uses as threads.
-_LOCAL_BACKENDS = {
-    "LokyBackend",
-    "MultiprocessingBackend",
-    "SequentialBackend",
-    "ThreadingBackend",
-}
+_LOCAL = {"LokyBackend", "MultiprocessingBackend", "SequentialBackend", "ThreadingBackend"}
 _IMAGES_PER_TASK = 512
 
 
@@ -65,11 +60,7 @@ def embed_anywhere(
         )
     # Who chooses a cluster wants all of it, though joblib's own default is one job.
     n_jobs = next((n for n in (n_jobs, configured) if n is not None), -1)
-    try:
-        n_workers = max(1, backend.effective_n_jobs(n_jobs))
-    except Exception:  # a backend that does not know before it is configured
-        n_workers = 1
-    n_tasks = max(n_workers, -(-len(images) // _IMAGES_PER_TASK))
+    n_tasks = max(1, backend.effective_n_jobs(n_jobs), -(-len(images) // _IMAGES_PER_TASK))
     parts = [part for part in np.array_split(np.arange(len(images)), n_tasks) if len(part)]
     tasks = (
         joblib.delayed(_embed_part)(images[part], backbone, memory, out.shape[1], settings)
@@ -88,7 +79,7 @@ def embed_anywhere(
 
 def _is_cluster(backend: ParallelBackendBase) -> bool:
     # Not within a task of a search that is itself spread over the workers.
-    if type(backend).__name__ in _LOCAL_BACKENDS or getattr(backend, "nesting_level", None):
+    if type(backend).__name__ in _LOCAL or getattr(backend, "nesting_level", None):
         return False
     distributed = sys.modules.get("distributed")
     if distributed is None:

@@ -6,6 +6,7 @@ import itertools
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,10 +29,9 @@ if TYPE_CHECKING:
     from sktransfer.images._cells import Cell
     from sktransfer.networks._backbone import Backbone
 
-# Images whose files are looked up in the store at once.
-_CHUNK = 1024
-# Images read by one task, as many bytes at most, and content in hand before it is computed.
-_READ_TOGETHER, _READ_BYTES, _PART_BYTES = 32, 4 << 20, 128 << 20
+_CHUNK = 1024  # images whose files are looked up in the store at once
+_READ_TOGETHER = 8  # images read by one task
+_PART_BYTES = 128 << 20  # of content that is read before it is computed
 _POLL_SECONDS = 0.02
 
 
@@ -80,17 +80,10 @@ def embed(
     ----------
     images : Images
         Of length n_images = n_rows × n_columns.
-    backbone : Backbone
     out : ndarray of shape (n_images, n_features), float32
         Receives the rows.
     store : MemoryStore or DiskStore
         Where rows are looked up and kept.
-    batch_size : int or "auto"
-    device : str
-        ``"auto"`` or a torch device.
-    precision : {"float32", "bfloat16", "float16"}
-    n_jobs : int or None
-        Threads; ``None`` and -1: as many as torch would use in this process.
     groups : sequence of int or None
         Which of ``backbone.feature_groups`` are returned, in order; the others are
         computed in the same pass and go to the store alone. ``None``: all.
@@ -98,6 +91,8 @@ def embed(
         What the rows of bad images hold.
     progress : callable or None
         Called with the number of rows just finished.
+    backbone, batch_size, device, precision, n_jobs
+        As of `PretrainedFeatureExtractor`, the backbone loaded.
 
     Returns
     -------
@@ -108,13 +103,12 @@ def embed(
     torch_device, n_threads = resolve_device(device), n_decoding_threads(n_jobs)
     try:
         if torch_device.type == "cpu":
-            run_on_cpu(run, len(images), backbone.input_size, batch_size, n_threads)
+            run_on_cpu(run, len(images), batch_size, n_threads)
         else:
             run_on_accelerator(run, torch_device, batch_size, n_threads)
     finally:
         run.release_all()
-    run.copy_to_twins()
-    return run.bad_rows()
+    return run.finish()
 
 
 @dataclass
@@ -125,14 +119,6 @@ class _Row:
     cell: Cell | None  # None: to be read again
     digest: bytes
     block: int = -1  # whose lock is held for it
-
-
-@dataclass
-class _Block:
-    """A block of digests whose lock this call holds."""
-
-    lock: Lock
-    n_rows: int = 0  # to compute, or under way
 
 
 class EmbeddingRun:
@@ -152,18 +138,18 @@ class EmbeddingRun:
         self._images, self._backbone, self._out, self._store = images, backbone, out, store
         self._precision, self._groups, self._fill = precision, groups, fill
         self._progress = progress or (lambda n: None)
+        self.input_size = backbone.input_size
         self._fingerprints = [f"{f}-{precision}" for f in backbone.group_fingerprints]
         self._keeps = store.max_bytes != 0
-        self._n_left = len(images)  # rows that may still have to be computed
+        self._n_left = self._n_untold = len(images)  # to compute at most; not reported yet
         self._started_at = time.time_ns()
         self._stats: dict[int, tuple] = {}  # of files whose digest is not known yet
-        self._read_together = max(1, min(4, len(images) // 8))
         self._first: dict[bytes, int] = {}  # digest -> the row that is computed for it
         self._twins: list[tuple[int, int]] = []  # (row, the row computed for an equal image)
-        self._held: dict[int, _Block] = {}
+        self._locks: dict[int, Lock] = {}  # held, of blocks of digests
+        self._n_locked: Counter[int] = Counter()  # rows of a block to compute, or under way
         self._later: list[_Row] = []  # rows of blocks that other threads or processes hold
         self._bad: dict[int, str] = {}  # row -> what is wrong with its image
-        self._n_bad_told = 0
 
     # -- rows to compute -----------------------------------------------------------------
     def batches(self, workers: Workers, limit: BatchLimit) -> Iterator[list[_Row] | None]:
@@ -196,10 +182,7 @@ class EmbeddingRun:
         n_bytes = 0
         for rows in filter(None, workers.run(self._read, self._to_read())):
             part += rows
-            n_new = sum(row.cell.n_bytes for row in rows if row.cell)
-            n_bytes += n_new
-            fitting = _READ_BYTES * len(rows) // n_new
-            self._read_together = max(1, min(_READ_TOGETHER, fitting, len(self._images) // 8))
+            n_bytes += sum(row.cell.n_bytes for row in rows if row.cell)
             if len(part) >= most or n_bytes > _PART_BYTES:
                 yield from self._locked(self._new(part))
                 part, n_bytes = [], 0
@@ -207,21 +190,20 @@ class EmbeddingRun:
 
     def _to_read(self) -> Iterator[list[int]]:
         """Yield the images that have to be read, a few at a time."""
-        for start in range(0, len(self._images), _CHUNK):
-            chunk = range(start, min(start + _CHUNK, len(self._images)))
+        n = len(self._images)
+        n_together = max(1, min(_READ_TOGETHER, n // 16))
+        for start in range(0, n, _CHUNK):
+            chunk = range(start, min(start + _CHUNK, n))
             unknown = self._not_known(chunk) if self._keeps else list(chunk)
-            while unknown:
-                n = self._read_together
-                together, unknown = unknown[:n], unknown[n:]
-                yield together
+            for k in range(0, len(unknown), n_together):
+                yield unknown[k : k + n_together]
 
     def _not_known(self, chunk: range) -> list[int]:
         """Fill in the rows of files that are as they were when they were read."""
         stats = [self._images.stat(i) for i in chunk]
         digests = self._store.get_file_digests(stats)
-        for i, stat, digest in zip(chunk, stats, digests, strict=True):
-            if stat is not None and digest is None:
-                self._stats[i] = stat
+        triples = zip(chunk, stats, digests, strict=True)
+        self._stats.update((i, stat) for i, stat, digest in triples if stat and digest is None)
         known = [i for i, digest in zip(chunk, digests, strict=True) if digest is not None]
         found = self._look_up(known, [digest for digest in digests if digest is not None])
         done = {i for i, is_found in zip(known, found, strict=True) if is_found}
@@ -250,7 +232,6 @@ class EmbeddingRun:
                 new.append(row)
             else:
                 self._twins.append((row.i, first))
-                self._n_left -= 1
         return new
 
     def _locked(self, rows: list[_Row]) -> Iterator[_Row]:
@@ -265,17 +246,16 @@ class EmbeddingRun:
         # Others begin at other blocks.
         begin = hash((os.getpid(), threading.get_ident())) % N_BLOCKS
         for block in sorted(blocks, key=lambda block: (block - begin) % N_BLOCKS):
-            if block not in self._held:
+            if block not in self._locks:
                 lock = self._store.lock(min(self._fingerprints), block)
                 if not lock.acquire(blocking=False):
                     for row in blocks[block]:
                         row.cell = None
                     self._later += blocks[block]
                     continue
-                self._held[block] = _Block(lock)
+                self._locks[block] = lock
             missing = self._not_stored(blocks[block])
-            self._held[block].n_rows += len(missing)
-            self._finish(block, 0)
+            self._count(block, len(missing))
             yield from missing
 
     def _not_stored(self, rows: list[_Row]) -> list[_Row]:
@@ -289,9 +269,8 @@ class EmbeddingRun:
         found = np.ones(len(indices), dtype=bool)
         # Ascending numbers: neighbours, as nearly always, are filled in where they are.
         are_neighbours = indices[-1] - indices[0] == len(indices) - 1
-        if are_neighbours:
-            rows = self._out[indices[0] : indices[-1] + 1]
-        else:
+        rows = self._out[indices[0] : indices[-1] + 1]
+        if not are_neighbours:
             rows = np.empty((len(indices), self._out.shape[1]), dtype=np.float32)
         start = 0
         for g in self._groups:
@@ -305,16 +284,16 @@ class EmbeddingRun:
         self._tell(n_found)
         return found
 
-    def _finish(self, block: int, n_rows: int) -> None:
-        """Note rows of a block as finished, and release its lock after the last."""
-        self._held[block].n_rows -= n_rows
-        if self._held[block].n_rows == 0:
-            self._held.pop(block).lock.release()
+    def _count(self, block: int, n_rows: int) -> None:
+        """Count rows of a block, or down; with none left, release its lock."""
+        self._n_locked[block] += n_rows
+        if self._n_locked[block] == 0:
+            self._locks.pop(block).release()
 
     def release_all(self) -> None:
         """Release the locks of a call that ends early."""
-        while self._held:
-            self._held.popitem()[1].lock.release()
+        while self._locks:
+            self._locks.popitem()[1].release()
 
     # -- computing them ------------------------------------------------------------------
     def network(self, device: torch.device) -> torch.nn.Module:
@@ -365,13 +344,25 @@ class EmbeddingRun:
             error.add_note(f"This happened in the preprocessing of {self._images.where(row.i)}.")
             raise
 
-    def note_on(self, error: Exception, good: list[_Row], pixels: torch.Tensor) -> None:
-        """Add to an error of the network at which images it happened."""
-        error.add_note(
-            f"This happened in the network {self._backbone.name}, precision "
-            f"{self._precision!r}, with a {pixels.dtype} batch of shape {tuple(pixels.shape)} "
-            f"that begins with {self._images.where(good[0].i)}. What was embedded before is kept."
-        )
+    def forward(
+        self,
+        limit: BatchLimit,
+        network: torch.nn.Module,
+        good: list[_Row],
+        pixels: torch.Tensor,
+        device: torch.device | None = None,
+    ) -> list[torch.Tensor]:
+        """Run the network; what it raises says where that was."""
+        try:
+            return limit.forward(network, pixels, device)
+        except Exception as error:
+            error.add_note(
+                f"This happened in the network {self._backbone.name}, precision "
+                f"{self._precision!r}, with a {pixels.dtype} batch of shape "
+                f"{tuple(pixels.shape)} that begins with {self._images.where(good[0].i)}. "
+                "What was embedded before is kept."
+            )
+            raise
 
     def keep(self, batch: list[_Row], good: list[_Row], parts: list[torch.Tensor]) -> None:
         """Put a batch's rows into the output and the store."""
@@ -385,20 +376,17 @@ class EmbeddingRun:
                     self._store.put_many(fingerprint, digests, array)
         for row in batch:
             if row.block >= 0:
-                self._finish(row.block, 1)
-        self._tell(len(good))
+                self._count(row.block, -1)
+        self._tell(len(batch))
 
     # -- the end -------------------------------------------------------------------------
-    def copy_to_twins(self) -> None:
-        """Give equal images their row."""
+    def finish(self) -> list[BadRow]:
+        """Give equal images their row, and list the images that gave none, in their order."""
         for i, first in self._twins:
             self._out[i] = self._out[first]
             if first in self._bad:
                 self._bad[i] = self._bad[first]
-        self._tell(sum(i not in self._bad for i, _ in self._twins))
-
-    def bad_rows(self) -> list[BadRow]:
-        """List the images that gave no embedding, in their order."""
+        self._tell(self._n_untold)
         images = self._images
         return [BadRow(images.row(i), images.where(i), self._bad[i]) for i in sorted(self._bad)]
 
@@ -407,7 +395,5 @@ class EmbeddingRun:
         self._bad[i] = str(error)
 
     def _tell(self, n_done: int) -> None:
-        """Report rows done, and bad ones that the workers have found, in one thread."""
-        n_bad = len(self._bad)
-        self._progress(n_done + n_bad - self._n_bad_told)
-        self._n_bad_told = n_bad
+        self._n_untold -= n_done
+        self._progress(n_done)
