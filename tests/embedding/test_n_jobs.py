@@ -17,7 +17,6 @@ from PIL import Image
 from seen_pictures import SeenPictures
 
 from sktransfer import PretrainedFeatureExtractor, embedding_store
-from sktransfer.embedding._batches import BatchLimit
 
 N_CORES = joblib.cpu_count()
 
@@ -101,11 +100,11 @@ def test_the_callers_torch_threads_are_left_alone(numbered):
 
 
 @pytest.mark.parametrize("batch_size", ["auto", 32])
-def test_workers_share_out_the_last_batches(batch_size, monkeypatch):
+def test_workers_share_out_the_last_batches(batch_size, sizes_of_batches):
     """They shrink towards the end, so that nobody waits long for the others' last one."""
     X = np.random.default_rng(0).integers(0, 256, (150, 20, 20, 3), dtype=np.uint8)
     X[99] = X[100] = X[101] = X[3]  # what is known already is in no batch
-    sizes = sizes_of_batches(monkeypatch)
+    sizes = sizes_of_batches
     extractor = PretrainedFeatureExtractor(batch_size=batch_size, n_jobs=2, memory=False)
     rows = extractor.fit_transform(X)
     assert sum(sizes) == 147
@@ -115,22 +114,10 @@ def test_workers_share_out_the_last_batches(batch_size, monkeypatch):
     np.testing.assert_array_equal(rows[99:102], rows[[3, 3, 3]])
 
 
-def sizes_of_batches(monkeypatch):
-    """The sizes of the batches that go through a network, which returns zeros."""
-    sizes = []
-
-    def noting(self, network, batch, device=None):
-        sizes.append(len(batch))
-        return [torch.zeros(len(batch), 1408)]
-
-    monkeypatch.setattr(BatchLimit, "forward", noting)
-    return sizes
-
-
 @pytest.mark.parametrize(("side", "largest"), [(64, 32), (112, 32), (160, 15), (224, 8), (640, 4)])
-def test_large_pictures_come_in_small_batches(side, largest, monkeypatch):
+def test_large_pictures_come_in_small_batches(side, largest, sizes_of_batches):
     X = np.random.default_rng(0).integers(0, 256, (40, 20, 20, 3), dtype=np.uint8)
-    sizes = sizes_of_batches(monkeypatch)
+    sizes = sizes_of_batches
     options = {"preprocessing": {"size": side, "crop": side}, "n_jobs": 1, "memory": False}
     for batch_size, expected in (("auto", largest), (24, 24)):
         sizes.clear()
@@ -249,38 +236,32 @@ def test_ctrl_c_keeps_what_was_computed(many_pictures, tmp_path):
     )
 
 
+class Raises(SeenPictures):
+    """Raises at the picture of this number."""
+
+    fingerprint = "raises"
+
+    def __init__(self, folder, number, error):
+        super().__init__(folder)
+        self.number, self.error = number, error
+
+    def __call__(self, picture):
+        if self.n_seen >= self.number:
+            raise self.error("enough")
+        return super().__call__(picture)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_error_from_a_callback_keeps_what_was_computed(many_pictures, error, tmp_path):
-    from sktransfer.embedding._embed import embed
-    from sktransfer.images._images import as_images
-
-    seen = SeenPictures(tmp_path)
-    extractor = PretrainedFeatureExtractor(
-        preprocessing=seen, memory=tmp_path, batch_size=4, n_jobs=1
-    ).fit(many_pictures)
-    done = []
-
-    def progress(n):
-        done.append(n)
-        if sum(done) >= 20:
-            raise error("enough")
-
-    store = embedding_store(tmp_path)
-    out = np.empty((len(many_pictures), extractor.n_features_out_), np.float32)
+def test_an_error_keeps_what_was_computed(many_pictures, error, tmp_path):
+    options = {"memory": tmp_path, "batch_size": 4, "n_jobs": 1}
+    failing = PretrainedFeatureExtractor(preprocessing=Raises(tmp_path, 30, error), **options)
     with pytest.raises(error, match="enough"):
-        embed(
-            as_images(many_pictures),
-            extractor.backbone_,
-            out=out,
-            store=store,
-            batch_size=4,
-            n_jobs=1,
-            progress=progress,
-        )
-    n_kept, n_seen = store.info().n_rows, seen.n_seen
-    assert n_kept == 20
-    extractor.transform(many_pictures)
-    assert seen.n_seen - n_seen == len(many_pictures) - n_kept
+        failing.fit_transform(many_pictures)
+    n_kept = len(embedding_store(tmp_path))
+    assert 30 - 3 * 4 <= n_kept < 30
+    again = Raises(tmp_path, 1000, error)
+    PretrainedFeatureExtractor(preprocessing=again, **options).fit_transform(many_pictures)
+    assert again.n_seen - 30 == len(many_pictures) - n_kept
 
 
 # -- foreign errors ---------------------------------------------------------------------------
