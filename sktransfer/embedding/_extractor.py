@@ -29,14 +29,12 @@ _N_REPORTED = 10
 
 
 class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
-    """Turn images into the columns that a pre-trained network sees in them.
+    """Compute feature columns for images with a frozen pre-trained network.
 
-    The network's classification head is cut off and what would have entered it, or the
-    pooled output of inner stages, becomes one row per image. The network is frozen: it
-    runs in evaluation mode and nothing of it is trained, so a row depends on its image
-    alone, not on the batch, the fold or the process. Each image therefore goes through
-    the network once; clones, folds and candidates of a grid search find the row again in
-    a store (see `memory`).
+    An image's row is the input of the network's classification head, or the pooled output of
+    inner stages. The network runs in evaluation mode and is not trained, so a row depends on its
+    image alone, not on the batch, the fold or the process. Each image goes through the network
+    once: clones, folds and candidates of a grid search find its row in a store (see `memory`).
 
     Read more in the :ref:`User Guide <feature_extraction>`.
 
@@ -50,22 +48,21 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
 
     weights : str, Path or None, default="DEFAULT"
         The name of torchvision's weights (``"IMAGENET1K_V2"``), a local ``.pt``, ``.pth``
-        or ``.safetensors`` file, or ``None`` for random ones: the twin from scratch that
-        transfer is compared with.
+        or ``.safetensors`` file, or ``None`` for random ones, to compare
+        transfer with.
 
     layer : str, list of str or None, default=None
-        What becomes columns. ``None``: what enters the classification head. A stage or
-        node name (``"layer3"``): its pooled output, low-level features from lower stages.
-        A list: their pooled outputs, joined.
+        Which layer gives the columns. ``None``: the input of the classification head. The name
+        of a stage or module (``"layer3"``): its pooled output; lower stages give low-level
+        features. A list: their pooled outputs, joined.
 
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
-        How a map of features becomes a row. ``"auto"`` is what the network itself does.
+        How a feature map becomes a row. ``"auto"``: as the network itself does it.
 
     preprocessing : "auto", dict or callable, default="auto"
         ``"auto"``: what the weights were trained with. A dict overrides parts of it
         (``size``, ``crop``, ``mean``, ``std``, ``interpolation``, ``fast_decode``). A
-        callable takes the uint8 H×W×3 array and returns a float 3×H×W array; `fit` copies
-        it as it is then.
+        callable takes the uint8 H×W×3 array and returns a float 3×H×W array; `fit` copies it.
 
     image_shape : tuple of int or None, default=None
         The shape of one image, ``(height, width)`` or ``(height, width, channels)``, for
@@ -74,7 +71,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
 
     batch_size : int or "auto", default="auto"
         Images sent through the network at once. It changes speed and memory, not results.
-        ``"auto"``: 256 on an accelerator, on a CPU 4 to 32, fewer of larger pictures.
+        ``"auto"``: 256 on an accelerator, on a CPU 4 to 32, fewer of larger images.
         Halved, with a warning, as often as the device runs out of memory.
 
     device : str, default="auto"
@@ -89,20 +86,19 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         spark) the images are dealt out to its workers.
 
     memory : str, Path, joblib.Memory, store, False or None, default=None
-        Where embeddings are kept, one row per image. ``None``: in this process, within a
-        bound. A folder: on disk, for other processes and later runs; a cluster's workers need
-        one that all of them see. ``False``: nowhere. :func:`embedding_store` looks into a
-        store, empties it, or makes one with another bound.
+        Where embeddings are kept, one row per image. ``None``: in this process, at most 512 MiB.
+        A folder: on disk, for other processes and later runs; a cluster's workers need one that
+        all of them see. ``False``: nowhere. :func:`embedding_store` shows what is kept, empties
+        it, or sets another bound.
 
     cache_layers : list of str or None, default=None
-        Layers whose columns are put into the store in the same pass although they are not
-        asked for now: name here those that a grid search over `layer` will ask for, and
-        one pass through the network serves them all.
+        Further layers whose columns are computed in the same pass and kept in the store. Name
+        here all candidates of a grid search over `layer`: one pass serves them all.
 
     on_error : {"raise", "nan", "zero"}, default="raise"
-        What an unreadable or missing image does: an error that lists all of them once the
-        others are embedded and kept, a row of NaN (for
-        :class:`~sklearn.impute.SimpleImputer`), or a row of zeros.
+        What to do with unreadable and missing images: raise one error that lists them, after the
+        others are embedded and kept; return a row of NaN, which
+        :class:`~sklearn.impute.SimpleImputer` can fill; or return a row of zeros.
 
     verbose : int, default=0
         1 shows a progress bar.
@@ -122,8 +118,8 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         Number of columns that `transform` returns.
 
     bad_images_ : list of BadRow
-        The images that the last `transform` could not read: each has ``row``, ``where``
-        and ``reason``.
+        The images that the last `transform` could not read, with ``row`` (from 0), ``where``
+        (row, column, path) and ``reason``.
 
     See Also
     --------
@@ -134,10 +130,11 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
     -----
     `X` may hold paths, URLs, encoded bytes, PIL images, arrays (H×W or H×W×C) or torch
     tensors (C×H×W), as a list, array, Series or data frame with one or several image
-    columns; a 3-D or 4-D array; ``{"bytes": …, "path": …}`` cells of parquet image sets; or
-    flat numeric rows with `image_shape`. All give the same columns for the same picture; only a
-    JPEG file far larger than the network's input, which is decoded at a reduced size, differs
-    slightly from its pixels in an array, and not with ``preprocessing={"fast_decode": False}``.
+    columns; any object with ``__len__`` and ``__getitem__``; a 3-D or 4-D array;
+    ``{"bytes": …, "path": …}`` cells of parquet image sets; or flat numeric rows with
+    `image_shape`. The same image gives the same columns in any form. The exception: a JPEG file
+    much larger than the network's input is decoded at a reduced size, and then differs slightly
+    from an array of its pixels, unless ``preprocessing={"fast_decode": False}``.
 
     Floating-point images are read as 0…1. An image whose values leave that range is read as
     0…255 where they fit there, else stretched from its least to its largest value, and a
@@ -252,8 +249,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X : list, array, Series or data frame of n_samples images
-            The same columns as in `fit`; see the class's Notes. A data frame without rows, as
-            parts of a larger one may be, gives none.
+            The same columns as in `fit`; see the class's Notes. A data frame may have no rows.
 
         Returns
         -------
@@ -263,8 +259,8 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            Images that cannot be read, with ``on_error="raise"``: all of them are found and
-            reported, and the rows of the others stay in the store.
+            With ``on_error="raise"``, if images cannot be read. The message reports all of
+            them, as does its attribute ``bad_images``; the other rows are in the store.
         """
         check_is_fitted(self)
         if is_empty_part(self, X):
@@ -280,12 +276,12 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         input_features : array-like of str or None, default=None
-            Names of the image columns; ``None``: `feature_names_in_`, where there are.
+            Names of the image columns; ``None``: `feature_names_in_`, if `fit` saw names.
 
         Returns
         -------
         names : ndarray of str objects of shape (n_features_out_,)
-            Where several layers are joined their names stand before the number.
+            If several layers are joined, the layer's name precedes the number.
         """
         check_is_fitted(self)
         names = image_column_names(self, input_features)
@@ -307,7 +303,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         return set_image_tags(self, super().__sklearn_tags__())
 
     def _asked_groups(self) -> range:
-        """Return which of the backbone's groups are columns: the first; the rest is kept only."""
+        """Return which of the backbone's groups are columns; the others are only kept."""
         width = self.n_features_out_ // self._n_image_columns
         widths = np.cumsum([width for _, width in self.backbone_.feature_groups])
         return range(int(np.searchsorted(widths, width)) + 1)

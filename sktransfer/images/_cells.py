@@ -17,7 +17,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from sktransfer._threads import ProcessLock
-from sktransfer.images._containers import is_missing, is_tensor
+from sktransfer.images._containers import is_missing, is_stream, is_tensor
 from sktransfer.images._pixels import BadImage, Note, to_rgb
 
 # Also chained ones, "simplecache::s3://…"; "C:" is a drive.
@@ -146,9 +146,7 @@ def _simplify(image: Image.Image, is_16_bit: bool) -> Image.Image:
     return image.convert("RGB")
 
 
-# ---------------------------------------------------------------------------
-# What cells hold
-# ---------------------------------------------------------------------------
+# -- what cells hold -------------------------------------------------------------------------
 def read_cell(cell) -> bytes | np.ndarray:
     """Return the encoded image or the numbers that a cell holds; raise BadImage."""
     if isinstance(cell, str):
@@ -192,11 +190,6 @@ def own_copy(cell) -> object:
     if isinstance(cell, (bytearray, memoryview)):
         return bytes(cell)
     return np.array(cell) if hasattr(cell, "__array__") else cell
-
-
-def is_stream(cell) -> bool:
-    """Whether the cell is an open file."""
-    return hasattr(cell, "read") and hasattr(cell, "seek")
 
 
 def is_url(text: str) -> bool:
@@ -380,24 +373,6 @@ def unflatten(cell, shape: tuple[int, ...]) -> object:
         ) from None
     # image_shape has the channels last, for tensors too.
     return pixels.permute(2, 0, 1) if is_tensor(pixels) and pixels.ndim == 3 else pixels
-
-
-def describe(cell) -> str:
-    """Describe a cell for messages."""
-    if isinstance(cell, dict):
-        path = cell.get("path")
-        cell = path if path is not None else cell.get("bytes")
-    if isinstance(cell, (bytes, bytearray, memoryview)):
-        return f"{len(cell)} bytes"
-    if isinstance(cell, Image.Image):
-        return f"PIL image, mode {cell.mode}, {cell.width} × {cell.height}"
-    if isinstance(cell, np.ndarray) or is_tensor(cell):
-        kind = "tensor" if is_tensor(cell) else "array"
-        return f"{kind} of shape {tuple(cell.shape)}, {cell.dtype}"
-    text = repr(os.fspath(cell) if isinstance(cell, os.PathLike) else cell)
-    if isinstance(cell, str):  # not "np.str_('…')"
-        text = repr(str(cell))
-    return text if len(text) <= 200 else f"{text[:120]}…{text[-20:]}"
 
 
 def _words(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from numbers import Integral, Number
 from typing import TYPE_CHECKING
@@ -106,22 +107,38 @@ def is_missing(x) -> bool:
     return isinstance(x, (float, np.floating)) and bool(np.isnan(x))
 
 
+def is_stream(x) -> bool:
+    """Whether `x` is an open file."""
+    return hasattr(x, "read") and hasattr(x, "seek")
+
+
+def describe(cell) -> str:
+    """Describe a cell for messages."""
+    if isinstance(cell, dict):
+        keys = f"dict with the keys {list(cell)[:5]}"
+        cell = next((cell[key] for key in ("path", "bytes") if cell.get(key) is not None), keys)
+        if cell is keys:
+            return keys
+    if isinstance(cell, (bytes, bytearray, memoryview)):
+        return f"{len(cell)} bytes"
+    if isinstance(cell, Image.Image):
+        return f"PIL image, mode {cell.mode}, {cell.width} × {cell.height}"
+    if isinstance(cell, np.ndarray) or is_tensor(cell):
+        kind = "tensor" if is_tensor(cell) else "array"
+        return f"{kind} of shape {tuple(cell.shape)}, {cell.dtype}"
+    # Not "np.str_('…')", nor "PosixPath('…')".
+    text = repr(str(cell) if isinstance(cell, (str, os.PathLike)) else cell)
+    return text if len(text) <= 200 else f"{text[:120]}…{text[-20:]}"
+
+
 def _refuse_single(X) -> None:
-    single = None
     if isinstance(X, np.ndarray) and X.ndim == 0:
         X = X.item()
-    if isinstance(X, (str, os.PathLike)):
-        single = f"the single path {str(X)[:100]!r}"
-    elif isinstance(X, (bytes, bytearray, memoryview)):
-        single = f"the content of a single file, {len(X)} bytes"
-    elif isinstance(X, Image.Image):
-        single = f"a single PIL image, mode {X.mode}, {X.width} × {X.height}"
-    elif isinstance(X, dict):
-        single = f"a dict with the keys {list(X)[:5]}"
-    elif hasattr(X, "read") and hasattr(X, "seek"):
-        single = f"a single open file, {X!r}"
-    if single is not None:
-        raise TypeError(f"X is {single}; X holds one image per row: wrap it in a list, [X]")
+    single = (str, os.PathLike, bytes, bytearray, memoryview, dict, Image.Image)
+    if isinstance(X, single) or is_stream(X):
+        raise TypeError(
+            f"X is a single cell ({describe(X)}); X holds one image per row: wrap it in a list, [X]"
+        )
     if X is None or isinstance(X, Number):
         raise TypeError(f"X is {X!r}; X holds one image per row: a list, array or DataFrame")
     if hasattr(X, "toarray") and hasattr(X, "nnz"):
@@ -133,62 +150,41 @@ def _refuse_single(X) -> None:
         raise TypeError("X is a LazyFrame, which has no rows yet; give X.collect()")
 
 
-# ---------------------------------------------------------------------------
-# DataFrames and Series
-# ---------------------------------------------------------------------------
+# -- data frames and Series ------------------------------------------------------------------
 def _is_frame(X) -> bool:
-    # pandas, polars, pyarrow
-    return (
-        (hasattr(X, "iloc") and hasattr(X, "columns")) or hasattr(X, "get_columns") or _is_table(X)
-    )
-
-
-def _is_table(X) -> bool:
-    return hasattr(X, "column_names") and hasattr(X, "to_pydict")
+    is_pandas = hasattr(X, "iloc") and hasattr(X, "columns")
+    return is_pandas or hasattr(X, "get_columns") or hasattr(X, "column_names")  # polars, pyarrow
 
 
 def _from_frame(X, image_shape: Shape) -> Columns:
-    if X.shape[1] == 0 or X.shape[0] == 0:
-        _check_size(X.shape)
+    _check_size(X.shape)
     if image_shape is not None and all(map(_is_number_dtype, getattr(X, "dtypes", [None]))):
         rows = X.to_numpy()  # pixels, perhaps thousands of columns of them
         if rows.dtype != object:
             return _from_array(rows, image_shape)
-    if hasattr(X, "iloc"):
-        names, series = list(X.columns), [X.iloc[:, j] for j in range(X.shape[1])]
-    elif _is_table(X):
-        names, series = list(X.column_names), [X.column(j) for j in range(X.shape[1])]
-        series = [column.to_pandas() if _is_arrow_number(column) else column for column in series]
-    else:
-        names, series = list(X.columns), [X[name] for name in X.columns]
+    names = list(X.column_names if hasattr(X, "column_names") else X.columns)
     columns, numeric = [], []
-    for name, column in zip(names, series, strict=True):
-        if hasattr(column, "to_pylist"):
-            cells, is_numeric = column.to_pylist(), False
-        else:
-            cells, is_numeric = _cells_of_series(column)
-        columns.append(cells)
-        if is_numeric:
-            numeric.append(name)
-    if numeric and len(numeric) == len(names):
-        rows = X.to_numpy() if hasattr(X, "to_numpy") else None
-        if rows is None or rows.dtype == object:  # nullable types
-            rows = np.column_stack([np.asarray(column) for column in columns])
-        return _from_array(rows, image_shape)
-    if numeric:
+    for j, name in enumerate(names):
+        column = X.iloc[:, j] if hasattr(X, "iloc") else X[name]
+        if hasattr(column, "to_pylist"):  # pyarrow
+            is_number = str(column.type).startswith(
+                ("int", "uint", "float", "double", "half", "bool")
+            )
+            column = column.to_pandas() if is_number else column.to_pylist()
+        if not isinstance(column, list):
+            column, is_number = _cells_of_series(column)
+        columns.append(column)
+        numeric += [name] if is_number else []
+    if numeric and len(numeric) < len(names):
         raise ValueError(
             f"the columns {numeric} of X hold numbers and the others images; give the image "
             "columns alone, with a ColumnTransformer or X[[…]]"
         )
-    all_str = all(isinstance(name, str) for name in names)
-    if image_shape is not None and len(columns) > 1 and not _is_image_row(columns):
-        rows = np.column_stack([np.asarray(column, dtype=object) for column in columns])
-        return _from_array(rows, image_shape)
-    return columns, names if all_str else None, image_shape
-
-
-def _is_arrow_number(column) -> bool:
-    return str(column.type).startswith(("int", "uint", "float", "double", "half", "bool"))
+    are_objects = image_shape is not None and len(columns) > 1
+    if numeric or (are_objects and _has_number([column[0] for column in columns])):
+        dtype = None if numeric else object
+        return _from_array(np.column_stack([np.asarray(c, dtype) for c in columns]), image_shape)
+    return columns, names if all(isinstance(name, str) for name in names) else None, image_shape
 
 
 def _is_number_dtype(dtype) -> bool:
@@ -215,9 +211,7 @@ def _cells_of_series(series) -> tuple[Sequence, bool]:
     return getattr(series, "array", series), False  # cells become Python objects one by one
 
 
-# ---------------------------------------------------------------------------
-# Arrays, tensors, lists
-# ---------------------------------------------------------------------------
+# -- arrays, tensors, lists ------------------------------------------------------------------
 def _from_array(X: np.ndarray, image_shape: Shape) -> Columns:
     kind = X.dtype.kind
     if kind == "c":
@@ -361,19 +355,12 @@ def _flat_message(what: str) -> str:
 
 def _check_size(shape: tuple[int, ...]) -> None:
     # scikit-learn's words, which its own checks look for.
-    if shape[0] == 0:
-        raise ValueError(
-            f"Found array with 0 sample(s) (shape={shape}) while a minimum of 1 is required."
-        )
-    if len(shape) == 2 and shape[1] == 0:
-        raise ValueError(
-            f"Found array with 0 feature(s) (shape={shape}) while a minimum of 1 is required."
-        )
+    for n, what in zip(shape[:2], ("sample", "feature"), strict=False):
+        if n == 0 and (what == "sample" or len(shape) == 2):
+            raise ValueError(
+                f"Found array with 0 {what}(s) (shape={shape}) while a minimum of 1 is required."
+            )
 
 
 def _has_number(row) -> bool:
     return any(isinstance(cell, (Number, np.number)) and not is_missing(cell) for cell in row)
-
-
-def _is_image_row(columns: list) -> bool:
-    return not _has_number([column[0] for column in columns])

@@ -11,7 +11,6 @@ from PIL import Image
 
 from sktransfer.images._cells import (
     Cell,
-    describe,
     is_url,
     local_path,
     one_reader,
@@ -22,6 +21,7 @@ from sktransfer.images._cells import (
 from sktransfer.images._containers import (
     Container,
     as_columns,
+    describe,
     is_missing,
     is_tensor,
     read_image_shape,
@@ -39,30 +39,20 @@ def as_images(X, image_shape: tuple[int, ...] | None = None) -> Images:
 
     Parameters
     ----------
-    X : list, tuple, array, Series, DataFrame, tensor or another sequence
-        One of:
+    X : list, array, Series, DataFrame, tensor or another sequence
+        - cells, one per row: paths (``str``, ``Path``; ``~`` is expanded), URLs of fsspec
+          (``https://``, ``s3://`` …), data URLs, encoded bytes, open binary files, PIL images,
+          arrays (H, W) or (H, W, C), torch tensors (H, W) or (C, H, W), or
+          ``{"bytes": …, "path": …}``, in any object with ``__len__`` and ``__getitem__``;
+        - a DataFrame, or a 2-D array of objects, with several columns of such cells;
+        - a numeric array (N, H, W) or (N, H, W, C), channels last, or a torch tensor
+          (N, H, W) or (N, C, H, W), channels first;
+        - with `image_shape`, flat numeric rows (N, H * W) or (N, H * W * C).
 
-        - a list, 1-D array, Series, one-column DataFrame or any object with ``__len__`` and
-          ``__getitem__`` whose cells are paths (``str``, ``Path``; ``~`` is expanded), URLs of
-          fsspec (``https://``, ``s3://`` …), data URLs, encoded bytes, open binary files, PIL
-          images, arrays (H, W) or (H, W, C), torch tensors (H, W) or (C, H, W), or
-          ``{"bytes": …, "path": …}`` as sets of images in parquet files have them;
-        - a DataFrame, or a 2-D array of objects, with several columns of such cells:
-          several images per row;
-        - a numeric array (N, H, W) or (N, H, W, C), a torch tensor (N, H, W) or
-          (N, C, H, W): NumPy has the channels last, torch has them first;
-        - with `image_shape`, a numeric array, DataFrame, list of lists or list of 1-D
-          arrays of shape (N, H * W) or (N, H * W * C).
-
-        Arrays have 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels.
-        :func:`sktransfer.images._pixels.to_rgb` says what their numbers mean.
-
+        There are 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels.
+        :func:`sktransfer.images._pixels.to_rgb` says what the numbers mean.
     image_shape : (H, W) or (H, W, C), default=None
         Shape of one image where X holds flat rows; one of the numbers may be -1.
-
-    Returns
-    -------
-    Images
 
     Raises
     ------
@@ -172,8 +162,7 @@ class Images:
     def stat(self, i: int) -> tuple[str, int, int, int] | None:
         """Return what identifies the state of a local file; None if image `i` is not one.
 
-        Absolute path, size, modification time in ns, and inode and time of the last change as
-        one number.
+        Path, size, modification time in ns, and inode and time of the last change as a number.
         """
         position, column = divmod(int(self._positions[i]), len(self._columns))
         container = self._columns[column]
@@ -202,12 +191,9 @@ class Images:
         inode = status.st_ino * _FAR_APART + status.st_ctime_ns
         return full, status.st_size, status.st_mtime_ns, inode & (2**63 - 1)
 
-    # -- what was assumed ----------------------------------------------------------------
+    # -- what was assumed, by all views of the same X -------------------------------------
     def take_warnings(self) -> str | None:
-        """Return what was assumed since the last call as the text of one warning, or None.
-
-        All views of the same X share what was assumed.
-        """
+        """Return what was assumed since the last call as the text of one warning, or None."""
         return _warning(self._notes.take(), self._place)
 
     def take_notes(self) -> dict:

@@ -14,13 +14,18 @@ from scipy import sparse
 
 z = np.zeros
 REFUSED = {
-    "str": ("a.jpg", None, TypeError, r"the single path 'a.jpg'.* wrap it in a list, \[X\]"),
-    "Path": (Path("a.jpg"), None, TypeError, "the single path 'a.jpg'.*wrap it in a list"),
-    "0-D": (np.array("a.jpg"), None, TypeError, "the single path 'a.jpg'"),
-    "bytes": (b"123", None, TypeError, "a single file, 3 bytes.*wrap it in a list"),
-    "PIL": (Image.new("L", (3, 2)), None, TypeError, "single PIL image, mode L, 3 × 2.*wrap it"),
-    "dict": ({"bytes": b""}, None, TypeError, r"a dict with the keys \['bytes'\].*wrap it"),
-    "file": (io.BytesIO(), None, TypeError, "a single open file.*wrap it"),
+    "str": ("a.jpg", None, TypeError, r"a single cell \('a.jpg'\).* wrap it in a list, \[X\]"),
+    "Path": (Path("a.jpg"), None, TypeError, r"a single cell \('a.jpg'\).*wrap it in a list"),
+    "0-D": (np.array("a.jpg"), None, TypeError, r"a single cell \('a.jpg'\)"),
+    "bytes": (b"123", None, TypeError, "a single cell .3 bytes.*wrap it in a list"),
+    "PIL": (
+        Image.new("L", (3, 2)),
+        None,
+        TypeError,
+        "single cell .PIL image, mode L, 3 × 2",
+    ),
+    "dict": ({"bytes": b""}, None, TypeError, r"a single cell .0 bytes.*wrap it"),
+    "file": (io.BytesIO(), None, TypeError, "a single cell .*BytesIO.*wrap it"),
     "None": (None, None, TypeError, "X is None; X holds one image per row"),
     "number": (3, None, TypeError, "X is 3; X holds one image per row"),
     "generator": (iter(["a"]), None, TypeError, r"no rows to index.*list\(X\)"),
