@@ -10,26 +10,9 @@ from __future__ import annotations
 import functools
 import os
 
-from sktransfer.store._disk import DEFAULT_DISK_BYTES, DiskStore
-from sktransfer.store._info import FileStat, Lock, StoreInfo
-from sktransfer.store._memory import DEFAULT_MEMORY_BYTES, MemoryStore
-
-__all__ = [
-    "DEFAULT_DISK_BYTES",
-    "DEFAULT_MEMORY_BYTES",
-    "MAX_ACTIVATION_BYTES",
-    "N_BLOCKS",
-    "DiskStore",
-    "FileStat",
-    "Lock",
-    "MemoryStore",
-    "Store",
-    "StoreInfo",
-    "activations",
-    "as_store",
-    "block_of",
-    "embedding_store",
-]
+from sktransfer.store._base import FileStat as FileStat
+from sktransfer.store._disk import DiskStore
+from sktransfer.store._memory import MemoryStore
 
 Store = MemoryStore | DiskStore
 
@@ -64,24 +47,8 @@ def block_of(digest: bytes) -> int:
 def as_store(memory: object) -> Store:
     """The store that a ``memory`` parameter stands for.
 
-    Parameters
-    ----------
-    memory : None, False, str, os.PathLike, joblib.Memory, MemoryStore or DiskStore
-        None: the one store of this process, of at most 512 MiB. False: nothing is kept. A folder,
-        or a `joblib.Memory` with one: a file in that folder, of at most 10 GiB. A
-        `joblib.Memory` without a location keeps nothing. A store is itself.
-
-    Returns
-    -------
-    store : MemoryStore or DiskStore
-        The same one for the same folder.
-
-    Raises
-    ------
-    TypeError
-        For anything else.
-    ValueError
-        For a path that cannot be a local folder.
+    None: the store of this process. False, or a `joblib.Memory` without a location: a store that
+    keeps nothing. A folder, or a `joblib.Memory` with one: a file there. A store: itself.
     """
     if memory is None:
         return _process_store
