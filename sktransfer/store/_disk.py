@@ -35,11 +35,9 @@ _SCHEMA = (
     " seal BLOB NOT NULL) WITHOUT ROWID",
     f"PRAGMA user_version = {_FORMAT_VERSION}",
 )
+# Of a new file. Pages of 8 KiB were read and written fastest of 4, 8, 16 and 32 KiB.
+_LAYOUT = ("page_size = 8192", "auto_vacuum = FULL")
 _SETTINGS = (
-    # Pages of 8 KiB were read and written fastest of 4, 8, 16 and 32 KiB. This line and the next
-    # act on a new file only.
-    "page_size = 8192",
-    "auto_vacuum = FULL",
     # kill -9 loses no committed row; a power cut may lose the last ones, and never more.
     "journal_mode = WAL",
     "synchronous = NORMAL",
@@ -279,7 +277,7 @@ def _prepare(connection: sqlite3.Connection) -> None:
             f"it is not an embedding store of format {_FORMAT_VERSION}, but made by another "
             "program or a newer sktransfer; upgrade sktransfer, or give another folder as memory"
         )
-    for setting in _SETTINGS:
+    for setting in (*_LAYOUT, *_SETTINGS) if is_new else _SETTINGS:
         connection.execute(f"PRAGMA {setting}")
     if is_new:
         with connection:
@@ -329,8 +327,9 @@ def _read_files(connection: sqlite3.Connection, stats: Sequence[FileStat]) -> di
             f"SELECT path, digest, seal FROM files WHERE path IN ({_marks(by_path)})",
             list(by_path),
         ):
-            if seal == _seal(by_path[path], digest):
-                known[by_path[path]] = digest
+            stat = by_path.get(path)
+            if stat is not None and seal == _seal(stat, digest):
+                known[stat] = digest
     return known
 
 
