@@ -101,16 +101,14 @@ class BaseStore:
         found : bool array of shape (n_images,)
             Where ``out`` was filled.
         """
-        rows = [
-            row if row is not None and row.shape == out.shape[1:] else None
-            for row in self.get_many(fingerprint, digests)
-        ]
-        found = np.fromiter((row is not None for row in rows), dtype=bool, count=len(rows))
-        if found.all() and len(rows) and out.flags.c_contiguous:  # the quickest copy there is
-            np.concatenate(rows, out=out.reshape(-1))  # type: ignore[arg-type]
-            return found
-        for i in np.flatnonzero(found):
-            out[i] = rows[i]
+        rows = self.get_many(fingerprint, digests)
+        shape = out.shape[1:]
+        found = np.array([row is not None and row.shape == shape for row in rows], dtype=bool)
+        if found.any() and found.all() and out.flags.c_contiguous:
+            np.concatenate(rows, out=out.reshape(-1))  # type: ignore[arg-type]  # twice as fast
+        else:
+            for i in np.flatnonzero(found):
+                out[i] = rows[i]
         return found
 
     def __deepcopy__(self, memo: dict) -> Self:
