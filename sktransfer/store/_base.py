@@ -64,14 +64,13 @@ def as_bytes(max_bytes: int | str | None) -> int | None:
     """A bound in bytes from an int or from a text such as ``"500M"``, as joblib reads it."""
     if max_bytes is None:
         return None
-    number, unit = max_bytes, 1
-    if isinstance(max_bytes, str) and max_bytes[-1:].upper() in _UNITS:
-        number, unit = max_bytes[:-1], _UNITS[max_bytes[-1].upper()]
+    text = str(max_bytes).upper()
+    unit = _UNITS.get(text[-1:], 1)
     try:
-        n_bytes = int(float(number) * unit)
-    except (TypeError, ValueError, OverflowError):
+        n_bytes = int(float(text if unit == 1 else text[:-1]) * unit)
+    except (ValueError, OverflowError):
         n_bytes = -1
-    if n_bytes < 0 or isinstance(max_bytes, bool):
+    if n_bytes < 0:
         raise ValueError(
             "max_bytes must be a number of bytes (int >= 0), a text such as '500M' or '10G', or "
             f"None for no bound; got {max_bytes!r}."

@@ -19,7 +19,8 @@ Store = MemoryStore | DiskStore
 # Rows are computed under one lock for each fingerprint and block of digests.
 N_BLOCKS = 32
 
-# Outputs of frozen stages, for later fits of this process. A fit that needs more keeps its own.
+# Outputs of frozen stages, for later fits of this process. A fit that needs more room than this
+# keeps its own.
 MAX_ACTIVATION_BYTES = 2**30
 activations = MemoryStore(MAX_ACTIVATION_BYTES)
 
@@ -56,24 +57,29 @@ def as_store(memory: object) -> Store:
         return _no_store
     if isinstance(memory, MemoryStore | DiskStore):
         return memory
-    folder = memory
-    if hasattr(memory, "location") and callable(getattr(memory, "cache", None)):  # joblib.Memory
-        folder = memory.location
-        if folder is None:
-            return _no_store
-        backend = getattr(memory, "backend", "local")
-        if backend != "local":
-            raise ValueError(
-                f"memory={memory!r} keeps its data in the joblib backend {backend!r}; "
-                "embeddings need a local folder. Give one as memory='path/to/folder'."
-            )
+    is_joblib_memory = hasattr(memory, "location") and hasattr(memory, "cache")
+    folder = memory.location if is_joblib_memory else memory  # type: ignore[attr-defined]
+    if folder is None:
+        return _no_store
     if not isinstance(folder, str | os.PathLike) or isinstance(os.fspath(folder), bytes):
         raise TypeError(
             "memory must be None (keep embeddings in this process), False (keep none), a folder "
             f"(str or pathlib.Path), or a joblib.Memory; got {memory!r} of type "
             f"{type(memory).__name__}."
         )
-    return _open(os.fspath(folder))
+    folder = os.fspath(folder)
+    if not folder or "://" in folder or "\0" in folder:
+        raise ValueError(
+            f"memory must be a local folder; got {folder!r}. Give a path such as 'cache' or "
+            "'/data/cache', which is made when missing."
+        )
+    path = os.path.abspath(os.path.expanduser(folder))
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ValueError(
+            f"memory must be a folder, and {folder!r} is a file. Give the path of a folder, which "
+            "is made when missing."
+        )
+    return _disk_store(path)
 
 
 def embedding_store(memory: object = None, *, max_bytes: int | str | None = "default") -> Store:
@@ -129,18 +135,3 @@ def embedding_store(memory: object = None, *, max_bytes: int | str | None = "def
     if isinstance(store, DiskStore):
         return DiskStore(store.folder, max_bytes)
     return MemoryStore(max_bytes)
-
-
-def _open(folder: str) -> DiskStore:
-    if not folder or "://" in folder or "\0" in folder:
-        raise ValueError(
-            f"memory must be a local folder; got {folder!r}. Give a path such as 'cache' or "
-            "'/data/cache', which is made when missing."
-        )
-    path = os.path.abspath(os.path.expanduser(folder))
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise ValueError(
-            f"memory must be a folder, and {folder!r} is a file. Give the path of a folder, which "
-            "is made when missing."
-        )
-    return _disk_store(path)

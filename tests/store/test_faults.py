@@ -88,7 +88,7 @@ def open_folder():
     shutil.rmtree(folder)
 
 
-def without_permission(code, folder, folder_mode=0o555):
+def without_permission(code, folder, folder_mode):
     """Run as a user who may not write the folder's files; also for root."""
     for path in folder.iterdir():
         path.chmod(0o444)
@@ -116,34 +116,26 @@ print(*there)
 
 
 @needs_posix
-def test_a_read_only_folder(open_folder):
+@pytest.mark.parametrize(
+    ("folder_mode", "new_folder", "reason", "n_read"),
+    [
+        (0o777, "", "attempt to write a readonly database", 20),  # the file alone
+        (0o555, "", "readonly database", 0),
+        (0o555, "/new", "Permission denied", 0),
+    ],
+)
+def test_missing_permissions(open_folder, folder_mode, new_folder, reason, n_read):
     filled(open_folder, 20).close()
     before = {path: path.read_bytes() for path in open_folder.iterdir()}
 
-    answer = without_permission(USE_READ_ONLY, open_folder)
+    code = f"store = opened(store.folder + {new_folder!r})" + USE_READ_ONLY
+    answer = without_permission(code, open_folder, folder_mode)
 
     assert answer.stderr.count("Warning: The embedding store") == 1
-    assert "that the folder is writable" in answer.stderr
-    assert {path: path.read_bytes() for path in open_folder.iterdir()} == before
-
-
-@needs_posix
-def test_a_read_only_file_is_read(open_folder):
-    filled(open_folder, 20).close()
-    answer = without_permission(USE_READ_ONLY, open_folder, folder_mode=0o777)
-    assert answer.stderr.count("Warning: The embedding store") == 1
-    assert "attempt to write a readonly database" in answer.stderr
-    assert answer.stdout.split() == [str(number) for number in range(20)]
-
-
-@needs_posix
-def test_a_folder_that_cannot_be_made(open_folder):
-    answer = without_permission(
-        "store = opened(store.folder + '/new')" + USE_READ_ONLY, open_folder
-    )
-    assert answer.stderr.count("Warning: The embedding store") == 1
-    assert "Permission denied" in answer.stderr
-    assert answer.stdout.split() == []
+    assert reason in answer.stderr
+    assert "Check that the disk is not full, that the folder is writable" in answer.stderr
+    assert answer.stdout.split() == [str(number) for number in range(n_read)]
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_a_file_that_others_lock(tmp_path, monkeypatch):
@@ -234,20 +226,9 @@ def test_a_file_that_is_not_a_database(tmp_path, content):
 # Damage ----------------------------------------------------------------------------------------
 
 
-def _flip_header(content, chance):
-    for _ in range(chance.randint(1, 20)):
-        content[chance.randrange(100)] = chance.randrange(256)
-
-
 def _flip_anywhere(content, chance):
     for _ in range(chance.randint(1, 200)):
         content[chance.randrange(len(content))] = chance.randrange(256)
-
-
-def _flip_page_headers(content, chance):
-    for _ in range(chance.randint(1, 40)):
-        page = chance.randrange(len(content) // 8192) * 8192
-        content[page + chance.randrange(40)] = chance.randrange(256)
 
 
 def _swap_pages(content, chance):
@@ -255,20 +236,11 @@ def _swap_pages(content, chance):
     content[one : one + 8192] = content[other : other + 8192]
 
 
-def _overwrite_pages(content, chance):
-    at = chance.randrange(len(content))
-    n_bytes = min(chance.randint(1, 40_000), len(content) - at)
-    content[at : at + n_bytes] = chance.randbytes(n_bytes)
-
-
 def _truncate(content, chance):
     del content[chance.randrange(len(content)) :]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [_flip_header, _flip_anywhere, _flip_page_headers, _swap_pages, _overwrite_pages, _truncate],
-)
+@pytest.mark.parametrize("damage", [_flip_anywhere, _swap_pages, _truncate])
 def test_damage_never_gives_a_wrong_row(tmp_path, damage):
     store = filled(tmp_path / "whole", 120)
     stats = [(f"/data/{i}", i, 10**9, i) for i in range(50)]
@@ -309,26 +281,3 @@ def test_a_damaged_row_counts_as_missing_and_is_written_anew(tmp_path):
     put(store, [3, 6, 8])
     assert check(store, range(10)) == list(range(10))
     store.close()
-
-
-def test_a_damaged_log(tmp_path):
-    writer = filled(tmp_path / "live", 30)
-    for number in range(30, 60, 5):
-        put(writer, range(number, number + 5))
-    for seed in range(30):
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        for path in Path(writer.folder).glob("*.sqlite*"):
-            if not path.name.endswith("-shm"):
-                shutil.copy(path, folder)
-        (log,) = folder.glob("*-wal")
-        content = bytearray(log.read_bytes())
-        (_truncate if seed % 3 == 0 else _flip_anywhere)(content, random.Random(seed))
-        log.write_bytes(content)
-        store = opened(folder)
-        with warns_at_most_once():
-            check(store, range(60))
-            put(store, range(60))
-            check(store, range(60))
-            store.close()
-    writer.close()

@@ -16,15 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from store_process import (
-    FINGERPRINT,
-    check,
-    digests_of,
-    filled,
-    opened,
-    put,
-    rows_of,
-)
+from store_process import FINGERPRINT, check, digests_of, filled, opened, put, rows_of
 
 from sktransfer import embedding_store
 
@@ -126,18 +118,17 @@ def test_threads(store):
 def _use_in_child(store, results):
     before = check(store, range(5))
     put(store, [77])
-    lock = store.lock("free in the child", 5)
-    results.put((before, check(store, [77]), lock.acquire(blocking=False)))
+    results.put((before, check(store, [77]), store.lock("f", 5).acquire(blocking=False)))
 
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
-
-
-@needs_fork
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_fork_while_threads_are_at_work(store):
     """The child gets neither a held lock nor the parent's connection."""
     put(store, range(5))
+    lock = store.lock("f", 5)
+    assert lock.acquire()
+    is_on_disk = store.info().path is not None
     stop = threading.Event()
 
     def work():
@@ -154,27 +145,13 @@ def test_fork_while_threads_are_at_work(store):
         for _ in range(10):
             child = context.Process(target=_use_in_child, args=(store, results))
             child.start()
-            assert results.get(timeout=60) == ([0, 1, 2, 3, 4], [77], True)
+            assert results.get(timeout=60) == ([0, 1, 2, 3, 4], [77], not is_on_disk)
             child.join()
     finally:
         stop.set()
         thread.join()
-    assert check(store, [77]) == ([77] if store.info().path else [])
+    assert check(store, [77]) == ([77] if is_on_disk else [])
     assert check(store, range(5)) == [0, 1, 2, 3, 4]
-
-
-@needs_fork
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_locks_in_memory_are_free_in_a_fork():
-    store = embedding_store(max_bytes="1M")
-    lock = store.lock("free in the child", 5)
-    assert lock.acquire()
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    child = context.Process(target=_use_in_child, args=(store, results))
-    child.start()
-    assert results.get(timeout=60)[-1] is True
-    child.join()
 
 
 # Locks -----------------------------------------------------------------------------------------
