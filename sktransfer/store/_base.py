@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -18,6 +18,14 @@ FileStat = tuple[str, int, int, int]
 _SETTLED_AFTER_NS = 2_000_000_000
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Lock(Protocol):
+    """What a store's ``lock`` gives: a `threading.Lock`, or one on a file."""
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool: ...
+
+    def release(self) -> None: ...
 
 
 @dataclass(frozen=True)

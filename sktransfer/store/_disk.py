@@ -17,7 +17,7 @@ from typing import TypeVar
 import filelock
 import numpy as np
 
-from sktransfer.store._base import BaseStore, FileStat, StoreInfo, as_bytes, settled_files
+from sktransfer.store._base import BaseStore, FileStat, Lock, StoreInfo, as_bytes, settled_files
 
 DEFAULT_DISK_BYTES = 10 * 2**30
 FILE_NAME = "embeddings-v2.sqlite"
@@ -124,7 +124,7 @@ class DiskStore(BaseStore):
         if len(self._known_files) + len(files) <= _N_KNOWN_FILES:
             self._known_files.update(files)
 
-    def lock(self, fingerprint: str, block: int) -> threading.Lock | _FileLock:
+    def lock(self, fingerprint: str, block: int) -> Lock:
         """The lock to hold while computing the rows of one fingerprint and block of digests.
 
         It excludes other threads and processes, and the system frees it when its process dies.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sktransfer._threads import ProcessLock
-from sktransfer.store._base import BaseStore, FileStat, StoreInfo, as_bytes, settled_files
+from sktransfer.store._base import BaseStore, FileStat, Lock, StoreInfo, as_bytes, settled_files
 
 DEFAULT_MEMORY_BYTES = 512 * 2**20
 
@@ -43,7 +43,7 @@ class MemoryStore(BaseStore):
         self._rows: OrderedDict[tuple[str, bytes], np.ndarray] = OrderedDict()
         self._files: OrderedDict[str, tuple[FileStat, bytes]] = OrderedDict()
         self._n_row_bytes = self._n_file_bytes = 0
-        self._locks: dict[tuple[str, int], threading.Lock] = {}
+        self._locks: dict[tuple[str, int], Lock] = {}
         self._pid = os.getpid()
 
     def get_many(self, fingerprint: str, digests: Sequence[bytes]) -> list[np.ndarray | None]:
@@ -97,7 +97,7 @@ class MemoryStore(BaseStore):
                 self._files[stat[0]] = (stat, digest)
             self._drop_excess()
 
-    def lock(self, fingerprint: str, block: int) -> threading.Lock:
+    def lock(self, fingerprint: str, block: int) -> Lock:
         """The lock to hold while computing the rows of one fingerprint and block of digests.
 
         ``acquire(blocking, timeout)`` and ``release()`` work as in `threading.Lock`. It excludes

@@ -11,6 +11,7 @@ import functools
 import os
 
 from sktransfer.store._base import FileStat as FileStat
+from sktransfer.store._base import Lock as Lock
 from sktransfer.store._disk import DiskStore
 from sktransfer.store._memory import MemoryStore
 
