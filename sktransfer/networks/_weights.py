@@ -160,7 +160,7 @@ def _unwrap(state: object, path: Path) -> Mapping[str, torch.Tensor]:
 def _like(
     state: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
 ) -> OrderedDict[str, torch.Tensor]:
-    """`tensors` with the format versions of `state`, which old files need (MNASNet's stem)."""
+    """Return `tensors` with the format versions of `state`, which old files need."""
     made = OrderedDict(tensors)
     made.__dict__.update(getattr(state, "__dict__", {}))
     return made
@@ -198,7 +198,19 @@ def fit_state_dict(
     if any(".denselayer" in key for key in own):  # torchvision's old files say norm.1 for norm1
         pattern = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
         state = _like(state, {pattern.sub(r"\1\2", key): value for key, value in state.items()})
-    report = _differences(state, own)
+    misshapen = {
+        key: f"{key} ({tuple(state[key].shape)} in the file, {tuple(own[key].shape)})"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    }
+    fitting = {key: value for key, value in state.items() if key not in misshapen}
+    # The layers rename the keys of older versions of torchvision.
+    result = module.load_state_dict(_like(state, fitting), strict=False, assign=True)
+    report = {
+        "in the network alone": [k for k in result.missing_keys if k not in misshapen],
+        "in the file alone": result.unexpected_keys,
+        "of another shape": list(misshapen.values()),
+    }
     in_head = tuple(f"{layer}." for layer in head_layers)
     body = {what: [k for k in keys if not k.startswith(in_head)] for what, keys in report.items()}
     if lines := [f"  {what} ({len(k)}): {', '.join(k)}" for what, k in body.items() if k]:
@@ -206,28 +218,7 @@ def fit_state_dict(
             f"{source}: the file does not hold the weights of this network. Beyond the head, these "
             "keys do not fit.\n" + "\n".join(lines)
         )
-    # A file without the versions of the layers' formats is read as a current one.
-    fitting = _like(state if getattr(state, "__dict__", None) else own, own)
-    for key, tensor in own.items():
-        if key in state and state[key].shape == tensor.shape:
-            fitting[key] = state[key].to(tensor.dtype)
-        elif tensor.is_meta:  # in the head, or a counter
-            fitting[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
-    module.load_state_dict(fitting, assign=True)
+    own = module.state_dict()
+    zeros = {key: torch.zeros_like(t, device="cpu") for key, t in own.items() if t.is_meta}
+    module.load_state_dict(_like(own, zeros), strict=False, assign=True)  # in the head
     return {what: keys for what, keys in report.items() if keys}
-
-
-def _differences(
-    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]
-) -> dict[str, list[str]]:
-    # Batch norms count their batches for training, in files of newer torch versions only.
-    keys = [key for key in {**own, **state} if not key.endswith("num_batches_tracked")]
-    return {
-        "in the network alone": [key for key in keys if key not in state],
-        "in the file alone": [key for key in keys if key not in own],
-        "of another shape": [
-            f"{key} ({tuple(state[key].shape)} in the file, {tuple(own[key].shape)})"
-            for key in keys
-            if key in state and key in own and state[key].shape != own[key].shape
-        ],
-    }
