@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from sktransfer.networks._compiling import CompiledNetwork
 from sktransfer.networks._inference import Network, get_network
 from sktransfer.networks._own import ModuleSource
 from sktransfer.networks._pooling import POOLINGS, Pooling, layout_of, pooled_width, resolve_pooling
@@ -186,7 +185,7 @@ class Backbone:
 
     @property
     def stages(self) -> Stages:
-        """The network's stages, with the weights, shared and frozen: see :meth:`copy_stages`."""
+        """The network's stages, with the weights, shared and frozen."""
         _ = self.network.module
         return Stages([Stage(name, part) for name, part in self.network.plan.pieces()])
 
@@ -241,16 +240,8 @@ class Backbone:
         other.group_fingerprints = [other.fingerprint]
         return other
 
-    def copy_stages(self) -> Stages:
-        """Stages of an independent copy of the network, ready to be trained."""
-        module = copy.deepcopy(self.network.module).requires_grad_(True)
-        return split_stages(module.train(), self._plan_size)
-
     def inference_module(
-        self,
-        device: torch.device | str = "cpu",
-        precision: str = "float32",
-        packed_for: tuple | None = None,
+        self, device: torch.device | str = "cpu", precision: str = "float32"
     ) -> nn.Module:
         """The network for inference: batch norms folded, channels last, frozen.
 
@@ -258,9 +249,6 @@ class Backbone:
         ----------
         device : torch.device or str, default="cpu"
         precision : {"float32", "bfloat16", "float16"}, default="float32"
-        packed_for : tuple of int or None, default=None
-            On a CPU: height, width and number of torch threads of all batches to come. The
-            convolutions' weights are packed for that at the first one.
 
         Returns
         -------
@@ -271,25 +259,7 @@ class Backbone:
             several threads.
         """
         return self.network.embedding_network(
-            self._keys,
-            self._poolings,
-            self.preprocessing,
-            torch.device(device),
-            precision,
-            packed_for=packed_for,
-        )
-
-    def compiled_module(
-        self, device: torch.device | str = "cpu", precision: str = "float32"
-    ) -> CompiledNetwork:
-        """What :meth:`inference_module` returns, compiled at its first batch."""
-        return self.network.embedding_network(
-            self._keys,
-            self._poolings,
-            self.preprocessing,
-            torch.device(device),
-            precision,
-            is_compiled=True,
+            self._keys, self._poolings, self.preprocessing, torch.device(device), precision
         )
 
     def embed_batch(self, pixels: torch.Tensor, precision: str = "float32") -> list[torch.Tensor]:
