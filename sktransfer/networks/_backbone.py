@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 from sktransfer.networks._inference import Network, get_network
-from sktransfer.networks._own import ModuleSource
+from sktransfer.networks._own import ModuleSource, resolve_source
 from sktransfer.networks._pooling import POOLINGS, Pooling, layout_of, pooled_width, resolve_pooling
 from sktransfer.networks._preprocessing import AnyPreprocessing, resolve_preprocessing
 from sktransfer.networks._source import GivenSource, Source
-from sktransfer.networks._sources import resolve_source
 from sktransfer.networks._stages import Stage, Stages, split_stages
 
 # Part of every fingerprint: a change of how embeddings are computed changes it.

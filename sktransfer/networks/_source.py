@@ -1,16 +1,14 @@
-"""What a source of networks is, and how one is built without moving anybody's random state."""
+"""A source: which network, with which weights, and how to build it again in any process."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
@@ -22,20 +20,19 @@ from sktransfer.networks import _weights
 from sktransfer.networks._preprocessing import Preprocessing
 
 RANDOM_SEED = 0
-_build_lock = threading.RLock()
 
 
 class Source(ABC):
-    """A network that can be built again: what it is, and with which weights.
+    """A network that can be built again.
 
     Attributes
     ----------
     name : str
-        As the user said it.
+        As the user gave it.
     preprocessing : Preprocessing
         What the weights were trained with.
     digest : str
-        Tells its weights and architecture from any others.
+        Changes with the weights and the architecture.
     is_user_file : bool
         Whether the weights come from a file that the user named.
     is_foreign : bool
@@ -49,21 +46,21 @@ class Source(ABC):
     is_foreign: bool = False
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> tuple[str, str, str]:
         """Equal for sources that give the same network."""
         return (type(self).__name__, self.name, self.digest)
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The architecture in eval mode; its tensors may hold no values yet."""
+        """Build the architecture in eval mode; its tensors may lie on the meta device."""
 
     @abstractmethod
     def load(self, module: nn.Module, head_layers: set[str]) -> None:
-        """Fill `module`, which :meth:`build` made, with the weights."""
+        """Fill `module`, which :meth:`build` returned, with the weights."""
 
 
 class GivenSource(Source):
-    """A network whose weights are at hand.
+    """A network whose weights are in memory.
 
     Parameters
     ----------
@@ -86,11 +83,81 @@ class GivenSource(Source):
         return self.module
 
     def load(self, module: nn.Module, head_layers: set[str]) -> None:
-        return
+        """Do nothing: the module has its weights."""
+
+
+class NamedSource(Source):
+    """An architecture with a name, and its published, a local file's or random weights.
+
+    A subclass makes the architecture (`make`) and finds the file of published weights
+    (`weights_file`); it sets `digest` with :meth:`digest_weights`.
+    """
+
+    key_report: _weights.KeyReport
+
+    def __init__(self, name: str, weights: object) -> None:
+        self.name = name
+        self.is_random = weights is None
+        self.path = weights_path(weights)
+        self.is_user_file = self.path is not None
+
+    @abstractmethod
+    def make(self) -> nn.Module:
+        """Build the architecture with initial values."""
+
+    def weights_file(self) -> Path:
+        """Find the weights on this machine."""
+        assert self.path is not None
+        return self.path
+
+    def digest_weights(self) -> str:
+        if self.is_random:
+            versions = f"torch-{torch.__version__}:torchvision-{torchvision.__version__}"
+            return f"random:{RANDOM_SEED}:{self.name}:{versions}"
+        self.file_digest = _weights.file_digest(self.weights_file())
+        return f"sha256:{self.file_digest}"
+
+    def build(self) -> nn.Module:
+        return skeleton(self.make)
+
+    def load(self, module: nn.Module, head_layers: set[str]) -> None:
+        if self.is_random:
+            with own_random_state(RANDOM_SEED):
+                state = self.make().state_dict()
+            module.load_state_dict(state, assign=True)
+        else:
+            path = self._unchanged_file()
+            self.key_report = _weights.fit_state_dict(
+                module,
+                _weights.read_state_dict(path),
+                head_layers=head_layers,
+                source=str(path),
+                name=self.name,
+            )
+        freeze(module)
+
+    def _unchanged_file(self) -> Path:
+        path = self.weights_file()
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"The weights file {str(path)!r} of {self.name} is gone: put it back."
+            )
+        got = _weights.file_digest(path)
+        if got != self.file_digest:
+            raise ValueError(
+                f"The weights file {str(path)!r} of {self.name} has changed since this was "
+                f"fitted (SHA-256 {got[:12]}… now, {self.file_digest[:12]}… then): put the old "
+                "file back, or fit again."
+            )
+        return path
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """New layers get no memory and no initial values, as weights come from a file."""
+    """New layers get no memory and no initial values, as the weights are loaded later.
+
+    ``with torch.device("meta")`` would also take the values of what an architecture computes
+    (position indices, drop rates), and torchvision's RegNets cannot be built under it.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = dict(kwargs or {})
@@ -100,41 +167,33 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def building(*, seed: int | None = None) -> Iterator[None]:
-    """Build without moving the user's random state; `seed`: with initial values, from it."""
-    with _build_lock, own_random_state(seed), contextlib.ExitStack() as stack:
-        if seed is None:
-            stack.enter_context(_EmptyOnMeta())
+def _without_values() -> Iterator[None]:
+    with own_random_state(), _EmptyOnMeta(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about initial values, which nobody will see
         yield
 
 
 def skeleton(make: Callable[[], nn.Module]) -> nn.Module:
-    """Build a module whose layers may stand on the meta device, without values."""
-    try:
-        with building(), warnings.catch_warnings():
-            # What concerns initial values, which nobody will see.
-            warnings.simplefilter("ignore")
+    """Build a module without its values: ResNet-50 takes 0.1 s instead of 0.8, VGG-16 0.04 of 5.
+
+    Where building needs values, the module is built with them.
+    """
+    with contextlib.suppress(Exception):
+        with _without_values():
             module = make()
-        persistent = module.state_dict().keys()
-        if not any(b.is_meta and n not in persistent for n, b in module.named_buffers()):
-            return finish(module)
-    except Exception:  # it computes while it is built
-        pass
-    with building(seed=RANDOM_SEED):
-        return finish(make())
+        loaded = module.state_dict().keys()
+        if not any(b.is_meta and name not in loaded for name, b in module.named_buffers()):
+            return freeze(module)
+    with own_random_state(RANDOM_SEED):
+        return freeze(make())
 
 
-def finish(module: nn.Module) -> nn.Module:
+def freeze(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def fill_randomly(module: nn.Module, fresh: nn.Module) -> None:
-    module.load_state_dict(fresh.state_dict(), assign=True)
-    finish(module)
-
-
-def file_source(weights: Any) -> Path | None:
-    """The path, if `weights` is one rather than the name of published weights."""
+def weights_path(weights: object) -> Path | None:
+    """Return the path, if `weights` is one rather than the name of published weights."""
     if isinstance(weights, os.PathLike):
         return _weights.check_weights_path(weights)
     if isinstance(weights, str) and (
@@ -142,44 +201,6 @@ def file_source(weights: Any) -> Path | None:
     ):
         return _weights.check_weights_path(weights)
     return None
-
-
-class FromFile:
-    """Weights from a local file, and the proof that it is still the same file."""
-
-    name: str
-    path: Path
-    file_digest: str
-    key_report: _weights.KeyReport
-
-    def _check_unchanged(self) -> None:
-        if not self.path.is_file():
-            raise FileNotFoundError(
-                f"The weights file {str(self.path)!r} of {self.name} is gone: put it back."
-            )
-        got = _weights.file_digest(self.path)
-        if got != self.file_digest:
-            raise ValueError(
-                f"The weights file {str(self.path)!r} of {self.name} has changed since this was "
-                f"fitted (SHA-256 {got[:12]}… now, {self.file_digest[:12]}… then): put the old "
-                "file back, or fit again."
-            )
-
-    def _load_file(self, module: nn.Module, head_layers: set[str]) -> None:
-        self._check_unchanged()
-        self.key_report = _weights.fit_state_dict(
-            module,
-            _weights.read_state_dict(self.path),
-            head_layers=head_layers,
-            source=str(self.path),
-            name=self.name,
-        )
-        finish(module)
-
-
-def random_digest(name: str) -> str:
-    versions = f"torch-{torch.__version__}:torchvision-{torchvision.__version__}"
-    return f"random:{RANDOM_SEED}:{name}:{versions}"
 
 
 def did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
