@@ -195,9 +195,7 @@ def _run_on_cpu(
 def _network_of(
     run: EmbeddingRun, device: torch.device, is_compiled: bool, packed_for: tuple | None = None
 ) -> Any:
-    if is_compiled:
-        return run.backbone.compiled_module(device, run.precision)
-    return run.backbone.inference_module(device, run.precision, packed_for)
+    return run.backbone.inference_module(device, run.precision)
 
 
 class _NewThreadsUnchanged:

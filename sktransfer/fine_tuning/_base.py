@@ -125,7 +125,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         from sktransfer.embedding._cluster import check_place
         from sktransfer.fine_tuning._train import as_random_seed, report, train
         from sktransfer.fine_tuning._training_data import TrainingData
-        from sktransfer.fine_tuning._unfreezing import UnfreezePlan, warn_of_unheard
+        from sktransfer.fine_tuning._unfreezing import UnfreezePlan
 
         old: Any = vars(self).get("_tuned")
         is_resumed = old is not None and (goes_on or self.warm_start)
@@ -145,8 +145,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         plan = UnfreezePlan(self.unfreeze, stage_names, self.max_epochs, first_epoch)
         # `partial_fit` may reach epochs that this fit does not.
         lowest = plan.lowest if goes_on else plan.first_stage(max(1, max_epochs))
-        if not (goes_on and is_resumed):
-            warn_of_unheard(backbone, stage_names[lowest:], stacklevel=5)
         starts_as_probe = self._starts_as_probe and not is_resumed
         # New pictures in each epoch leave nothing that could be kept.
         makes_new = self.augment is not None or self.mixup > 0 or self.cutmix > 0

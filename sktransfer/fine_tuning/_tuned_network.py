@@ -17,7 +17,6 @@ from torch import nn
 from sktransfer.fine_tuning._head import take_settings
 from sktransfer.fine_tuning._module import TunedModule
 from sktransfer.networks._backbone import Backbone, load_backbone
-from sktransfer.networks._copies import copied_results
 from sktransfer.networks._preprocessing import Preprocessing
 from sktransfer.networks._source import GivenSource
 
@@ -220,8 +219,7 @@ class TunedNetwork:
         self.module()
         assert self._root is not None
         # Nobody trains the copy, and inference on another device leaves it alone.
-        memo: dict[int, Any] = dict(copied_results(self._root))
-        root = copy.deepcopy(self._root, memo).cpu().eval().requires_grad_(False)
+        root = copy.deepcopy(self._root).cpu().eval().requires_grad_(False)
         digest = hashlib.sha256(self.backbone.fingerprint.encode())
         for name, array in sorted(self.trained_state().items()):
             digest.update(f"{name}{array.dtype}{array.shape}".encode())

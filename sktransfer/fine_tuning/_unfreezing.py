@@ -98,16 +98,3 @@ class UnfreezePlan:
                 f"{names}. Give at most {self.n_stages}, or 'all'."
             )
         return int(value)
-
-
-def warn_of_unheard(backbone: Any, stage_names: Sequence[str], stacklevel: int) -> None:
-    """Tell what a network would do while these stages are trained and the stages do not."""
-    for path in backbone.network.plan.unheard_in_training(stage_names):
-        name = f"{backbone.name}.{path}" if path else backbone.name
-        warnings.warn(
-            f"The forward of {name} does something in training alone, across several stages or "
-            "with several values: it is left out of fine-tuning. A module of its own with one "
-            "tensor in and out, called there, is run as in training.",
-            UserWarning,
-            stacklevel=stacklevel + 1,
-        )
