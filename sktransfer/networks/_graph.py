@@ -200,6 +200,10 @@ class Traced:
             path: node for path, node in outputs.items() if path and node in self.position
         }
         self.names.update(self.module_outputs)
+        # The outermost module that returns a value.
+        self.paths: dict[fx.Node, str] = {}
+        for path in sorted(self.module_outputs, key=len):
+            self.paths.setdefault(self.module_outputs[path], path)
         self.crossing = self._find_crossing()
         self.cuts = {node: i for i, node in self.crossing.items()}
         self._shapes: dict[tuple[int, ...], dict[fx.Node, tuple[int, ...]]] = {}

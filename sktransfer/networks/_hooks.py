@@ -58,11 +58,13 @@ class HookedPlan:
         self._groups = _grouped(parts)
         self.names: list[str] = []
         for k, group in enumerate(self._groups):
-            weighted = next((part.key for part in group if part.has_weights), None)
-            name = "stem" if k == 0 else weighted or "pool"
+            has_weights = any(part.has_weights for part in group)
+            name = group[-1].key if has_weights else "pool"
             if len(self._groups) == 1 or name.startswith(">"):
                 name = "body"
-            is_taken = name in (*self.names, "head") or (name == "pool" and weighted is not None)
+            elif k == 0:
+                name = "stem"
+            is_taken = name in (*self.names, "head") or (name == "pool" and has_weights)
             self.names.append(f"{name}#{k}" if is_taken else name)
         self.stage_keys = [group[-1].key for group in self._groups]
         if self._tail:

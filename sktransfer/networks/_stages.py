@@ -167,7 +167,13 @@ class StagePlan:
         if self._has_head:
             marks.append(("head", len(traced.nodes) - 1))
             nodes.append(traced.output)
-        self.names = _unique([mark[0] for mark in marks], nodes)
+        labels = [
+            name
+            if name in ("pool", "head") or traced.names.get(name) is node
+            else traced.paths.get(node, node.meta["key"])
+            for (name, _), node in zip(marks, nodes, strict=True)
+        ]
+        self.names = _unique(labels)
         self.stage_keys = [node.meta["key"] for node in nodes]
         self._ends = nodes
 
@@ -218,22 +224,23 @@ class StagePlan:
 
     def _group_ends(self, end: int) -> list[tuple[str, int]]:
         """Ends of stages given by groups of parameters: one ends where the next begins."""
-        nodes = self.traced.nodes[: end + 1]
-        weights = {  # those of norms alone make no stage
-            i: [name for name, p in self.traced.parameters(node).items() if p.ndim > 1]
-            for i, node in enumerate(nodes)
+        reads = {
+            i: self.traced.parameters(node) for i, node in enumerate(self.traced.nodes[: end + 1])
         }
+        # Norms alone make no stage.
+        weights = {n: p for own in reads.values() for n, p in own.items() if p.ndim > 1}
         group_of = self._timm_groups() or self._children(weights)
+        with_weights = {group_of[name] for name in weights if name in group_of}
         spans: dict[str, list[int]] = {}
-        for i, names in weights.items():
-            for group in {group_of[name] for name in names if name in group_of}:
+        for i, own in reads.items():
+            for group in with_weights.intersection(group_of.get(name, "") for name in own):
                 spans.setdefault(group, [i, i])[1] = i
         found: list[tuple[str, int]] = []
         name, last = "", 0
         for group, (first, stop) in spans.items():
             cuts = [i for i in range(last, first) if i in self.traced.crossing]
             if name and cuts:
-                found.append((name, cuts[-1]))
+                found.append((name, self._block_end(name, last, cuts[-1])))
             name, last = group, max(last, stop)
         return [*found, (name, end)] if name else []
 
@@ -251,10 +258,9 @@ class StagePlan:
         labels = {group: _common_module(names) for group, names in members.items()}
         return {name: labels[group] for name, group in groups.items()}
 
-    def _children(self, weights: dict[int, list[str]]) -> dict[str, str]:
+    def _children(self, weights: dict[str, nn.Parameter]) -> dict[str, str]:
         """The child that each parameter belongs to, of the module that holds most of them."""
-        sizes = {n: p.numel() for n, p in self.traced.root.named_parameters(remove_duplicate=False)}
-        names = [name for own in weights.values() for name in own]
+        names = [n for n, _ in self.traced.root.named_parameters(remove_duplicate=False)]
         opened = {""}
 
         def child(name: str) -> str:
@@ -265,11 +271,11 @@ class StagePlan:
         while True:
             groups = {name: child(name) for name in names}
             totals: Counter[str] = Counter()
-            for name, group in groups.items():
-                totals[group] += sizes[name]
+            for name, weight in weights.items():
+                totals[groups[name]] += weight.numel()
             largest, size = totals.most_common(1)[0] if totals else ("", 0)
-            has_children = any(name.count(".") > largest.count(".") + 1
-                               for name, group in groups.items() if group == largest)  # fmt: skip
+            depth = largest.count(".") + 1
+            has_children = any(n.count(".") > depth for n in weights if groups[n] == largest)
             if not (largest and has_children and size >= 0.9 * totals.total()):
                 return {name: group for name, group in groups.items() if group}
             opened.add(largest)
@@ -286,7 +292,8 @@ class StagePlan:
         for name, stop in marks:
             maps = [i for i in range(start, stop + 1) if self._is_map(i)]
             if maps and maps[-1] < stop and any(i <= maps[-1] for i in weighted):
-                last = maps[-1] if any(start < i <= maps[-1] for i in weighted) else start
+                inner = [i for i in weighted if start < i <= maps[-1]]
+                last = self._block_end(name, inner[-1], maps[-1]) if inner else start
                 following = [i for i in weighted if last < i <= stop]
                 before = range(last, min([*following, stop + 1]))
                 pool = max(i for i in before if i in self.traced.crossing)
@@ -297,6 +304,14 @@ class StagePlan:
                 found.append((name, stop))
             start = stop
         return found
+
+    def _block_end(self, name: str, first: int, last: int) -> int:
+        """Where the block called `name` returns, if that is a place to cut in this range."""
+        module = self.traced.modules.get(name)
+        if module is None or next(module.children(), None) is None:
+            return last
+        end = self.traced.cuts.get(self.traced.names.get(name, self.traced.input), last)
+        return end if first <= end <= last else last
 
     def _is_map(self, position: int) -> bool:
         """Whether what crosses there is a map or a sequence of tokens, not one vector."""
@@ -319,10 +334,7 @@ class StagePlan:
         """The stages as modules, made of the traced module's own layers."""
         traced = self.traced
         nodes = [traced.input, *self._ends]
-        paths: dict[fx.Node, str] = {}
-        for path in sorted(traced.module_outputs, key=len):
-            paths.setdefault(traced.module_outputs[path], path)
-        keys = [paths.get(node, node.meta.get("key", "")) for node in nodes]
+        keys = [traced.paths.get(node, node.meta.get("key", "")) for node in nodes]
         # In training modules run their own code; only those that hold several stages are traced.
         opened = {key.rpartition(".")[0] for key in keys}
         opened |= {".".join(path.split(".")[:k]) for path in opened for k in range(path.count(".") + 1)}
@@ -436,13 +448,11 @@ def _common_module(names: list[str]) -> str:
     return ".".join(parts or names[0].split(".")[:-1]) or names[0]
 
 
-def _unique(labels: list[str], nodes: list[fx.Node]) -> list[str]:
+def _unique(labels: list[str]) -> list[str]:
     """Names of stages: short ones where they are words, each one once."""
     names: list[str] = []
     for k, label in enumerate(labels):
-        name = label or nodes[k].meta["key"]
-        if k == 0 and len(labels) > 1:
-            name = "stem"
+        name = "stem" if k == 0 and len(labels) > 1 else label
         short = name.rpartition(".")[2]
         if not short[:1].isdigit() and len(short) > 3 and short not in names:
             name = short
