@@ -167,15 +167,22 @@ class StagePlan:
         if self._has_head:
             marks.append(("head", len(traced.nodes) - 1))
             nodes.append(traced.output)
-        labels = [
-            name
-            if name in ("pool", "head") or traced.names.get(name) is node
-            else traced.paths.get(node, node.meta["key"])
-            for (name, _), node in zip(marks, nodes, strict=True)
-        ]
+        labels = [self._label(name, node, marks) for (name, _), node in zip(marks, nodes, strict=True)]
         self.names = _unique(labels)
         self.stage_keys = [node.meta["key"] for node in nodes]
         self._ends = nodes
+
+    def _label(self, name: str, node: fx.Node, marks: list[tuple[str, int]]) -> str:
+        """Name of the outermost module that returns `node` and holds no other stage."""
+        if name in ("pool", "head"):
+            return name
+        paths = [path for path, value in self.traced.module_outputs.items() if value is node]
+        alone = [
+            path
+            for path in paths
+            if not any(other.startswith(f"{path}.") for other, _ in marks if other != name)
+        ]
+        return min(alone, key=len, default=node.meta["key"])
 
     # -- where stages end -------------------------------------------------------------------
     def _head_start(self) -> int:
@@ -229,7 +236,7 @@ class StagePlan:
         }
         # Norms alone make no stage.
         weights = {n: p for own in reads.values() for n, p in own.items() if p.ndim > 1}
-        group_of = self._timm_groups() or self._children(weights)
+        group_of = self._timm_groups(weights) or self._children(weights)
         with_weights = {group_of[name] for name in weights if name in group_of}
         spans: dict[str, list[int]] = {}
         for i, own in reads.items():
@@ -244,7 +251,7 @@ class StagePlan:
             name, last = group, max(last, stop)
         return [*found, (name, end)] if name else []
 
-    def _timm_groups(self) -> dict[str, str]:
+    def _timm_groups(self, weights: dict[str, nn.Parameter]) -> dict[str, str]:
         """The stage of each parameter, as timm itself groups them."""
         root = self.traced.root
         if not hasattr(root, "group_matcher") or not hasattr(root, "pretrained_cfg"):
@@ -253,10 +260,10 @@ class StagePlan:
 
         groups = group_parameters(root, root.group_matcher(coarse=True), reverse=True)
         members: dict[object, list[str]] = {}
-        for name, group in groups.items():
-            members.setdefault(group, []).append(name)
+        for name in weights:
+            members.setdefault(groups[name], []).append(name)
         labels = {group: _common_module(names) for group, names in members.items()}
-        return {name: labels[group] for name, group in groups.items()}
+        return {name: labels[group] for name, group in groups.items() if group in labels}
 
     def _children(self, weights: dict[str, nn.Parameter]) -> dict[str, str]:
         """The child that each parameter belongs to, of the module that holds most of them."""
