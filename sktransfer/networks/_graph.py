@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -39,6 +40,7 @@ class _Tracer(fx.Tracer):
         self._paths = [""]
         self._thread = threading.get_ident()
         self.outputs: dict[str, fx.Node] = {}
+        self.has_own_code = False
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         # One input; further arguments of forward keep their defaults.
@@ -47,6 +49,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if self._opened is not None:
             return module_qualified_name not in self._opened
+        if is_patched(m):
+            return True
         if isinstance(m, _CONTAINERS):
             return False
         return (
@@ -64,10 +68,15 @@ class _Tracer(fx.Tracer):
     def call_module(self, m, forward, args, kwargs):
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
-        path = self.path_of_module(m)
+        path, n_nodes = self.path_of_module(m), len(self.graph.nodes)
         self._paths.append(path)
         try:
             out = super().call_module(m, forward, args, kwargs)
+        except Exception:  # code that cannot be traced: one operation
+            for node in reversed(list(self.graph.nodes)[n_nodes:]):
+                self.graph.erase_node(node)
+            out = self.create_proxy("call_module", path, args, kwargs)
+            self.has_own_code = True
         finally:
             self._paths.pop()
         if isinstance(out, fx.Proxy):
@@ -109,11 +118,11 @@ def trace(module: nn.Module, opened: set[str] | None = None) -> Traced:
     ------
     TracingError
         If ``forward`` branches on values, alters the module or does not return one tensor, or if
-        a module has hooks.
+        it has hooks.
     """
     training = opened is not None
-    if any(is_patched(part) for part in module.modules()):
-        raise TracingError("a module has hooks or a forward of its own")
+    if is_patched(module):
+        raise TracingError("hooks or a forward set on the instance")
     tracer = _Tracer(opened)
     try:
         with _lock:
@@ -144,7 +153,7 @@ def trace(module: nn.Module, opened: set[str] | None = None) -> Traced:
         raise TracingError("forward returns something other than one tensor")
     root = object.__new__(type(module))  # copy.copy is refused by parametrized modules
     root.__dict__.update(known, **constants)
-    return Traced(root, graph, output, tracer.outputs)
+    return Traced(root, graph, output, tracer)
 
 
 def copy_with_parameters(module: nn.Module) -> nn.Module:
@@ -183,10 +192,10 @@ class Traced:
         The same the other way round: the last position where this value alone crosses.
     """
 
-    def __init__(
-        self, root: nn.Module, graph: fx.Graph, output: fx.Node, outputs: dict[str, fx.Node]
-    ):
+    def __init__(self, root: nn.Module, graph: fx.Graph, output: fx.Node, tracer: _Tracer):
         self.root, self.graph, self.output = root, graph, output
+        # Hooks and untraceable code may want to see values, not only shapes.
+        self._needs_values = tracer.has_own_code or any(is_patched(m) for m in root.modules())
         self.nodes = [node for node in graph.nodes if node.op != "output"]
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.input = self.nodes[0]
@@ -197,13 +206,9 @@ class Traced:
                 self._name(node)
         self.by_key = {node.meta["key"]: node for node in self.names.values()}
         self.module_outputs = {
-            path: node for path, node in outputs.items() if path and node in self.position
+            path: node for path, node in tracer.outputs.items() if path and node in self.position
         }
         self.names.update(self.module_outputs)
-        # The outermost module that returns a value.
-        self.paths: dict[fx.Node, str] = {}
-        for path in sorted(self.module_outputs, key=len):
-            self.paths.setdefault(self.module_outputs[path], path)
         self.crossing = self._find_crossing()
         self.cuts = {node: i for i, node in self.crossing.items()}
         self._shapes: dict[tuple[int, ...], dict[fx.Node, tuple[int, ...]]] = {}
@@ -296,26 +301,30 @@ class Traced:
         return torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * scale, equal_nan=True)
 
     def shapes(self, input_size: tuple[int, int, int]) -> dict[fx.Node, tuple[int, ...]]:
-        """Shape of every tensor in the graph for 2 images, found on torch's meta device."""
+        """Shape of every tensor in the graph for 2 black images."""
         if input_size not in self._shapes:
-            meta = _on_meta(self.root)
-            x = torch.empty((2, *input_size), device="meta")
-            run = _ShapeRun(meta, graph=self.graph)
+            device = "cpu" if self._needs_values else "meta"
+            copied = (
+                copy_with_parameters(self.root) if self._needs_values else _meta_copy(self.root)
+            )
+            x = torch.zeros((2, *input_size), device=device)
+            run = _ShapeRun(copied.eval(), self.graph, device)
             with torch.no_grad():
                 try:
                     run.run(x)
                 except Exception:
-                    meta(x)  # says more clearly what it refuses
+                    copied(x)  # its own error is clearer
                     raise
             self._shapes[input_size] = run.shapes
         return self._shapes[input_size]
 
 
 class _ShapeRun(fx.Interpreter):
-    """Runs a graph and keeps the shapes of its values."""
+    """Runs a graph and keeps the shapes of its values; torch's meta device has nothing else."""
 
-    def __init__(self, module: nn.Module, graph: fx.Graph):
+    def __init__(self, module: nn.Module, graph: fx.Graph, device: str):
         super().__init__(module, graph=graph)
+        self._device = torch.device(device)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> object:
@@ -326,16 +335,17 @@ class _ShapeRun(fx.Interpreter):
 
     def get_attr(self, target, args, kwargs):
         value = super().get_attr(target, args, kwargs)
-        return value.to("meta") if isinstance(value, torch.Tensor) else value
+        is_constant = isinstance(value, torch.Tensor) and value.device != self._device
+        return value.to(self._device) if is_constant else value
 
 
-def _on_meta(module: nn.Module) -> nn.Module:
-    """A copy in eval mode whose tensors have shapes and no values."""
+def _meta_copy(module: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes and no values."""
     memo: dict[int, object] = {
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in module.parameters()
     }
     memo.update({id(b): b.to("meta") for b in module.buffers()})
-    return copy.deepcopy(module, memo).eval()
+    return copy.deepcopy(module, memo)
 
 
 def targets(
@@ -345,6 +355,32 @@ def targets(
     others = others or {}
     names = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
     return {**{k: operator.attrgetter(k)(root) for k in names - others.keys()}, **others}
+
+
+class Stage(NamedTuple):
+    """One part of a network."""
+
+    name: str
+    module: nn.Module
+
+
+class Stages(list[Stage]):
+    """The parts of a network in the order in which they run."""
+
+    @property
+    def names(self) -> list[str]:
+        return [stage.name for stage in self]
+
+    @property
+    def n_parameters(self) -> list[int]:
+        """Number of parameters of each stage."""
+        return [sum(p.numel() for p in stage.module.parameters()) for stage in self]
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """Send `x` through all stages, one after another."""
+        for stage in self:
+            x = stage.module(x)
+        return x
 
 
 class StageModule(nn.Module):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+import functools
 
 import torch
 from torch import nn
 
 from sktransfer._threads import ProcessLock
 from sktransfer.networks._graph import (
+    Stage,
+    Stages,
     checked_shape,
     copy_with_parameters,
-    is_patched,
     not_accepted,
     unknown_layer,
 )
@@ -28,93 +29,37 @@ class _Reached(BaseException):
     """
 
 
-class _Part(NamedTuple):
-    """One module of a chain: the name of its value, whether it has weights, its output's shape."""
-
-    key: str
-    module: nn.Module
-    has_weights: bool
-    shape: tuple[int, ...] | None
-
-    @property
-    def is_map(self) -> bool:
-        shape = self.shape or ()
-        return len(shape) == 3 or (len(shape) == 4 and shape[2:] != (1, 1))
-
-
 class HookedPlan:
-    """The stages of a network that cannot be traced.
+    """The stages of a network that cannot be traced: ``"body"`` and ``"head"``.
 
-    They are everything before the last linear layer, and that layer (``"body"`` and ``"head"``);
-    an ``nn.Sequential`` is cut at its children that have weights. A key is ``"name"`` for what a
-    sub-module returns, ``">name"`` for what it gets, ``""`` for what the network returns.
+    The head is the last linear layer, if the network returns what it gives. A key is ``"name"``
+    for what a sub-module returns, ``">name"`` for what it gets, ``""`` for the network's output.
     """
 
     def __init__(self, module: nn.Module, input_size: tuple[int, int, int], name: str):
         self.module, self.network_name = module, name
-        self.modules = dict(module.named_modules(remove_duplicate=False))
+        self._layers = [path for path, _ in module.named_modules(remove_duplicate=False) if path]
         self._runs: dict[tuple[int, ...], _Run] = {}
-        parts, self._tail = self._split(self._run(input_size))
-        self._groups = _grouped(parts)
-        self.names: list[str] = []
-        for k, group in enumerate(self._groups):
-            has_weights = any(part.has_weights for part in group)
-            name = group[-1].key if has_weights else "pool"
-            if len(self._groups) == 1 or name.startswith(">"):
-                name = "body"
-            elif k == 0:
-                name = "stem"
-            is_taken = name in (*self.names, "head") or (name == "pool" and has_weights)
-            self.names.append(f"{name}#{k}" if is_taken else name)
-        self.stage_keys = [group[-1].key for group in self._groups]
-        if self._tail:
-            self.names.append("head")
-            self.stage_keys.append("")
+        self._head = self._run(input_size).head
+        self.names = ["body", "head"] if self._head else ["body"]
+        self.stage_keys = [self.embedding_key, ""][: len(self.names)]
 
-    def _split(self, run: _Run) -> tuple[list[_Part], list[nn.Module]]:
-        """The parts before the head, and the modules from the head on, or none."""
-        chain = [("", self.module)]
-        if type(self.module) is nn.Sequential and not is_patched(self.module):
-            chain = [(k, m) for k, m in self.modules.items() if k and "." not in k]
-        parts = [
-            _Part(name, part, _has_weights(part), run.shapes.get(run.first_names[id(part)]))
-            for name, part in chain
-        ]
-        self._head = run.linear
-        holds = [_is_in(self._head, name) for name, _ in chain]
-        at = holds.index(True) if self._head and True in holds else len(chain)
-        if any(next(m.parameters(), None) is not None for _, m in chain[at + 1 :]):
-            return parts, []
-        if at == len(chain) or parts[at].key not in run.returning:
-            return parts, []
-        tail = [self.modules[self._head], *(m for _, m in chain[at + 1 :])]
-        name, module = chain[at]
-        if name == self._head:
-            while at > 1 and isinstance(chain[at - 1][1], (nn.Dropout, nn.Identity)):
-                at -= 1
-                tail.insert(0, chain[at][1])
-            return (parts[:at], tail) if at else (parts, [])
-        inner = self._head.removeprefix(f"{name}.") if name else self._head
-        has_weights = _has_weights(module, but=self.modules[self._head])
-        shape = run.shapes.get(f">{self._head}")
-        return [*parts[:at], _Part(f">{self._head}", _Body(module, inner), has_weights, shape)], tail
-
-    def pieces(self) -> list[tuple[str, nn.Module]]:
+    def stages(self) -> Stages:
         """The stages as modules."""
-        parts = [[part.module for part in group] for group in self._groups]
-        parts += [self._tail] if self._tail else []
-        glued = [part[0] if len(part) == 1 else nn.Sequential(*part) for part in parts]
-        return list(zip(self.names, glued, strict=True))
+        if not self._head:
+            return Stages([Stage("body", self.module)])
+        head = self.module.get_submodule(self._head)
+        return Stages([Stage("body", _Body(self.module, self._head)), Stage("head", head)])
 
     def head_layers(self) -> set[str]:
         """Dotted name of the head, if there is one."""
-        return {self._head} if self._tail else set()
+        return {self._head} if self._head else set()
 
     # -- layers by name ---------------------------------------------------------------------
     @property
     def embedding_key(self) -> str:
         """What enters the head, or what the network returns."""
-        return f">{self._head}" if self._tail else ""
+        return f">{self._head}" if self._head else ""
 
     @property
     def last_map_key(self) -> str:
@@ -124,9 +69,8 @@ class HookedPlan:
         """The key of a stage or sub-module."""
         if layer in self.names:
             return self.stage_keys[self.names.index(layer)]
-        if layer not in self.modules or layer == "":
-            names = [name for name in self.modules if name]
-            raise unknown_layer(layer, self.network_name, self.names, names)
+        if layer not in self._layers:
+            raise unknown_layer(layer, self.network_name, self.names, self._layers)
         return layer
 
     def shape(self, key: str, input_size: tuple[int, int, int]) -> tuple[int, ...]:
@@ -168,68 +112,26 @@ class HookedPlan:
 
 
 class _Run:
-    """What two black images met in the network.
-
-    Attributes
-    ----------
-    shapes : dict of str to tuple
-        By key, in each module's first call.
-    linear : str
-        Name of the last linear layer.
-    returning : set of str
-        Modules that return what that layer gave.
-    """
+    """Send two black images through a network, and note shapes by key."""
 
     def __init__(self, module: nn.Module, input_size: tuple[int, int, int]):
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.linear, self.returning = "", {""}
-        self._value: object = None
-        self.first_names = {id(part): name for name, part in module.named_modules()}
+        self._last: tuple[str, object] = "", None
         copied = copy_with_parameters(module).eval()
         for name, part in copied.named_modules():
-            self._watch(name, part)
+            part.register_forward_hook(functools.partial(self._note, name))
         with torch.no_grad():
             self.output = copied(torch.zeros((2, *input_size)))
+        name, value = self._last
+        # Name of the last linear layer if the network returns what it gives.
+        self.head = name if value is self.output else ""
 
-    def _watch(self, name: str, part: nn.Module) -> None:
-        def note(layer: nn.Module, args: tuple, value: object) -> None:
-            if isinstance(value, torch.Tensor):
-                self.shapes.setdefault(name, tuple(value.shape))
-            if isinstance(layer, nn.Linear) and args:
-                self.shapes.setdefault(f">{name}", tuple(args[0].shape))
-                self.linear, self._value, self.returning = name, value, {name}
-            elif value is self._value:
-                self.returning.add(name)
-
-        part.register_forward_hook(note)
-
-
-def _is_in(inner: str, name: str) -> bool:
-    """Whether a module's dotted name is `name` or within it."""
-    return name in ("", inner) or inner.startswith(f"{name}.")
-
-
-def _has_weights(module: nn.Module, but: nn.Module | None = None) -> bool:
-    """Whether a part has weights of two or more dimensions: norms have none."""
-    others = {id(p) for p in but.parameters()} if but is not None else set()
-    return any(p.ndim > 1 and id(p) not in others for p in module.parameters())
-
-
-def _grouped(parts: list[_Part]) -> list[list[_Part]]:
-    """The parts of each stage: one with weights, and those without that follow."""
-    groups: list[list[_Part]] = []
-    for part in parts:
-        has_begun = groups and any(other.has_weights for other in groups[-1])
-        # A value of several tensors is no place to cut.
-        if not groups or (part.has_weights and has_begun and groups[-1][-1].shape):
-            groups.append([])
-        groups[-1].append(part)
-    last = groups[-1]
-    for i in range(1, len(last)):
-        becomes_vector = last[i - 1].is_map and not last[i].is_map
-        if becomes_vector and not any(part.has_weights for part in last[i:]):
-            return [*groups[:-1], last[:i], last[i:]]
-    return groups
+    def _note(self, name: str, layer: nn.Module, args: tuple, value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            self.shapes.setdefault(name, tuple(value.shape))
+        if isinstance(layer, nn.Linear) and args:
+            self.shapes.setdefault(f">{name}", tuple(args[0].shape))
+            self._last = name, value
 
 
 class HookedExtractor(nn.Module):

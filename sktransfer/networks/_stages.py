@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import itertools
 import operator
-import os.path
 import re
 from collections import Counter
-from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 
 from sktransfer.networks._graph import (
+    Stage,
     StageModule,
+    Stages,
     Traced,
     TracingError,
     checked_shape,
@@ -59,33 +59,12 @@ DROPOUTS = (
 _MAP_SIZE = 192  # pixels: six halvings leave three
 
 
-class Stage(NamedTuple):
-    """One part of a network."""
-
-    name: str
-    module: nn.Module
-
-
-class Stages(list[Stage]):
-    """The parts of a network in the order in which they run."""
-
-    @property
-    def names(self) -> list[str]:
-        return [stage.name for stage in self]
-
-    @property
-    def n_parameters(self) -> list[int]:
-        """Number of parameters of each stage."""
-        return [sum(p.numel() for p in stage.module.parameters()) for stage in self]
-
-    def run(self, x: torch.Tensor) -> torch.Tensor:
-        """Send `x` through all stages, one after another."""
-        for stage in self:
-            x = stage.module(x)
-        return x
-
-
-def split_stages(module: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> Stages:
+def split_stages(
+    module: nn.Module,
+    input_size: tuple[int, int, int] = (3, 224, 224),
+    *,
+    is_foreign: bool = False,
+) -> Stages:
     """Split a network into stages that call its own layers.
 
     Parameters
@@ -94,6 +73,8 @@ def split_stages(module: nn.Module, input_size: tuple[int, int, int] = (3, 224, 
         Takes one batch of images (N×C×H×W) and returns one tensor.
     input_size : tuple of 3 ints, default=(3, 224, 224)
         Channels, height and width of an image that the network accepts.
+    is_foreign : bool, default=False
+        As in :func:`plan_stages`.
 
     Returns
     -------
@@ -111,7 +92,7 @@ def split_stages(module: nn.Module, input_size: tuple[int, int, int] = (3, 224, 
     >>> split_stages(network, (3, 32, 32)).names
     ['stem', '3', 'pool', 'head']
     """
-    return Stages(itertools.starmap(Stage, plan_stages(module, input_size).pieces()))
+    return plan_stages(module, input_size, is_foreign=is_foreign).stages()
 
 
 def plan_stages(
@@ -167,7 +148,9 @@ class StagePlan:
         if self._has_head:
             marks.append(("head", len(traced.nodes) - 1))
             nodes.append(traced.output)
-        labels = [self._label(name, node, marks) for (name, _), node in zip(marks, nodes, strict=True)]
+        labels = [
+            self._label(name, node, marks) for (name, _), node in zip(marks, nodes, strict=True)
+        ]
         self.names = _unique(labels)
         self.stage_keys = [node.meta["key"] for node in nodes]
         self._ends = nodes
@@ -258,7 +241,8 @@ class StagePlan:
             return {}
         from timm.models import group_parameters
 
-        groups = group_parameters(root, root.group_matcher(coarse=True), reverse=True)
+        matcher = root.group_matcher(coarse=True)  # type: ignore[operator]
+        groups = group_parameters(root, matcher, reverse=True)
         members: dict[object, list[str]] = {}
         for name in weights:
             members.setdefault(groups[name], []).append(name)
@@ -337,19 +321,24 @@ class StagePlan:
         return self._shapes(size)
 
     # -- stages as modules ------------------------------------------------------------------
-    def pieces(self) -> list[tuple[str, nn.Module]]:
+    def stages(self) -> Stages:
         """The stages as modules, made of the traced module's own layers."""
         traced = self.traced
         nodes = [traced.input, *self._ends]
-        keys = [traced.paths.get(node, node.meta.get("key", "")) for node in nodes]
+        outermost: dict[fx.Node, str] = {}
+        for path in sorted(traced.module_outputs, key=len):
+            outermost.setdefault(traced.module_outputs[path], path)
+        keys = [outermost.get(node, node.meta.get("key", "")) for node in nodes]
         # In training modules run their own code; only those that hold several stages are traced.
         opened = {key.rpartition(".")[0] for key in keys}
-        opened |= {".".join(path.split(".")[:k]) for path in opened for k in range(path.count(".") + 1)}
+        opened |= {
+            ".".join(path.split(".")[:k]) for path in opened for k in range(path.count(".") + 1)
+        }
         try:
             training: Traced | None = trace(traced.root, opened)
         except TracingError:
             training = None
-        found: list[tuple[str, nn.Module]] = []
+        found = Stages()
         pairs = zip(itertools.pairwise(nodes), itertools.pairwise(keys), strict=True)
         for name, ((source, result), (first, last)) in zip(self.names, pairs, strict=True):
             graph = traced.part(source, result)
@@ -359,7 +348,7 @@ class StagePlan:
                 stop = training.output if result is traced.output else training.names.get(last)
                 if begin in training.cuts and (stop in training.cuts or stop is training.output):
                     own = training.part(begin, stop)
-            found.append((name, StageModule(traced.root, graph, own)))
+            found.append(Stage(name, StageModule(traced.root, graph, own)))
         return found
 
     def head_layers(self) -> set[str]:
@@ -411,10 +400,10 @@ class StagePlan:
         return other[1] != shape[1] and other[3] == shape[3]
 
     def tokens(self, key: str) -> tuple[int | None, int]:
-        """Position of the class token in a layer's sequence, if any, and the number of prefix tokens.
+        """Position of the class token in a layer's sequence, if any; number of prefix tokens.
 
-        ``x[:, 0]`` between the layer and the head takes a class token, ``x[:, k:]`` leaves out k
-        tokens that are no place in the image.
+        ``x[:, 0]`` between the layer and the head takes a class token, ``x[:, k:]`` leaves out
+        the k first ones.
         """
         if key not in self._tokens:  # asked for in every fit
             self._tokens[key] = self._token_use(self._node(key))
@@ -451,8 +440,9 @@ class StagePlan:
 
 def _common_module(names: list[str]) -> str:
     """The innermost module that holds all these parameters, or that of the first."""
-    parts = os.path.commonprefix([name.split(".")[:-1] for name in names])
-    return ".".join(parts or names[0].split(".")[:-1]) or names[0]
+    paths = [name.split(".")[:-1] for name in names]
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join([parts[0] for parts in same] or paths[0]) or names[0]
 
 
 def _unique(labels: list[str]) -> list[str]:
