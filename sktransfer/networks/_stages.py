@@ -142,7 +142,7 @@ class StagePlan:
         self._embedding = traced.crossing[end] if self._has_head else traced.output
         marks = self._family_ends(end) or self._group_ends(end)
         if not marks or marks[-1][1] < end:
-            marks.append(("pool", end))
+            marks.append(("pool" if marks else "", end))
         marks = self._with_pool(marks)
         nodes = [traced.crossing.get(position, traced.output) for _, position in marks]
         if self._has_head:
