@@ -148,7 +148,9 @@ def trace(module: nn.Module, opened: set[str] | None = None) -> Traced:
     if training and isinstance(output, tuple):  # the others are for auxiliary losses
         output = output[0]
         graph.output_node().args = (output,)
-        graph.eliminate_dead_code()
+        for node in reversed(graph.nodes):
+            if not node.users and node.op not in ("output", "placeholder"):
+                graph.erase_node(node)
     if not isinstance(output, fx.Node):
         raise TracingError("forward returns something other than one tensor")
     root = object.__new__(type(module))  # copy.copy is refused by parametrized modules
