@@ -252,7 +252,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("make_module, names", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("make_module", "names"), CASES.values(), ids=CASES)
 def test_own_modules(make_module, names):
     module = make_module().eval()
     stages = load_backbone(module, preprocessing=SIZE).stages
@@ -345,7 +345,7 @@ TIMM = {
 }
 
 
-@pytest.mark.parametrize("name, names", TIMM.items(), ids=TIMM)
+@pytest.mark.parametrize(("name", "names"), TIMM.items(), ids=TIMM)
 def test_timm(name, names):
     timm = pytest.importorskip("timm")
     module = timm.create_model(name, pretrained=False).eval()
