@@ -156,52 +156,36 @@ def _matches(name: str, pattern: str) -> bool:
 
 @functools.cache
 def _info(name: str, is_built: bool) -> BackboneInfo:
-    if name == "builtin":
-        return _of_builtin()
-    n_features, parameters = _measure(name) if is_built else (None, None)
-    if name.startswith("timm:"):
-        size, weights = _of_timm(name.removeprefix("timm:"))
-        return BackboneInfo(name, size, n_features, parameters, None, weights)
     from torchvision.models import get_model_weights
 
-    members = get_model_weights(name)
-    default = members["DEFAULT"]
-    return BackboneInfo(
-        name,
-        default.transforms().crop_size[0],
-        n_features,
-        default.meta["num_params"] / 1e6,
-        default.meta["_ops"],
-        (default.name, *(member.name for member in members if member is not default)),
-    )
-
-
-def _of_builtin() -> BackboneInfo:
+    from sktransfer.networks._published import import_timm
     from sktransfer.networks.builtin import DEFAULT, VERSIONS
 
-    version = VERSIONS[DEFAULT]
-    weights = (DEFAULT, *(name for name in VERSIONS if name != DEFAULT))
-    cost = version.parameters, version.multiply_adds
-    return BackboneInfo("builtin", version.size[0], version.n_features, *cost, weights)
-
-
-def _of_timm(name: str) -> tuple[int | None, tuple[str, ...]]:
-    from sktransfer.networks._published import import_timm
-
-    config = import_timm().get_pretrained_cfg(name)
-    if config is None:
-        return None, ()
-    return max(config.input_size[1:]), ("DEFAULT",) if config.has_weights else ()
+    if name == "builtin":
+        version, names = VERSIONS[DEFAULT], sorted(VERSIONS, key=lambda other: other != DEFAULT)
+        cost = version.parameters, version.multiply_adds
+        return BackboneInfo(name, version.size[0], version.n_features, *cost, tuple(names))
+    n_features, parameters = _measure(name) if is_built else (None, None)
+    if name.startswith("timm:"):
+        config = import_timm().get_pretrained_cfg(name.removeprefix("timm:"))
+        size = max(config.input_size[1:]) if config else None
+        weights = ("DEFAULT",) if config and config.has_weights else ()
+        return BackboneInfo(name, size, n_features, parameters, None, weights)
+    members = get_model_weights(name)
+    default = members["DEFAULT"]
+    weights = (default.name, *(w.name for w in members if w is not default))
+    cost = default.meta["num_params"] / 1e6, default.meta["_ops"]
+    return BackboneInfo(name, default.transforms().crop_size[0], n_features, *cost, weights)
 
 
 def _measure(name: str) -> tuple[int | None, float]:
-    """Return the number of columns, if it can be an image network, and millions of parameters."""
+    """Return the number of columns, None if it takes no images, and millions of parameters."""
     from sktransfer.networks._backbone import load_backbone
     from sktransfer.networks._own import resolve_source
 
     source = resolve_source(name, None)
-    parameters = sum(p.numel() for p in source.build().parameters())
+    parameters = sum(p.numel() for p in source.build().parameters()) / 1e6
     try:
-        return load_backbone(source).n_features, parameters / 1e6
-    except ValueError:  # a few of timm's networks do not take images
-        return None, parameters / 1e6
+        return load_backbone(source).n_features, parameters
+    except ValueError:
+        return None, parameters

@@ -1,7 +1,7 @@
 """Digests of what modules and functions do, equal in every process.
 
 Attributes count by their values, the user's own classes and functions by their compiled code and
-the functions and plain values of their file that it reads, installed packages by name and version.
+the functions and plain values of their file that it reads, installed packages by name.
 What has no digest gets one that nothing else has, so embeddings made with it are not shared.
 """
 
@@ -28,8 +28,6 @@ _WRAPPED = {
     property: "fget",
     functools.cached_property: "func",
 }
-# Each of these changes no embedding from one version to the next.
-_STABLE = {*sys.stdlib_module_names, "torch", "torchvision", "timm", "numpy", "PIL", "sktransfer"}
 # What every module has. Its tensors have a digest of their own; hooks are looked at by themselves.
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
@@ -111,9 +109,8 @@ class _Digester:
         return _hash("object", self.of(type(value)), *map(self.of, parts))
 
     def _function(self, function: types.FunctionType) -> Iterator[str]:
-        name = _installed_name(function)
-        if name is not None and "<" not in name:  # neither <locals> nor <lambda>
-            yield name
+        if not _is_own(function) and "<" not in function.__qualname__:  # <locals>, <lambda>
+            yield _name(function)
             return
         yield self.of(function.__code__)
         yield self.of(list(_globals_read(function.__code__, function.__globals__)))
@@ -121,11 +118,8 @@ class _Digester:
         yield self.of([function.__defaults__, function.__kwdefaults__, cells, vars(function)])
 
     def _class(self, kind: type) -> Iterator[str]:
-        if name := _installed_name(kind):
-            yield name
-            return
-        yield kind.__qualname__
-        for name, value in sorted(vars(kind).items()):
+        yield _name(kind) if not _is_own(kind) else kind.__qualname__
+        for name, value in sorted(vars(kind).items() if _is_own(kind) else ()):
             is_method = isinstance(value, (types.FunctionType, *_WRAPPED))
             if is_method or not (name.startswith("__") or name == "_abc_impl"):
                 yield from (name, self.of(value))
@@ -141,17 +135,17 @@ def _globals_read(code: types.CodeType, names: dict[str, object]) -> Iterator[tu
             yield from _globals_read(constant, names)
 
 
-def _installed_name(thing: type | types.FunctionType) -> str | None:
-    """Name and version of what a package defines; None for the user's own code."""
-    name = f"{thing.__module__}.{thing.__qualname__}"
-    top = name.partition(".")[0]
-    if top in _STABLE:
-        return name
-    package = sys.modules.get(top)
-    file = getattr(package, "__file__", None) or ""
-    if top != "__main__" and ("site-packages" in file or "dist-packages" in file):
-        return f"{name}@{getattr(package, '__version__', '')}"
-    return None
+def _is_own(thing: type | types.FunctionType) -> bool:
+    """Whether the user wrote it, rather than a package that is installed."""
+    top = f"{thing.__module__}".partition(".")[0]
+    if top == "__main__" or top in sys.stdlib_module_names or top == "sktransfer":
+        return top == "__main__"
+    file = getattr(sys.modules.get(top), "__file__", None) or ""
+    return not ("site-packages" in file or "dist-packages" in file)
+
+
+def _name(thing: type | types.FunctionType) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
 
 
 def _hash(*parts: object) -> str:

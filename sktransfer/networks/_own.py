@@ -9,17 +9,16 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from sktransfer._threads import ProcessLock, own_random_state
+from sktransfer._threads import own_random_state
 from sktransfer.networks import _weights
 from sktransfer.networks._fingerprint import architecture_digest
 from sktransfer.networks._preprocessing import Preprocessing
 from sktransfer.networks._published import named_source, timm_preprocessing
-from sktransfer.networks._source import RANDOM_SEED, Source, freeze, weights_path
+from sktransfer.networks._source import RANDOM_SEED, GivenSource, Source, freeze
 from sktransfer.networks._stages import plan_stages
 
 # Equal modules share one copy.
 _copies: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
-_copies_lock = ProcessLock()
 
 
 def resolve_source(backbone: object, weights: object) -> Source:
@@ -32,7 +31,7 @@ def resolve_source(backbone: object, weights: object) -> Source:
         return own_source(backbone, weights)
     if not callable(backbone):
         raise TypeError(
-            f"backbone={backbone!r} is of type {type(backbone).__name__}: a name (see "
+            f"backbone={backbone!r} is a {type(backbone).__name__}: a name (see "
             "list_backbones()), a torch.nn.Module or a callable that returns one is accepted."
         )
     made = backbone()
@@ -44,34 +43,20 @@ def resolve_source(backbone: object, weights: object) -> Source:
     return own_source(made, weights)
 
 
-class ModuleSource(Source):
+class ModuleSource(GivenSource):
     """A copy of a user's module: what they do to the module later changes nothing."""
 
     is_foreign = True
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        self.name = name
-        self.digest = f"{architecture_digest(module)}:{_weights.state_digest(module)}"
-        with _copies_lock:
-            kept = _copies.get(self.digest)
-            if kept is None:
-                kept = _copies[self.digest] = _copied(module, name)
-        self.module = kept
-        self.preprocessing = module_preprocessing(module)
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        with _copies_lock:
-            self.module = _copies.setdefault(self.digest, self.module)
+        digest = f"{architecture_digest(module)}:{_weights.state_digest(module)}"
+        kept = _copies.get(digest)
+        if kept is None:
+            kept = _copies[digest] = _copied(module, name)
+        super().__init__(name, module_preprocessing(module), kept, digest)
 
     def __deepcopy__(self, memo: dict) -> ModuleSource:
         return self  # nothing alters it
-
-    def build(self) -> nn.Module:
-        return self.module
-
-    def load(self, module: nn.Module, head_layers: set[str]) -> None:
-        """Do nothing: the module has its weights."""
 
 
 def own_source(module: nn.Module, weights: object) -> ModuleSource:
@@ -81,17 +66,12 @@ def own_source(module: nn.Module, weights: object) -> ModuleSource:
         module = module.module
     name = type(module).__name__
     _check_layers(module, name)
-    path = weights_path(weights)
+    path = _weights.weights_path(weights)
     if path is not None:
         module = _copied(module, name)
         plan = plan_stages(module, module_preprocessing(module).input_size, name)
-        _weights.fit_state_dict(
-            module,
-            _weights.read_state_dict(path),
-            head_layers=plan.head_layers(),
-            source=str(path),
-            name=name,
-        )
+        state = _weights.read_state_dict(path)
+        _weights.fit_state_dict(module, state, plan.head_layers(), f"{name}, {path}")
     elif weights is None:
         module = _reset(_copied(module, name), name)
     elif weights != "DEFAULT":

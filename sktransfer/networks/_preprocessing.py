@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,14 +20,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # Images up to this many times as long as wide are resized whole.
 _MAX_STRETCH = 16
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+_METHODS = {method.name.lower(): method for method in Image.Resampling}
 
 
 @dataclass(frozen=True)
@@ -62,8 +56,7 @@ class Preprocessing:
     fast_decode: bool = True
 
     def __post_init__(self) -> None:
-        size = _pixels("size", self.size)
-        crop = _pixels("crop", self.crop)
+        size, crop = _pixels("size", self.size), _pixels("crop", self.crop)
         values = {
             "size": size,
             "crop": crop if isinstance(crop, tuple) else (crop, crop),
@@ -72,29 +65,20 @@ class Preprocessing:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        checks = {
-            "mean": (
-                max(map(abs, self.mean)) <= 2,
-                "it is of pixels in 0…1, not 0…255; divide it, and 'std', by 255.",
-            ),
-            "std": (min(self.std) > 0, "it divides, so it must be positive."),
-            "interpolation": (
-                self.interpolation in _FILTERS,
-                f"one of {sorted(_FILTERS)} is accepted.",
-            ),
-            "fast_decode": (
-                isinstance(self.fast_decode, (bool, np.bool_)),
-                "True or False is accepted.",
-            ),
-        }
-        for name, (is_right, message) in checks.items():
-            if not is_right:
-                raise ValueError(f"preprocessing {name!r} is {getattr(self, name)!r}: {message}")
         if len(self.mean) != len(self.std):
             raise ValueError(
                 f"preprocessing 'mean' has {len(self.mean)} values, 'std' {len(self.std)}: give as "
                 "many of each."
             )
+        if max(map(abs, self.mean)) > 2:
+            raise _refused("mean", self.mean, "give it, and 'std', for pixels in 0…1, not 0…255.")
+        if min(self.std) <= 0:
+            raise _refused("std", self.std, "it divides, so it must be positive.")
+        if self.interpolation not in _METHODS:
+            accepted = f"one of {sorted(_METHODS)} is accepted."
+            raise _refused("interpolation", self.interpolation, accepted)
+        if not isinstance(self.fast_decode, (bool, np.bool_)):
+            raise _refused("fast_decode", self.fast_decode, "True or False is accepted.")
 
     @property
     def crop_size(self) -> tuple[int, int]:
@@ -153,7 +137,7 @@ class Preprocessing:
     ) -> np.ndarray:
         """Resize to `shape` and keep (top, left, height, width) of the result."""
         (new_h, new_w), (top, left, kept_h, kept_w) = shape, kept
-        method = _FILTERS[self.interpolation]
+        method = _METHODS[self.interpolation]
         if max(shape) <= _MAX_STRETCH * min(shape) or shape == image.size[::-1]:
             if shape != image.size[::-1]:
                 image = image.resize((new_w, new_h), method)
@@ -184,22 +168,21 @@ def _pixels(name: str, value: int | Sequence[int]) -> int | tuple[int, int]:
     pair = value if isinstance(value, (tuple, list)) else (value, value)
     is_whole = [isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in pair]
     if len(pair) != 2 or not all(is_whole) or min(pair) <= 0:
-        raise ValueError(
-            f"preprocessing {name!r} is {value!r}: give a positive number of pixels, or a pair "
-            "(height, width)."
-        )
+        raise _refused(name, value, "give a positive number of pixels, or a pair (height, width).")
     return (int(pair[0]), int(pair[1])) if pair is value else int(pair[0])
 
 
-def _channels(name: str, value: object) -> tuple[float, ...]:
+def _channels(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
     """Return `value` as a tuple of 3 numbers, or 1 for a network of grey images."""
     values = np.atleast_1d(np.asarray(value, dtype=float))
-    if values.ndim != 1 or len(values) not in (1, 3) or not np.isfinite(values).all():
-        raise ValueError(
-            f"preprocessing {name!r} is {value!r}: give 3 numbers (red, green, blue, for pixels in "
-            "0…1), or 1 for a network of grey images."
-        )
+    if values.shape not in ((1,), (3,)) or not np.isfinite(values).all():
+        accepted = "give 3 numbers (red, green, blue, for pixels in 0…1), or 1 for grey images."
+        raise _refused(name, value, accepted)
     return tuple(values.tolist())
+
+
+def _refused(name: str, value: object, accepted: str) -> ValueError:
+    return ValueError(f"preprocessing {name!r} is {value!r}: {accepted}")
 
 
 @dataclass(frozen=True)
@@ -214,7 +197,7 @@ class CallablePreprocessing:
     """
 
     function: Callable[[np.ndarray], ArrayLike]
-    min_size: tuple[int, int] | None = None
+    min_size: ClassVar[None] = None  # its images are decoded in full
 
     @cached_property
     def input_size(self) -> tuple[int, int, int]:
@@ -258,7 +241,7 @@ def resolve_preprocessing(asked: object, default: Preprocessing) -> AnyPreproces
             raise ValueError(
                 f"preprocessing has the unknown key {unknown[0]!r}; accepted are {known}.{hint}"
             )
-        return _without_padding(replace(default, **asked), asked.keys(), default)
+        return with_overrides(asked, default)
     if callable(asked):
         with contextlib.suppress(Exception):
             asked = copy.deepcopy(asked)  # what is done to it later changes nothing
@@ -269,10 +252,9 @@ def resolve_preprocessing(asked: object, default: Preprocessing) -> AnyPreproces
     )
 
 
-def _without_padding(
-    merged: Preprocessing, asked: Collection[str], default: Preprocessing
-) -> Preprocessing:
-    """Adjust what was not asked for, where the crop would reach beyond the resized image."""
+def with_overrides(asked: Mapping, default: Preprocessing) -> Preprocessing:
+    """Replace what was asked for, and adapt the size or crop so that nothing need be padded."""
+    merged = replace(default, **asked)
     if ("size" in asked) == ("crop" in asked):
         return merged
     size, crop = merged.size, merged.crop_size

@@ -13,15 +13,11 @@ from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 
 from sktransfer._threads import one_at_a_time, own_random_state
 from sktransfer.networks import _weights, builtin
-from sktransfer.networks._preprocessing import Preprocessing
-from sktransfer.networks._source import (
-    RANDOM_SEED,
-    NamedSource,
-    did_you_mean,
-    freeze,
-    weights_path,
-)
+from sktransfer.networks._preprocessing import Preprocessing, with_overrides
+from sktransfer.networks._source import RANDOM_SEED, NamedSource, did_you_mean, freeze
 from sktransfer.networks.builtin._network import BuiltinNet
+
+_ACCEPTED = "a path of a local .pt, .pth or .safetensors file is accepted too, and None for random"
 
 
 def named_source(name: str, weights: object) -> NamedSource:
@@ -46,13 +42,12 @@ class BuiltinSource(NamedSource):
         super().__init__("builtin", weights)
         self.version = builtin.DEFAULT
         if not self.is_random and not self.is_user_file and weights != "DEFAULT":
-            if not isinstance(weights, str) or weights not in builtin.VERSIONS:
+            if weights not in builtin.VERSIONS:
                 raise ValueError(
                     f"weights={weights!r} is not among the weights of the built-in backbone: "
-                    f"{['DEFAULT', *builtin.VERSIONS]}. A path of a local .pt, .pth or "
-                    ".safetensors file is accepted too, and None for random weights."
+                    f"{['DEFAULT', *builtin.VERSIONS]}; {_ACCEPTED} weights."
                 )
-            self.version = weights
+            self.version = str(weights)
         version = builtin.VERSIONS[self.version]
         self.digest = self.digest_weights()
         self.preprocessing = Preprocessing(
@@ -67,9 +62,8 @@ class BuiltinSource(NamedSource):
         return self.path or builtin.VERSIONS[self.version].path
 
 
-# -- torchvision ----------------------------------------------------------------------------
-# The published weights of these were trained by another library on pixels in -1…1; without
-# the auxiliary heads, which act in training only.
+# The published weights of these were trained by another library on pixels in -1…1. They are
+# built without the auxiliary heads, which act in training only.
 _INCEPTION = {"transform_input": True, "aux_logits": False, "init_weights": True}
 _ARGUMENTS = {"googlenet": _INCEPTION, "inception_v3": _INCEPTION}
 _AUXILIARY_HEADS = {"aux1", "aux2", "AuxLogits"}
@@ -85,36 +79,29 @@ class TorchvisionSource(NamedSource):
 
     def __init__(self, name: str, weights: object) -> None:
         super().__init__(name, weights)
-        self.url: str | None = None
-        self.arguments: dict[str, bool | int] = dict(_ARGUMENTS.get(name, {}))
         published = get_model_weights(name)["DEFAULT"]
-        if not self.is_random and self.path is None:
+        self.url: str | None = None
+        if not self.is_random and not self.is_user_file:
             published = _published_weights(name, weights)
             self.url = published.url
-            _weights.warn_of_other_content(self.weights_file(), name)
-        if name.startswith("vit_"):  # built for one input size
-            published = self._fit_image_size(published)
         self.digest = self.digest_weights()
-        preset = published.transforms()
-        self.preprocessing = Preprocessing(
-            size=preset.resize_size[0],
-            crop=preset.crop_size[0],
-            mean=tuple(preset.mean),
-            std=tuple(preset.std),
-            interpolation=preset.interpolation.value,
-        )
+        self.arguments: dict[str, bool | int] = dict(_ARGUMENTS.get(name, {}))
+        if not name.startswith("vit_"):
+            self.preprocessing = _of_preset(published)
+            return
+        # A vision transformer is built for one input size.
+        side = self.arguments["image_size"] = self._side(published.meta["min_size"][0])
+        members = [published, *get_model_weights(name)]
+        published = next((w for w in members if w.meta["min_size"][0] == side), published)
+        self.preprocessing = with_overrides({"crop": side}, _of_preset(published))
 
-    def _fit_image_size(self, published: WeightsEnum) -> WeightsEnum:
-        """Take the input size from the weights, and the preprocessing of that size."""
-        side = published.meta["min_size"][0]
-        if self.path is not None:
-            position = _weights.read_state_dict(self.path).get("encoder.pos_embedding")
-            if position is not None and position.ndim == 3:
-                patch = int(self.name.rpartition("_")[2])
-                side = round((position.shape[1] - 1) ** 0.5) * patch
-        self.arguments["image_size"] = side
-        same_size = (w for w in type(published) if w.meta["min_size"][0] == side)
-        return published if published.meta["min_size"][0] == side else next(same_size, published)
+    def _side(self, default: int) -> int:
+        """Return the height and width that the weights of a vision transformer are for."""
+        state = {} if self.path is None else _weights.read_state_dict(self.path)
+        position = state.get("encoder.pos_embedding")
+        if position is None or position.ndim != 3:
+            return default
+        return round((position.shape[1] - 1) ** 0.5) * int(self.name.rpartition("_")[2])
 
     def make(self) -> nn.Module:
         return get_model_builder(self.name)(weights=None, **self.arguments)
@@ -134,25 +121,30 @@ def _published_weights(name: str, weights: object) -> WeightsEnum:
         return members[weights]
     known = [*dict.fromkeys(["DEFAULT", *members.__members__])]
     raise ValueError(
-        f"weights={weights!r} is not among the published weights of {name}: {known}. A path of a "
-        "local .pt, .pth or .safetensors file is accepted too, and None for random weights."
+        f"weights={weights!r} is not among the published weights of {name}: {known}; "
+        f"{_ACCEPTED} weights."
     )
 
 
-# -- timm -----------------------------------------------------------------------------------
-# One source for each name and weights: building a network and digesting its published
-# weights takes seconds.
+def _of_preset(published: WeightsEnum) -> Preprocessing:
+    preset = published.transforms()
+    size, crop = preset.resize_size[0], preset.crop_size[0]
+    return Preprocessing(size, crop, preset.mean, preset.std, preset.interpolation.value)
+
+
+# Building a network and digesting its published weights takes seconds: once for each name and
+# weights in a process.
 _timm_sources: dict[tuple[str, str], TimmSource] = {}
 
 
 def timm_source(name: str, weights: object) -> TimmSource:
     """Return the one source of this process for a network of timm and these weights."""
-    path = weights_path(weights)
-    what = repr(weights) if path is None else f"{path}:{_weights.file_digest(path)}"
+    path = _weights.weights_path(weights)
+    key = name, repr(weights) if path is None else f"{path}:{_weights.file_digest(path)}"
     with one_at_a_time:  # as building does
-        if (name, what) not in _timm_sources:
-            _timm_sources[name, what] = TimmSource(name, weights)
-        return _timm_sources[name, what]
+        if key not in _timm_sources:
+            _timm_sources[key] = TimmSource(name, weights)
+        return _timm_sources[key]
 
 
 class TimmSource(NamedSource):
@@ -173,31 +165,30 @@ class TimmSource(NamedSource):
         if not (self.is_published or self.is_random or self.is_user_file):
             raise ValueError(
                 f"weights={weights!r} is not accepted for a timm network: give the tag in the name "
-                "('timm:vit_base_patch16_224.augreg_in21k') with weights='DEFAULT', a path of a "
-                "local .pt, .pth or .safetensors file, or None for random weights."
+                "('timm:vit_base_patch16_224.augreg_in21k') with weights='DEFAULT'; "
+                f"{_ACCEPTED} weights."
             )
         # Kept for the first build(), so that the network is made once.
         self._made = self._pretrained() if self.is_published else super().build()
+        self.digest = self.digest_weights()
         self.preprocessing = timm_preprocessing(self._made)
-        if self.is_published:
-            self.digest = _weights.state_digest(self._made)
-        else:
-            self.digest = self.digest_weights()
-        if self.is_random:
-            self.digest += f":timm-{timm.__version__}"
 
     def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in vars(self).items() if key != "_made"}
+
+    def digest_weights(self) -> str:
+        if self.is_published:
+            return _weights.state_digest(self._made)
+        version = f":timm-{import_timm().__version__}" if self.is_random else ""
+        return super().digest_weights() + version
 
     def make(self) -> nn.Module:
         return import_timm().create_model(self.model_name, pretrained=False)
 
     def build(self) -> nn.Module:
         made = vars(self).pop("_made", None)
-        if made is not None:
-            return made
-        if not self.is_published:
-            return super().build()
+        if made is not None or not self.is_published:
+            return super().build() if made is None else made
         made = self._pretrained()
         if _weights.state_digest(made) != self.digest:
             raise ValueError(
@@ -218,10 +209,10 @@ class TimmSource(NamedSource):
                 return freeze(timm.create_model(self.model_name, pretrained=True))
         except Exception as error:
             config = timm.get_pretrained_cfg(self.model_name)
-            where = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
-            raise _weights.not_downloaded(
-                self.name, f"{type(error).__name__}: {error}", where, "anywhere, with weights=PATH"
-            ) from error
+            url = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
+            reason = f"{type(error).__name__}: {error}"
+            place = "anywhere, and give that path as weights=PATH"
+            raise _weights.not_downloaded(self.name, reason, url, place) from error
 
 
 def import_timm() -> ModuleType:
@@ -244,11 +235,6 @@ def timm_preprocessing(module: nn.Module) -> Preprocessing:
     size: int | tuple[int, int] = int(max(height, width) / config["crop_pct"])
     if config.get("crop_mode", "center") == "squash" or height != width:
         size = (int(height / config["crop_pct"]), int(width / config["crop_pct"]))
-    interpolation = config["interpolation"]
-    return Preprocessing(
-        size=size,
-        crop=(height, width),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation="bicubic" if interpolation == "random" else interpolation,
-    )
+    method = config["interpolation"]
+    method = "bicubic" if method == "random" else method
+    return Preprocessing(size, (height, width), config["mean"], config["std"], method)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -76,8 +74,8 @@ class GivenSource(Source):
     def __init__(
         self, name: str, preprocessing: Preprocessing, module: nn.Module, digest: str
     ) -> None:
-        self.name, self.digest, self.module = name, digest, module
-        self.preprocessing = preprocessing
+        self.name, self.preprocessing = name, preprocessing
+        self.module, self.digest = module, digest
 
     def build(self) -> nn.Module:
         return self.module
@@ -89,16 +87,15 @@ class GivenSource(Source):
 class NamedSource(Source):
     """An architecture with a name, and its published, a local file's or random weights.
 
-    A subclass makes the architecture (`make`) and finds the file of published weights
-    (`weights_file`); it sets `digest` with :meth:`digest_weights`.
+    A subclass makes the architecture in `make` and finds published weights in `weights_file`.
     """
 
-    key_report: _weights.KeyReport
+    key_report: dict[str, list[str]]
 
     def __init__(self, name: str, weights: object) -> None:
         self.name = name
         self.is_random = weights is None
-        self.path = weights_path(weights)
+        self.path = _weights.weights_path(weights)
         self.is_user_file = self.path is not None
 
     @abstractmethod
@@ -114,8 +111,7 @@ class NamedSource(Source):
         if self.is_random:
             versions = f"torch-{torch.__version__}:torchvision-{torchvision.__version__}"
             return f"random:{RANDOM_SEED}:{self.name}:{versions}"
-        self.file_digest = _weights.file_digest(self.weights_file())
-        return f"sha256:{self.file_digest}"
+        return f"sha256:{_weights.file_digest(self.weights_file())}"
 
     def build(self) -> nn.Module:
         return skeleton(self.make)
@@ -126,37 +122,28 @@ class NamedSource(Source):
                 state = self.make().state_dict()
             module.load_state_dict(state, assign=True)
         else:
-            path = self._unchanged_file()
-            self.key_report = _weights.fit_state_dict(
-                module,
-                _weights.read_state_dict(path),
-                head_layers=head_layers,
-                source=str(path),
-                name=self.name,
-            )
+            path = self.weights_file()
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"The weights file {str(path)!r} of {self.name} is gone: put it back."
+                )
+            if (got := self.digest_weights()) != self.digest:
+                raise ValueError(
+                    f"The weights file {str(path)!r} of {self.name} has changed since this was "
+                    f"fitted ({got[:19]}… now, {self.digest[:19]}… then): put the old file back, "
+                    "or fit again."
+                )
+            state = _weights.read_state_dict(path)
+            what = f"{self.name}, {path}"
+            self.key_report = _weights.fit_state_dict(module, state, head_layers, what)
         freeze(module)
-
-    def _unchanged_file(self) -> Path:
-        path = self.weights_file()
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"The weights file {str(path)!r} of {self.name} is gone: put it back."
-            )
-        got = _weights.file_digest(path)
-        if got != self.file_digest:
-            raise ValueError(
-                f"The weights file {str(path)!r} of {self.name} has changed since this was "
-                f"fitted (SHA-256 {got[:12]}… now, {self.file_digest[:12]}… then): put the old "
-                "file back, or fit again."
-            )
-        return path
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """New layers get no memory and no initial values, as the weights are loaded later.
+    """Create layers without memory and initial values, as the weights are loaded later.
 
-    ``with torch.device("meta")`` would also take the values of what an architecture computes
-    (position indices, drop rates), and torchvision's RegNets cannot be built under it.
+    ``with torch.device("meta")`` would also discard what an architecture computes: position
+    indices of timm's networks, widths of torchvision's RegNets.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -166,20 +153,13 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def _without_values() -> Iterator[None]:
-    with own_random_state(), _EmptyOnMeta(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about initial values, which nobody will see
-        yield
-
-
 def skeleton(make: Callable[[], nn.Module]) -> nn.Module:
     """Build a module without its values: ResNet-50 takes 0.1 s instead of 0.8, VGG-16 0.04 of 5.
 
     Where building needs values, the module is built with them.
     """
     with contextlib.suppress(Exception):
-        with _without_values():
+        with own_random_state(), _EmptyOnMeta():
             module = make()
         loaded = module.state_dict().keys()
         if not any(b.is_meta and name not in loaded for name, b in module.named_buffers()):
@@ -190,17 +170,6 @@ def skeleton(make: Callable[[], nn.Module]) -> nn.Module:
 
 def freeze(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
-
-
-def weights_path(weights: object) -> Path | None:
-    """Return the path, if `weights` is one rather than the name of published weights."""
-    if isinstance(weights, os.PathLike):
-        return _weights.check_weights_path(weights)
-    if isinstance(weights, str) and (
-        "/" in weights or os.sep in weights or Path(weights).suffix or weights.startswith("~")
-    ):
-        return _weights.check_weights_path(weights)
-    return None
 
 
 def did_you_mean(name: str, known: list[str], prefix: str = "") -> str:

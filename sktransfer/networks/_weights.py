@@ -8,7 +8,6 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,9 +19,8 @@ _WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "m
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.", "encoder_q.")
 
 
-# -- downloading ----------------------------------------------------------------------------
-def fetch(url: str, name: str = "the network") -> Path:
-    """Return the local file of published weights, downloaded by one process if it is absent.
+def fetch(url: str, name: str) -> Path:
+    """Return the local file of published weights; one process downloads it if it is absent.
 
     Parameters
     ----------
@@ -37,22 +35,20 @@ def fetch(url: str, name: str = "the network") -> Path:
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    expected = re.search(r"-([0-9a-f]{8,64})\.", path.name)
     with FileLock(f"{path}.lock"):
-        if not path.exists():
-            _download(url, path, name)
+        try:
+            if not path.exists():
+                digits = expected.group(1) if expected else None
+                torch.hub.download_url_to_file(url, str(path), digits, progress=False)
+        except OSError as error:
+            raise not_downloaded(name, str(error), url, str(path)) from error
+        except RuntimeError as error:  # torch.hub checks the hash before the file gets its name
+            raise ValueError(
+                f"The weights of {name} from {url} are damaged ({error}). Nothing was kept: try "
+                f"again, or put the right file at {path}."
+            ) from error
     return path
-
-
-def _download(url: str, path: Path, name: str) -> None:
-    try:
-        torch.hub.download_url_to_file(url, str(path), _hash_in_name(path), progress=False)
-    except OSError as error:
-        raise not_downloaded(name, str(error), url, str(path)) from error
-    except RuntimeError as error:  # torch.hub checks the hash before the file gets its name
-        raise ValueError(
-            f"The weights of {name} from {url} are damaged ({error}). Nothing was kept: try "
-            f"again, or put the right file at {path}."
-        ) from error
 
 
 def not_downloaded(name: str, reason: str, url: str, place: str) -> OSError:
@@ -66,24 +62,6 @@ def not_downloaded(name: str, reason: str, url: str, place: str) -> OSError:
     )
 
 
-def warn_of_other_content(path: Path, name: str) -> None:
-    """Warn if a file in the place of a published one has another hash."""
-    expected = _hash_in_name(path)
-    if expected and not file_digest(path).startswith(expected):
-        warnings.warn(
-            f"{path} is not the published file of {name}: its SHA-256 begins with "
-            f"{file_digest(path)[: len(expected)]}. It is used anyway.",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
-def _hash_in_name(path: Path) -> str | None:
-    found = re.search(r"-([0-9a-f]{8,64})\.", path.name)
-    return found.group(1) if found else None
-
-
-# -- digests --------------------------------------------------------------------------------
 _digests: dict[tuple[str | int, ...], str] = {}
 
 
@@ -109,10 +87,15 @@ def state_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# -- reading --------------------------------------------------------------------------------
-def check_weights_path(path: str | os.PathLike) -> Path:
-    """Return the file that `weights` names, or raise an error that says what is accepted."""
-    path = Path(path).expanduser()
+def weights_path(weights: object) -> Path | None:
+    """Return the file, if `weights` is a path rather than the name of published weights."""
+    if isinstance(weights, str):
+        separators = ("/", os.sep, "~")
+        if not (Path(weights).suffix or any(sign in weights for sign in separators)):
+            return None
+    elif not isinstance(weights, os.PathLike):
+        return None
+    path = Path(weights).expanduser()
     if path.suffix.lower() not in _SUFFIXES:
         raise ValueError(
             f"weights={str(path)!r}: a weights file ends in one of {', '.join(_SUFFIXES)}."
@@ -129,10 +112,11 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     No code in the file is run: ``weights_only=True``, or safetensors.
     """
     state = _unwrap(_read(path), path)
-    while state and (prefix := next((p for p in _PREFIXES if _all_start(state, p)), None)):
-        state = _like(state, {name.removeprefix(prefix): state[name] for name in state})
-    floats = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
-    return _like(state, floats)
+    names = list(state)
+    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in names)), None):
+        names = [name.removeprefix(prefix) for name in names]
+    tensors = [t.float() if t.is_floating_point() else t for t in state.values()]
+    return _like(state, dict(zip(names, tensors, strict=True)))
 
 
 def _read(path: Path) -> object:
@@ -159,9 +143,7 @@ def _read(path: Path) -> object:
 
 
 def _unwrap(state: object, path: Path) -> Mapping[str, torch.Tensor]:
-    for _ in range(3):
-        if not isinstance(state, Mapping):
-            break
+    while isinstance(state, Mapping):
         if state and all(isinstance(value, torch.Tensor) for value in state.values()):
             return state
         inner = next((w for w in _WRAPPERS if isinstance(state.get(w), Mapping)), None)
@@ -175,69 +157,21 @@ def _unwrap(state: object, path: Path) -> Mapping[str, torch.Tensor]:
     )
 
 
-def _all_start(state: Mapping[str, torch.Tensor], prefix: str) -> bool:
-    return all(name.startswith(prefix) for name in state)
-
-
 def _like(
     state: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
 ) -> OrderedDict[str, torch.Tensor]:
-    """`tensors` with the format versions of `state`, which old files need (MNASNet's stem)."""
+    """Return `tensors` with the format versions of `state`, which old files need."""
     made = OrderedDict(tensors)
     made.__dict__.update(getattr(state, "__dict__", {}))
     return made
 
 
-# -- fitting --------------------------------------------------------------------------------
-@dataclass
-class KeyReport:
-    """Keys that differ between a weights file and a network.
-
-    Attributes
-    ----------
-    missing, unexpected : list of str
-        In the network alone; in the file alone.
-    misshapen : list of str
-        In both, with different shapes.
-    """
-
-    missing: list[str]
-    unexpected: list[str]
-    misshapen: list[str]
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.misshapen)
-
-    def __str__(self) -> str:
-        kinds = {
-            "in the network alone": self.missing,
-            "in the file alone": self.unexpected,
-            "of another shape": self.misshapen,
-        }
-        return "\n".join(
-            f"  {k} ({len(keys)}): {', '.join(keys)}" for k, keys in kinds.items() if keys
-        )
-
-    def without(self, layers: Collection[str]) -> KeyReport:
-        """Return the report without the keys of some layers."""
-
-        def others(keys: list[str]) -> list[str]:
-            return [key for key in keys if not any(f"{key}.".startswith(f"{n}.") for n in layers)]
-
-        shapes = {text.partition(" ")[0]: text for text in self.misshapen}
-        return KeyReport(
-            others(self.missing), others(self.unexpected), [shapes[k] for k in others([*shapes])]
-        )
-
-
 def fit_state_dict(
     module: nn.Module,
     state: Mapping[str, torch.Tensor],
-    *,
     head_layers: Collection[str],
     source: str,
-    name: str,
-) -> KeyReport:
+) -> dict[str, list[str]]:
     """Put a state dict into `module`; only the head may differ, as it is not used.
 
     Parameters
@@ -247,57 +181,44 @@ def fit_state_dict(
     state : mapping of str to tensor
     head_layers : collection of str
         Dotted names of the head's layers.
-    source, name : str
+    source : str
         The file and the network, for messages.
 
     Returns
     -------
-    report : KeyReport
-        What did not fit, all of it in the head.
+    report : dict of str to list of str
+        The keys of the head that differ; empty if all fit.
 
     Raises
     ------
     ValueError
-        If anything else does not fit; the message lists it.
+        If other keys differ; the message lists them.
     """
     own = module.state_dict()
-    state = _rename_old_densenet(state, own)
-    report = _compare(state, own)
-    if body := report.without(head_layers):
+    if any(".denselayer" in key for key in own):  # torchvision's old files say norm.1 for norm1
+        pattern = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
+        state = _like(state, {pattern.sub(r"\1\2", key): value for key, value in state.items()})
+    misshapen = {
+        key: f"{key} ({tuple(state[key].shape)} in the file, {tuple(own[key].shape)})"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    }
+    fitting = {key: value for key, value in state.items() if key not in misshapen}
+    # The layers rename the keys of older versions of torchvision.
+    result = module.load_state_dict(_like(state, fitting), strict=False, assign=True)
+    report = {
+        "in the network alone": [k for k in result.missing_keys if k not in misshapen],
+        "in the file alone": result.unexpected_keys,
+        "of another shape": list(misshapen.values()),
+    }
+    in_head = tuple(f"{layer}." for layer in head_layers)
+    body = {what: [k for k in keys if not k.startswith(in_head)] for what, keys in report.items()}
+    if lines := [f"  {what} ({len(k)}): {', '.join(k)}" for what, k in body.items() if k]:
         raise ValueError(
-            f"{source} does not hold the weights of {name}: beyond the head, these keys do not "
-            f"fit.\n{body}"
+            f"{source}: the file does not hold the weights of this network. Beyond the head, these "
+            "keys do not fit.\n" + "\n".join(lines)
         )
-    # The versions of the layers' formats: a file without them is read as a current one.
-    fitting = _like(state if getattr(state, "__dict__", None) else own, own)
-    for key, tensor in own.items():
-        if key in state and state[key].shape == tensor.shape:
-            fitting[key] = state[key].to(tensor.dtype)
-        elif tensor.is_meta:  # in the head, or a counter
-            fitting[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
-    module.load_state_dict(fitting, assign=True)
-    return report
-
-
-def _compare(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> KeyReport:
-    # Batch norms count their batches in files of newer torch versions only, for training.
-    keys = [key for key in {**own, **state} if not key.endswith("num_batches_tracked")]
-    return KeyReport(
-        missing=[key for key in keys if key not in state],
-        unexpected=[key for key in keys if key not in own],
-        misshapen=[
-            f"{key} ({tuple(state[key].shape)} in the file, {tuple(own[key].shape)})"
-            for key in keys
-            if key in state and key in own and state[key].shape != own[key].shape
-        ],
-    )
-
-
-def _rename_old_densenet(
-    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]
-) -> Mapping[str, torch.Tensor]:
-    """Rename ``norm.1`` in torchvision's published DenseNets to the ``norm1`` of its code."""
-    if not any(".denselayer" in key for key in own):
-        return state
-    pattern = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.\w+)$")
-    return _like(state, {pattern.sub(r"\1\2", key): tensor for key, tensor in state.items()})
+    own = module.state_dict()
+    zeros = {key: torch.zeros_like(t, device="cpu") for key, t in own.items() if t.is_meta}
+    module.load_state_dict(_like(own, zeros), strict=False, assign=True)  # in the head
+    return {what: keys for what, keys in report.items() if keys}
