@@ -75,6 +75,8 @@ class _Tracer(fx.Tracer):
         except Exception:  # code that cannot be traced: one operation
             for node in reversed(list(self.graph.nodes)[n_nodes:]):
                 self.graph.erase_node(node)
+            while len(self.module_stack) >= len(self._paths):
+                self.module_stack.popitem()
             out = self.create_proxy("call_module", path, args, kwargs)
             self.has_own_code = True
         finally:
