@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from store_under_fire import digests_of, present, rows_of
-
 from sktransfer.store._claims import is_gone, this_worker
 from sktransfer.store._network_folder import is_network_folder
-from sktransfer.store._store import DiskStore
 from sktransfer.store._tables import APPLICATION_ID
+from store_under_fire import digests_of, present, rows_of
+
+from sktransfer.store._store import DiskStore
 
 # Threads and forks -----------------------------------------------------------------------------
 
