@@ -168,7 +168,7 @@ def warm_lookup(keys, rows):
     with tempfile.TemporaryDirectory() as folder:
         store = DiskStore(folder)
         store.put_many("resnet50", keys, rows)
-        store.put_file_digests(stats, keys)
+        store.put_file_digests(stats, keys, time.time_ns())
         store.close()
 
         def look_up():
