@@ -6,11 +6,9 @@ import pathlib
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from sklearn.base import clone
 from skorch.callbacks import Callback
 from small_models import assert_same_model, quick, small
-from torch import nn
 
 from sktransfer import FineTuningClassifier, FineTuningRegressor, PretrainedFeatureExtractor
 
@@ -91,7 +89,7 @@ def test_no_row_is_left(stripes):
     model = small(on_error="skip")
     with (
         pytest.warns(UserWarning, match="2 of 2 rows are left out of training"),
-        pytest.raises(ValueError, match="No row is left to train on: 2 of 2 could not be read"),
+        pytest.raises(ValueError, match="No row is left for training: 2 of 2 could not be read"),
     ):
         model.fit([b"no", b"image"], ["a", "b"])
     with (
@@ -230,28 +228,19 @@ def test_predictions_share_one_pass(stripes, first_inputs):
     assert len(first_inputs) > n_batches
 
 
-class NanForEven(nn.Module):
-    """Divides by the spread of an image, which even ones have none of."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
-
-    def forward(self, x):
-        x = x / (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
-        return self.fc(self.conv(x).mean((2, 3)))
-
-
 @pytest.mark.parametrize("method", ["predict", "predict_proba", "decision_function"])
 def test_a_network_that_gives_nan_is_an_error(stripes, method):
-    torch.manual_seed(0)
     X, y = stripes
-    X, y, even = X[y != "plain"], y[y != "plain"], np.full_like(X[:3], 7)
-    preprocessing = {"mean": [0] * 3, "std": [1] * 3, "size": 16}
-    model = small(backbone=NanForEven(), preprocessing=preprocessing).fit(X, y)
+    even = np.full_like(X[:3], 7)
+
+    def prepare(image):
+        scale = np.nan if np.ptp(image) == 0 else 1 / 255
+        return np.moveaxis(image * np.float32(scale), -1, 0)
+
+    model = small(preprocessing=prepare).fit(X, y)
     for on_error in ("raise", "skip"):
         model.set_params(on_error=on_error)
         with pytest.raises(ValueError, match=r"NaN or infinity for 3 of 8 rows, .* row 5"):
             getattr(model, method)([*X[:5], *even])
-    with pytest.raises(ValueError, match=f"NaN or infinity for 2 of 34 rows.* row {len(X)}[.]"):
+    with pytest.raises(ValueError, match=r"NaN or infinity for 2 of 50 rows.* row 48[.]"):
         clone(model).fit([*X, *even], [*y, *y[:3]])
