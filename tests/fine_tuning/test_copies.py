@@ -4,7 +4,6 @@ import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
-import joblib
 import numpy as np
 import pytest
 import torch
@@ -49,14 +48,6 @@ def test_a_pickle_of_many_folds_is_small(stripes):
     again = pickle.loads(pickled)
     for one, other in zip(folds, again, strict=True):
         np.testing.assert_array_equal(one.predict_proba(X), other.predict_proba(X))
-
-
-def test_joblib(stripes, tmp_path):
-    X, y = stripes
-    model = small(unfreeze=1).fit(X, y)
-    joblib.dump(model, tmp_path / "model.joblib")
-    loaded = joblib.load(tmp_path / "model.joblib")
-    np.testing.assert_allclose(loaded.predict_proba(X), model.predict_proba(X), rtol=1e-6)
 
 
 # -- threads ---------------------------------------------------------------------------------
