@@ -6,6 +6,7 @@ import torch
 import torchvision
 from sklearn.model_selection import GridSearchCV
 from small_models import assert_same_model, small, state_of
+from tiny_networks import tiny_network
 from torch import nn
 
 from sktransfer import FineTuningClassifier, FineTuningRegressor, embedding_store
@@ -78,6 +79,16 @@ def test_frozen_stages_stay_in_eval_mode(stripes):
     module = small(unfreeze=1).fit(*stripes).net_.module_.train()
     assert not any(part.training for part in module.stages[0].modules())
     assert module.stages[1].training
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_dropout_acts_in_unfrozen_stages_alone(stripes, stage):
+    network = tiny_network()
+    [network.stage1, network.stage2][stage].append(nn.Dropout(0.9))
+    settings = {"unfreeze": 1, "augment": nn.Identity(), "lr": 0.01, "head_init": "random"}
+    plain, dropped = (small(backbone=b, **settings).fit(*stripes) for b in (tiny_network, network))
+    losses = [[row["train_loss"] for row in model.history_] for model in (plain, dropped)]
+    assert np.allclose(*losses, rtol=1e-6) == (stage == 0)
 
 
 def test_batch_norms_keep_their_statistics_unless_the_weights_are_random(stripes):
