@@ -20,15 +20,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import sktransfer
 from sktransfer._jsonable import decode, encode
+from sktransfer._version import __version__
+from sktransfer.embedding._extractor import PretrainedFeatureExtractor
+from sktransfer.fine_tuning._classifier import FineTuningClassifier
+from sktransfer.fine_tuning._regressor import FineTuningRegressor
 from sktransfer.networks._preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
     from torch import nn
 
-    from sktransfer.fine_tuning._tuned_network import TunedNetwork
+    from sktransfer.fine_tuning._tuned import TunedNetwork
     from sktransfer.networks._backbone import Backbone
 
 FORMAT = 2
@@ -41,14 +44,15 @@ _HEADER |= {"preprocessing": dict, "parameters": dict, "attributes": dict}
 _COMMON: dict[str, type] = {"n_features_in_": int, "n_features_out_": int, "_n_image_columns": int}
 _OF_TUNED: dict[str, type] = {"first_trained_stage": int, "moves_statistics": bool}
 _TUNED = _COMMON | _OF_TUNED | {"history_": list, "n_iter_": int, "best_epoch_": int}
-_CLASSES: dict[str, dict[str, type]] = {
-    "PretrainedFeatureExtractor": _COMMON,
-    "FineTuningClassifier": _TUNED
+_CLASSES: dict[type, dict[str, type]] = {
+    PretrainedFeatureExtractor: _COMMON,
+    FineTuningClassifier: _TUNED
     | {"classes_": np.ndarray, "class_priors_": np.ndarray, "_kind": str},
-    "FineTuningRegressor": _TUNED
+    FineTuningRegressor: _TUNED
     | {"_n_targets": int, "_is_flat": bool}
     | {"_target_mean": np.ndarray, "_target_scale": np.ndarray},
 }
+_NAMES = {cls.__name__: cls for cls in _CLASSES}
 # These belong to a machine rather than to a model: `load` leaves them at their defaults.
 _OF_THE_MACHINE = ("memory", "device", "n_jobs", "verbose", "callbacks")
 
@@ -118,9 +122,9 @@ def save(estimator: BaseEstimator, path: str | os.PathLike, *, standalone: bool 
     from safetensors.numpy import save_file
     from sklearn.utils.validation import check_is_fitted
 
-    name = type(estimator).__name__
-    if name not in _CLASSES or type(estimator) is not getattr(sktransfer, name):
-        raise TypeError(f"save writes {list(_CLASSES)}; got {estimator!r}.")
+    cls = type(estimator)
+    if cls not in _CLASSES:
+        raise TypeError(f"save writes {list(_NAMES)}; got {estimator!r}.")
     check_is_fitted(estimator)
     backbone = estimator.backbone_
     is_named = isinstance(estimator.backbone, str)
@@ -130,7 +134,7 @@ def save(estimator: BaseEstimator, path: str | os.PathLike, *, standalone: bool 
         parameters.pop(key, None)
     attributes = {
         key: getattr(estimator._tuned if key in _OF_TUNED else estimator, key)
-        for key in _CLASSES[name]
+        for key in _CLASSES[cls]
     }
     if hasattr(estimator, "feature_names_in_"):
         attributes["feature_names_in_"] = estimator.feature_names_in_
@@ -138,8 +142,8 @@ def save(estimator: BaseEstimator, path: str | os.PathLike, *, standalone: bool 
     settings = asdict(settings) if isinstance(settings, Preprocessing) else {}
     header = {
         "format": FORMAT,
-        "version": sktransfer.__version__,
-        "class": name,
+        "version": __version__,
+        "class": cls.__name__,
         "fingerprint": backbone.fingerprint,
         "standalone": standalone,
         "preprocessing": encode(settings, "preprocessing"),
@@ -268,7 +272,7 @@ def _read(path: str) -> tuple[dict, Tensors]:
     types = {key: type(value) for key, value in header.items()}
     _require(types == _HEADER, f"its header does not hold {sorted(_HEADER)}, each of its type")
     name = header["class"]
-    _require(name in _CLASSES, f"its class is {name!r}, not one of {list(_CLASSES)}")
+    _require(name in _NAMES, f"its class is {name!r}, not one of {list(_NAMES)}")
     return header, tensors
 
 
@@ -276,7 +280,7 @@ def _unfitted(header: dict, backbone: nn.Module | None, path: str) -> BaseEstima
     """The estimator with its parameters."""
     from sktransfer._validation import check_parameters
 
-    estimator = getattr(sktransfer, header["class"])()
+    estimator = _NAMES[header["class"]]()
     known = set(estimator.get_params(deep=False)) - set(_OF_THE_MACHINE)
     unknown = sorted(set(header["parameters"]) - known)
     _require(not unknown, f"{header['class']} has no parameters {unknown}")
@@ -314,7 +318,7 @@ def _restore_fit(estimator: BaseEstimator, header: dict, tensors: Tensors, path:
 
 def _attributes(header: dict) -> dict:
     """Decode the fitted attributes and check their types."""
-    expected = _CLASSES[header["class"]]
+    expected = _CLASSES[_NAMES[header["class"]]]
     given = header["attributes"]
     is_known = set(given) - {"feature_names_in_"} == set(expected)
     _require(is_known, f"its fitted attributes are {sorted(given)}")
@@ -336,7 +340,7 @@ def _backbone(estimator: BaseEstimator, header: dict, own: Tensors, path: str) -
     layer = with_cached_layers(estimator.layer, getattr(estimator, "cache_layers", None))
     pooling = estimator.pooling
     if own and isinstance(backbone, str):
-        from sktransfer.fine_tuning._tuned_network import with_own_weights
+        from sktransfer.fine_tuning._tuned import with_own_weights
 
         settings = _decoded(header["preprocessing"], "preprocessing")
         try:
@@ -364,7 +368,7 @@ def _tuned_network(estimator: BaseEstimator, of_tuned: dict, tensors: Tensors) -
     import torch
 
     from sktransfer.fine_tuning._head import make_head
-    from sktransfer.fine_tuning._tuned_network import TunedNetwork
+    from sktransfer.fine_tuning._tuned import TunedNetwork
 
     backbone, n_columns = estimator.backbone_, estimator._n_image_columns
     state = {key: tensor.float() for key, tensor in _torch(_taken(tensors, "head/")).items()}

@@ -1,27 +1,37 @@
-"""What one call to ``embed`` has found in the store, has computed and still lacks."""
+"""``embed``: rows for images, from the store or through the network."""
 
 from __future__ import annotations
 
 import itertools
+import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from sktransfer.embedding._batches import (
+    BatchLimit,
+    Workers,
+    n_decoding_threads,
+    resolve_device,
+    run_on_accelerator,
+    run_on_cpu,
+)
 from sktransfer.images._images import BadImage, Images
-from sktransfer.networks._backbone import Backbone
-from sktransfer.store._store import FileStat
+from sktransfer.store._store import N_BLOCKS, Lock, Store, block_of
 
-# Images whose store rows are looked up at once; their files are read again for decoding
-# soon after they were digested, so that the second reading finds them in memory.
-_CHUNK = 1024
-_DIGESTED_TOGETHER = 32
-# How long others leave a claimed batch to this process, unless they see that it has ended.
-_CLAIM_SECONDS = 300.0
+if TYPE_CHECKING:
+    from sktransfer.images._cells import Cell
+    from sktransfer.networks._backbone import Backbone
+
+_CHUNK = 1024  # images whose files are looked up in the store at once
+_READ_TOGETHER = 8  # images read by one task
+_PART_BYTES = 128 << 20  # of content that is read before it is computed
 _POLL_SECONDS = 0.02
 
 
@@ -47,16 +57,68 @@ class BadRow:
         return f"{self.where}: {self.reason}"
 
 
-class BatchLimit(Protocol):
-    """The largest batch that memory has allowed so far, and the way to run one."""
+def embed(
+    images: Images,
+    backbone: Backbone,
+    *,
+    out: np.ndarray,
+    store: Store,
+    batch_size: int | str = "auto",
+    device: str = "auto",
+    precision: str = "float32",
+    n_jobs: int | None = None,
+    groups: Sequence[int] | None = None,
+    fill: float = np.nan,
+    progress: Callable[[int], object] | None = None,
+) -> list[BadRow]:
+    """Embed images into ``out``.
 
-    size: int
+    Each image is looked up in the store; what the store does not have is decoded, resized,
+    batched, sent through the network and put there.
 
-    def next_size(self, n_left: int) -> int: ...
+    Parameters
+    ----------
+    images : Images
+        Of length n_images = n_rows × n_columns.
+    out : ndarray of shape (n_images, n_features), float32
+        Receives the rows.
+    store : MemoryStore or DiskStore
+        Where rows are looked up and kept.
+    groups : sequence of int or None
+        Which of ``backbone.feature_groups`` are returned, in order; the others are
+        computed in the same pass and go to the store alone. ``None``: all.
+    fill : float
+        What the rows of bad images hold.
+    progress : callable or None
+        Called with the number of rows just finished.
+    backbone, batch_size, device, precision, n_jobs
+        As of `PretrainedFeatureExtractor`, the backbone loaded.
 
-    def forward(
-        self, network: Any, batch: torch.Tensor, device: torch.device | None = None
-    ) -> list[torch.Tensor]: ...
+    Returns
+    -------
+    bad_rows : list of BadRow
+    """
+    groups = range(len(backbone.feature_groups)) if groups is None else groups
+    run = EmbeddingRun(images, backbone, out, store, precision, groups, fill, progress)
+    torch_device, n_threads = resolve_device(device), n_decoding_threads(n_jobs)
+    try:
+        if torch_device.type == "cpu":
+            run_on_cpu(run, len(images), batch_size, n_threads)
+        else:
+            run_on_accelerator(run, torch_device, batch_size, n_threads)
+    finally:
+        run.release_all()
+    return run.finish()
+
+
+@dataclass
+class _Row:
+    """A row to compute."""
+
+    i: int
+    cell: Cell | None  # None: to be read again
+    digest: bytes
+    block: int = -1  # whose lock is held for it
 
 
 class EmbeddingRun:
@@ -66,266 +128,272 @@ class EmbeddingRun:
         self,
         images: Images,
         backbone: Backbone,
-        rows: np.ndarray,
-        store: Any,
+        out: np.ndarray,
+        store: Store,
         precision: str,
-        groups: list[int],
+        groups: Sequence[int],
         fill: float,
-        progress: Callable[[int], Any] | None,
+        progress: Callable[[int], object] | None,
     ) -> None:
-        self.images, self.backbone, self.rows, self.store = images, backbone, rows, store
-        self.precision, self.groups, self._fill = precision, groups, fill
+        self._images, self._backbone, self._out, self._store = images, backbone, out, store
+        self._precision, self._groups, self._fill = precision, groups, fill
         self._progress = progress or (lambda n: None)
-        self._n_bad_told = 0
-        self.fingerprints = [f"{f}-{precision}" for f in backbone.group_fingerprints]
-        # A claim is on the first of these: one and the same whichever of the groups, which are all
-        # computed together, is asked for.
-        self._claim_group = min(range(len(self.fingerprints)), key=self.fingerprints.__getitem__)
-        asked = [self.fingerprints[g] for g in groups if g != self._claim_group]
-        self._claim_fingerprints = [self.fingerprints[self._claim_group], *asked]
-        self._bad: dict[int, str] = {}  # row -> what is wrong with its image
-        self._digests: dict[int, bytes] = {}  # of the rows to compute
-        self._stamps: dict[int, int] = {}  # of the rows to compute: a digest of their file's stat
-        self._changed: set[int] = set()  # rows whose file is no longer the one that was digested
+        self.input_size = backbone.input_size
+        self._fingerprints = [f"{f}-{precision}" for f in backbone.group_fingerprints]
+        self._keeps = store.max_bytes != 0
+        self._n_left = self._n_untold = len(images)  # to compute at most; not reported yet
+        self._started_at = time.time_ns()
+        self._stats: dict[int, tuple] = {}  # of files whose digest is not known yet
         self._first: dict[bytes, int] = {}  # digest -> the row that is computed for it
-        self._twins: list[tuple[int, int]] = []  # (row, the row computed for the same image)
-        self._claimed: set[int] = set()  # rows that other processes now leave to this one
+        self._twins: list[tuple[int, int]] = []  # (row, the row computed for an equal image)
+        self._locks: dict[int, Lock] = {}  # held, of blocks of digests
+        self._n_locked: Counter[int] = Counter()  # rows of a block to compute, or under way
+        self._later: list[_Row] = []  # rows of blocks that other threads or processes hold
+        self._bad: dict[int, str] = {}  # row -> what is wrong with its image
 
-    def batches(self, pool: ThreadPoolExecutor, limit: BatchLimit) -> Iterator[list[int]]:
-        """Fill in what the store holds and yield what is left to compute, in batches.
+    # -- rows to compute -----------------------------------------------------------------
+    def batches(self, workers: Workers, limit: BatchLimit) -> Iterator[list[_Row] | None]:
+        """Fill in the rows that the store has, and yield what is left to compute.
 
-        Another process or thread that shares the store may be at the same images: each
-        batch is claimed first, what others have claimed is left to them and fetched at
-        the end, and computed here after all if they failed to. An empty batch asks to have
-        all kept that is under way.
+        Other processes or threads may embed the same images at the same time. Rows are
+        computed under the lock of the block that their digest falls into, and looked up once
+        more when the lock is acquired. Nobody waits for a lock while holding one. None asks to
+        have all rows kept that are under way.
         """
-        left_to_others: list[int] = []
-        for batch in _batched(self._missing(pool), limit, len(self.images)):
-            mine = self._claim(batch)
-            left_to_others += [i for i in batch if i not in self._claimed]
-            if mine:
-                yield mine
-        yield from self._found_or_computed(left_to_others, limit)
-        if self._twins:
-            yield []  # only then is it known whose picture could not serve its twins
-            self.give_claims_back()
-            yield from self._found_or_computed(self._twins_left_alone(), limit)
-
-    def _found_or_computed(
-        self, left_to_others: list[int], limit: BatchLimit
-    ) -> Iterator[list[int]]:
-        """Wait until others have computed these rows, or claim and yield them."""
-        while left_to_others:
-            digests = [self._digests[i] for i in left_to_others]
-            found = self._look_up(left_to_others, digests)
-            self._tell(int(found.sum()))
-            left_to_others = [i for i, f in zip(left_to_others, found, strict=True) if not f]
-            batch = left_to_others[: limit.size]
-            if mine := self._claim(batch):
-                left_to_others = [i for i in left_to_others if i not in self._claimed]
-                yield mine
-            elif left_to_others:
-                # Others may wait in turn for what is under way here: that is kept now. What
-                # is still claimed after it are pictures that turned out to be bad.
-                yield []
-                self.give_claims_back()
+        yield from self._batched(self._missing(workers, limit), limit)
+        while self._later:
+            rows, self._later = sorted(self._later, key=lambda row: row.i), []
+            n_waiting = len(rows)
+            yield from self._batched(self._locked(self._not_stored(rows)), limit)
+            if len(self._later) == n_waiting:
+                yield None
                 time.sleep(_POLL_SECONDS)
 
-    def _missing(self, pool: ThreadPoolExecutor) -> Iterator[int]:
-        for start in range(0, len(self.images), _CHUNK):
-            chunk = range(start, min(start + _CHUNK, len(self.images)))
-            taken_at = time.time_ns()
-            stats = [self.images.stat(i) for i in chunk]
-            digests = self._digest(chunk, stats, taken_at, pool)
-            found = self._look_up(list(digests), list(digests.values()))
-            n_known = int(found.sum())
-            for (i, digest), is_found in zip(digests.items(), found, strict=True):
-                if is_found:
-                    continue
-                if (stat := stats[i - start]) is not None:
-                    self._stamps[i] = hash(stat)
-                if (first := self._first.setdefault(digest, i)) != i:
-                    self._twins.append((i, first))
-                else:
-                    self._digests[i] = digest
-                    yield i
-            self._tell(n_known)
+    def _batched(self, rows: Iterator[_Row], limit: BatchLimit) -> Iterator[list[_Row]]:
+        while batch := list(itertools.islice(rows, limit.next_size(self._n_left))):
+            self._n_left -= len(batch)
+            yield batch
 
-    def _digest(
-        self, chunk: range, stats: list[FileStat | None], taken_at: int, pool: ThreadPoolExecutor
-    ) -> dict[int, bytes]:
-        """Return the digest of each image, from the store's list of files where it knows."""
-        digests = self.store.get_file_digests(stats)
-        unknown = [k for k, digest in enumerate(digests) if digest is None]
-        # Several at once: handing one small array to a thread costs more than its digest.
-        step = max(1, min(_DIGESTED_TOGETHER, len(unknown) // 8))
-        parts = [unknown[start : start + step] for start in range(0, len(unknown), step)]
-        indices = ([chunk[k] for k in part] for part in parts)
-        for part, found in zip(parts, pool.map(self._digest_some, indices), strict=True):
-            for k, digest in zip(part, found, strict=True):
-                digests[k] = digest
-        fresh = [k for k in unknown if digests[k] is not None and stats[k] is not None]
-        self.store.put_file_digests(
-            [stats[k] for k in fresh], [digests[k] for k in fresh], taken_at
-        )
-        return {i: d for i, d in zip(chunk, digests, strict=True) if d is not None}
+    def _missing(self, workers: Workers, limit: BatchLimit) -> Iterator[_Row]:
+        """Read the images that the store does not know by their file, a few batches at a time."""
+        # While one process computes a few blocks, the others can take the rest of the part.
+        most = min(_CHUNK, 4 * workers.depth * limit.size)
+        part: list[_Row] = []
+        n_bytes = 0
+        for rows in filter(None, workers.run(self._read, self._to_read())):
+            part += rows
+            n_bytes += sum(row.cell.n_bytes for row in rows if row.cell)
+            if len(part) >= most or n_bytes > _PART_BYTES:
+                yield from self._locked(self._new(part))
+                part, n_bytes = [], 0
+        yield from self._locked(self._new(part))
 
-    def _digest_some(self, indices: list[int]) -> list[bytes | None]:
-        digests: list[bytes | None] = []
-        for i in indices:
+    def _to_read(self) -> Iterator[list[int]]:
+        """Yield the images that have to be read, a few at a time."""
+        n = len(self._images)
+        n_together = max(1, min(_READ_TOGETHER, n // 16))
+        for start in range(0, n, _CHUNK):
+            chunk = range(start, min(start + _CHUNK, n))
+            unknown = self._not_known(chunk) if self._keeps else list(chunk)
+            for k in range(0, len(unknown), n_together):
+                yield unknown[k : k + n_together]
+
+    def _not_known(self, chunk: range) -> list[int]:
+        """Fill in the rows of files that are as they were when they were read."""
+        stats = [self._images.stat(i) for i in chunk]
+        digests = self._store.get_file_digests(stats)
+        triples = zip(chunk, stats, digests, strict=True)
+        self._stats.update((i, stat) for i, stat, digest in triples if stat and digest is None)
+        known = [i for i, digest in zip(chunk, digests, strict=True) if digest is not None]
+        found = self._look_up(known, [digest for digest in digests if digest is not None])
+        done = {i for i, is_found in zip(known, found, strict=True) if is_found}
+        return [i for i in chunk if i not in done]
+
+    def _read(self, together: list[int]) -> list[_Row]:
+        """Read and digest images; what cannot be read is noted and left out."""
+        rows = []
+        for i in together:
             try:
-                digests.append(self.images.digest(i))
+                cell = self._images.read(i)
+                rows.append(_Row(i, cell, cell.digest))
             except BadImage as error:
-                self.fail(i, error)
-                digests.append(None)
-        return digests
+                self._fail(i, error)
+        return rows
+
+    def _new(self, part: list[_Row]) -> list[_Row]:
+        """Return the rows that neither the store has nor an equal image of this call gives."""
+        read = [row for row in part if row.i in self._stats]
+        if read:
+            stats, digests = [self._stats.pop(row.i) for row in read], [row.digest for row in read]
+            self._store.put_file_digests(stats, digests, self._started_at)
+        new = []
+        for row in self._not_stored(part):
+            if (first := self._first.setdefault(row.digest, row.i)) == row.i:
+                new.append(row)
+            else:
+                self._twins.append((row.i, first))
+        return new
+
+    def _locked(self, rows: list[_Row]) -> Iterator[_Row]:
+        """Yield rows whose block's lock this call holds; put the others off."""
+        if not self._keeps:
+            yield from rows
+            return
+        blocks: dict[int, list[_Row]] = {}
+        for row in rows:
+            row.block = block_of(row.digest)
+            blocks.setdefault(row.block, []).append(row)
+        # Others begin at other blocks.
+        begin = hash((os.getpid(), threading.get_ident())) % N_BLOCKS
+        for block in sorted(blocks, key=lambda block: (block - begin) % N_BLOCKS):
+            if block not in self._locks:
+                lock = self._store.lock(min(self._fingerprints), block)
+                if not lock.acquire(blocking=False):
+                    for row in blocks[block]:
+                        row.cell = None
+                    self._later += blocks[block]
+                    continue
+                self._locks[block] = lock
+            missing = self._not_stored(blocks[block])
+            self._count(block, len(missing))
+            yield from missing
+
+    def _not_stored(self, rows: list[_Row]) -> list[_Row]:
+        found = self._look_up([row.i for row in rows], [row.digest for row in rows])
+        return [row for row, is_found in zip(rows, found, strict=True) if not is_found]
 
     def _look_up(self, indices: list[int], digests: list[bytes]) -> np.ndarray:
         """Fill in the rows that the store holds; return which those are."""
+        if not self._keeps or not indices:
+            return np.zeros(len(indices), dtype=bool)
         found = np.ones(len(indices), dtype=bool)
-        if not indices:
-            return found
-        # Ascending numbers: neighbours, as nearly always, are filled in where they stand.
+        # Ascending numbers: neighbours, as nearly always, are filled in where they are.
         are_neighbours = indices[-1] - indices[0] == len(indices) - 1
-        if are_neighbours:
-            rows = self.rows[indices[0] : indices[-1] + 1]
-        else:
-            rows = np.empty((len(indices), self.rows.shape[1]), dtype=np.float32)
+        rows = self._out[indices[0] : indices[-1] + 1]
+        if not are_neighbours:
+            rows = np.empty((len(indices), self._out.shape[1]), dtype=np.float32)
         start = 0
-        for g in self.groups:
-            stop = start + self.backbone.feature_groups[g][1]
-            found &= self.store.get_into(self.fingerprints[g], digests, rows[:, start:stop])
+        for g in self._groups:
+            stop = start + self._backbone.feature_groups[g][1]
+            found &= self._store.get_into(self._fingerprints[g], digests, rows[:, start:stop])
             start = stop
         if not are_neighbours:
-            self.rows[np.asarray(indices, dtype=np.intp)[found]] = rows[found]
+            self._out[np.asarray(indices, dtype=np.intp)[found]] = rows[found]
+        n_found = int(found.sum())
+        self._n_left -= n_found
+        self._tell(n_found)
         return found
 
-    def _claim(self, batch: list[int]) -> list[int]:
-        digests = [self._digests[i] for i in batch]
-        is_mine = self.store.claim(self._claim_fingerprints, digests, _CLAIM_SECONDS)
-        mine = [i for i, m in zip(batch, is_mine, strict=True) if m]
-        self._claimed.update(mine)
-        return mine
+    def _count(self, block: int, n_rows: int) -> None:
+        """Count rows of a block, or down; with none left, release its lock."""
+        self._n_locked[block] += n_rows
+        if self._n_locked[block] == 0:
+            self._locks.pop(block).release()
 
-    def give_claims_back(self) -> None:
-        """Let others compute what this call claimed and did not finish."""
-        digests = [self._digests[i] for i in self._claimed]
-        if digests:
-            self.store.release(self._claim_fingerprints, digests)
-            self._claimed.clear()
+    def release_all(self) -> None:
+        """Release the locks of a call that ends early."""
+        while self._locks:
+            self._locks.popitem()[1].release()
 
-    def decode(self, indices: Sequence[int], pinned: bool = False) -> tuple[list[int], Any]:
+    # -- computing them ------------------------------------------------------------------
+    def network(self, device: torch.device) -> torch.nn.Module:
+        """Return the network, on the device."""
+        return self._backbone.inference_module(device, self._precision)
+
+    def decode(
+        self, batch: list[_Row], pinned: bool = False
+    ) -> tuple[list[_Row], torch.Tensor | None]:
         """Decode and resize images into one batch; bad ones are noted and left out."""
-        preprocessing = self.backbone.preprocessing
-        good: list[int] = []
-        batch = None
-        for i in indices:
+        good: list[_Row] = []
+        pixels = None
+        for row in batch:
             try:
-                picture = self.images.picture(i, min_size=preprocessing.min_size)
+                array = self._decode(row)
             except BadImage as error:
-                self.fail(i, error)
+                self._fail(row.i, error)
                 continue
-            try:
-                array = preprocessing.resize_crop(picture)
-            except Exception as error:
-                add_note(error, f"This happened in the preprocessing of {self.images.where(i)}.")
-                raise
-            if batch is None:
+            if pixels is None:
                 dtype = torch.uint8 if array.dtype == np.uint8 else torch.float32
-                batch = torch.empty((len(indices), *array.shape), dtype=dtype, pin_memory=pinned)
-                into = batch.numpy()
+                pixels = torch.empty((len(batch), *array.shape), dtype=dtype, pin_memory=pinned)
+                into = pixels.numpy()
             elif array.shape != into.shape[1:]:
                 raise ValueError(
                     f"The preprocessing gave an array of shape {array.shape} for "
-                    f"{self.images.where(i)}, where {self.images.where(good[0])} has "
-                    f"{into.shape[1:]}: all images must come out in one shape."
+                    f"{self._images.where(row.i)}, and of shape {into.shape[1:]} for "
+                    f"{self._images.where(good[0].i)}: all images must have one shape then."
                 )
             into[len(good)] = array
-            good.append(i)
-            stamp = self._stamps.pop(i, None)
-            if stamp is not None and stamp != hash(self.images.stat(i)):
-                self._changed.add(i)
-        if batch is None:
+            good.append(row)
+        if pixels is None:
             return [], None
-        batch = batch[: len(good)]
+        pixels = pixels[: len(good)]
         # H×W×3 pixels seen as 3×H×W are channels-last already: nothing is copied.
-        return good, batch.permute(0, 3, 1, 2) if batch.dtype == torch.uint8 else batch
+        return good, pixels.permute(0, 3, 1, 2) if pixels.dtype == torch.uint8 else pixels
+
+    def _decode(self, row: _Row) -> np.ndarray:
+        cell, row.cell = row.cell, None  # its bytes are let go of
+        if cell is None:
+            cell = self._images.read(row.i)
+            if cell.digest != row.digest:
+                raise BadImage("it changed while it was waited for")
+        preprocessing = self._backbone.preprocessing
+        picture = cell.picture(preprocessing.min_size)
+        try:
+            return preprocessing.resize_crop(picture)
+        except Exception as error:
+            error.add_note(f"This happened in the preprocessing of {self._images.where(row.i)}.")
+            raise
 
     def forward(
         self,
         limit: BatchLimit,
-        network: Any,
-        good: list[int],
-        batch: torch.Tensor,
+        network: torch.nn.Module,
+        good: list[_Row],
+        pixels: torch.Tensor,
         device: torch.device | None = None,
     ) -> list[torch.Tensor]:
         """Run the network; what it raises says where that was."""
         try:
-            return limit.forward(network, batch, device)
+            return limit.forward(network, pixels, device)
         except Exception as error:
-            add_note(
-                error,
-                f"This happened in the network {self.backbone.name}, precision "
-                f"{self.precision!r}, with a {batch.dtype} batch of shape {tuple(batch.shape)} "
-                f"that begins with {self.images.where(good[0])}. What was embedded before is kept.",
+            error.add_note(
+                f"This happened in the network {self._backbone.name}, precision "
+                f"{self._precision!r}, with a {pixels.dtype} batch of shape "
+                f"{tuple(pixels.shape)} that begins with {self._images.where(good[0].i)}. "
+                "What was embedded before is kept."
             )
             raise
 
-    def keep(self, indices: list[int], tensors: list[torch.Tensor]) -> None:
+    def keep(self, batch: list[_Row], good: list[_Row], parts: list[torch.Tensor]) -> None:
         """Put a batch's rows into the output and the store."""
-        if not indices:
-            return
-        parts = [tensor.numpy() for tensor in tensors]
-        self.rows[indices] = np.concatenate([parts[g] for g in self.groups], axis=1)
-        # What is of another content than the digest says is for this call alone.
-        known = [k for k, i in enumerate(indices) if i not in self._changed]
-        digests = [self._digests[indices[k]] for k in known]
-        # The claim is given back when the rows that it is on are put: last.
-        for g in sorted(range(len(parts)), key=lambda g: g == self._claim_group):
-            rows = parts[g] if len(known) == len(indices) else parts[g][known]
-            self.store.put_many(self.fingerprints[g], digests, rows)
-        self._claimed.difference_update(indices[k] for k in known)
-        self._tell(len(indices))
+        if good:
+            arrays = [part.numpy() for part in parts]
+            rows = np.concatenate([arrays[g] for g in self._groups], axis=1)
+            self._out[[row.i for row in good]] = rows
+            if self._keeps:
+                digests = [row.digest for row in good]
+                for fingerprint, array in zip(self._fingerprints, arrays, strict=True):
+                    self._store.put_many(fingerprint, digests, array)
+        for row in batch:
+            if row.block >= 0:
+                self._count(row.block, -1)
+        self._tell(len(batch))
 
-    def fail(self, i: int, error: BadImage) -> None:
-        self.rows[i] = self._fill
-        self._bad[i] = str(error)
-
-    def bad_rows(self) -> list[BadRow]:
-        """List the images that gave no embedding, in their order."""
-        images = self.images
+    # -- the end -------------------------------------------------------------------------
+    def finish(self) -> list[BadRow]:
+        """Give equal images their row, and list the images that gave none, in their order."""
+        for i, first in self._twins:
+            self._out[i] = self._out[first]
+            if first in self._bad:
+                self._bad[i] = self._bad[first]
+        self._tell(self._n_untold)
+        images = self._images
         return [BadRow(images.row(i), images.where(i), self._bad[i]) for i in sorted(self._bad)]
 
+    def _fail(self, i: int, error: BadImage) -> None:
+        self._out[i] = self._fill
+        self._bad[i] = str(error)
+
     def _tell(self, n_done: int) -> None:
-        """Tell of rows done, and of bad ones that the workers have found: in one thread."""
-        n_bad = len(self._bad)
-        self._progress(n_done + n_bad - self._n_bad_told)
-        self._n_bad_told = n_bad
-
-    def _twins_left_alone(self) -> list[int]:
-        """Rows that are computed after all: the file of their twin changed or went meanwhile."""
-        lost = self._changed | self._bad.keys()
-        alone = [(i, first) for i, first in self._twins if first in lost]
-        self._twins = [pair for pair in self._twins if pair[1] not in lost]
-        self._digests.update({i: self._digests[first] for i, first in alone})
-        return [i for i, _ in alone]
-
-    def copy_to_twins(self) -> None:
-        """Give equal images their row."""
-        self._tell(len(self._twins))
-        for i, first in self._twins:
-            self.rows[i] = self.rows[first]
-
-
-def _batched(indices: Iterable[int], limit: BatchLimit, n: int) -> Iterator[list[int]]:
-    """Batches of ascending indices, all below `n`."""
-    indices, n_left = iter(indices), n
-    while batch := list(itertools.islice(indices, limit.next_size(n_left))):
-        n_left = n - 1 - batch[-1]
-        yield batch
-
-
-def add_note(error: Exception, note: str) -> None:
-    """Say more about an error, where Python lets it."""
-    if hasattr(error, "add_note"):  # from Python 3.11 on
-        error.add_note(note)
+        self._n_untold -= n_done
+        self._progress(n_done)

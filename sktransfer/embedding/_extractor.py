@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
-from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._validation import (
     SHARED_CONSTRAINTS,
-    CallbackSupportMixin,
-    FitProgress,
+    Interval,
+    StrOptions,
     check_images,
+    fit_context,
     image_column_names,
     is_empty_part,
     keep_index,
     set_image_tags,
-    with_callbacks,
+    warn,
 )
 
 if TYPE_CHECKING:
-    from sktransfer.embedding._batches import BadRow
+    from sktransfer.embedding._embed import BadRow
 
 _N_REPORTED = 10
 
 
-class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEstimator):
-    """Turn images into the columns that a pre-trained network sees in them.
+class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
+    """Compute feature columns for images with a frozen pre-trained network.
 
-    The network's classification head is cut off and what would have entered it, or the
-    pooled output of inner stages, becomes one row per image. The network is frozen: it
-    runs in evaluation mode and nothing of it is trained, so a row depends on its image
-    alone, not on the batch, the fold or the process. Each image therefore goes through
-    the network once; clones, folds and candidates of a grid search find the row again in
-    a store (see `memory`).
+    An image's row is the input of the network's classification head, or the pooled output of
+    inner stages. The network runs in evaluation mode and is not trained, so a row depends on its
+    image alone, not on the batch, the fold or the process. Each image goes through the network
+    once: clones, folds and candidates of a grid search find its row in a store (see `memory`).
 
     Read more in the :ref:`User Guide <feature_extraction>`.
 
@@ -52,22 +48,21 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
 
     weights : str, Path or None, default="DEFAULT"
         The name of torchvision's weights (``"IMAGENET1K_V2"``), a local ``.pt``, ``.pth``
-        or ``.safetensors`` file, or ``None`` for random ones: the twin from scratch that
-        transfer is compared with.
+        or ``.safetensors`` file, or ``None`` for random ones, to compare
+        transfer with.
 
     layer : str, list of str or None, default=None
-        What becomes columns. ``None``: what enters the classification head. A stage or
-        node name (``"layer3"``): its pooled output, low-level features from lower stages.
-        A list: their pooled outputs, joined.
+        Which layer gives the columns. ``None``: the input of the classification head. The name
+        of a stage or module (``"layer3"``): its pooled output; lower stages give low-level
+        features. A list: their pooled outputs, joined.
 
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
-        How a map of features becomes a row. ``"auto"`` is what the network itself does.
+        How a feature map becomes a row. ``"auto"``: as the network itself does it.
 
     preprocessing : "auto", dict or callable, default="auto"
         ``"auto"``: what the weights were trained with. A dict overrides parts of it
         (``size``, ``crop``, ``mean``, ``std``, ``interpolation``, ``fast_decode``). A
-        callable takes the uint8 H×W×3 array and returns a float 3×H×W array; `fit` copies
-        it as it is then.
+        callable takes the uint8 H×W×3 array and returns a float 3×H×W array; `fit` copies it.
 
     image_shape : tuple of int or None, default=None
         The shape of one image, ``(height, width)`` or ``(height, width, channels)``, for
@@ -76,7 +71,7 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
 
     batch_size : int or "auto", default="auto"
         Images sent through the network at once. It changes speed and memory, not results.
-        ``"auto"``: 256 on an accelerator, on a CPU 4 to 32, fewer of larger pictures.
+        ``"auto"``: 256 on an accelerator, on a CPU 4 to 32, fewer of larger images.
         Halved, with a warning, as often as the device runs out of memory.
 
     device : str, default="auto"
@@ -85,33 +80,25 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
     precision : {"float32", "bfloat16", "float16"}, default="float32"
         What the network computes in. The columns are float32 always.
 
-    compile : bool, default=False
-        Whether the network runs through :func:`torch.compile`. The columns are the same up to
-        rounding, and so is what is kept in `memory`. The first batch in a process waits for the
-        compiler: measured on two cores, 33 to 69 s, after which the network ran at 0.6 to 1.14
-        times its speed without, so try it before you rely on it; on a GPU it is not measured.
-        Where there is no C++ compiler the network runs as it is, with a warning.
-
     n_jobs : int or None, default=None
         Threads for decoding and, on a CPU, for the network. ``None`` and -1 mean as many
         as torch uses in this process. Under a joblib backend of a cluster (dask, ray,
         spark) the images are dealt out to its workers.
 
     memory : str, Path, joblib.Memory, store, False or None, default=None
-        Where embeddings are kept, one row per image. ``None``: in this process, within a
-        bound. A folder: on disk, for other processes and later runs; a cluster's workers need
-        one that all of them see. ``False``: nowhere. :func:`embedding_store` looks into a
-        store, empties it, or makes one with another bound.
+        Where embeddings are kept, one row per image. ``None``: in this process, at most 512 MiB.
+        A folder: on disk, for other processes and later runs; a cluster's workers need one that
+        all of them see. ``False``: nowhere. :func:`embedding_store` shows what is kept, empties
+        it, or sets another bound.
 
     cache_layers : list of str or None, default=None
-        Layers whose columns are put into the store in the same pass although they are not
-        asked for now: name here those that a grid search over `layer` will ask for, and
-        one pass through the network serves them all.
+        Further layers whose columns are computed in the same pass and kept in the store. Name
+        here all candidates of a grid search over `layer`: one pass serves them all.
 
     on_error : {"raise", "nan", "zero"}, default="raise"
-        What an unreadable or missing image does: an error that lists all of them once the
-        others are embedded and kept, a row of NaN (for
-        :class:`~sklearn.impute.SimpleImputer`), or a row of zeros.
+        What to do with unreadable and missing images: raise one error that lists them, after the
+        others are embedded and kept; return a row of NaN, which
+        :class:`~sklearn.impute.SimpleImputer` can fill; or return a row of zeros.
 
     verbose : int, default=0
         1 shows a progress bar.
@@ -131,8 +118,8 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         Number of columns that `transform` returns.
 
     bad_images_ : list of BadRow
-        The images that the last `transform` could not read: each has ``row``, ``where``
-        and ``reason``.
+        The images that the last `transform` could not read, with ``row`` (from 0), ``where``
+        (row, column, path) and ``reason``.
 
     See Also
     --------
@@ -143,10 +130,11 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
     -----
     `X` may hold paths, URLs, encoded bytes, PIL images, arrays (H×W or H×W×C) or torch
     tensors (C×H×W), as a list, array, Series or data frame with one or several image
-    columns; a 3-D or 4-D array; ``{"bytes": …, "path": …}`` cells of parquet image sets; or
-    flat numeric rows with `image_shape`. All give the same columns for the same picture; only a
-    JPEG file far larger than the network's input, which is decoded at a reduced size, differs
-    slightly from its pixels in an array, and not with ``preprocessing={"fast_decode": False}``.
+    columns; any object with ``__len__`` and ``__getitem__``; a 3-D or 4-D array;
+    ``{"bytes": …, "path": …}`` cells of parquet image sets; or flat numeric rows with
+    `image_shape`. The same image gives the same columns in any form. The exception: a JPEG file
+    much larger than the network's input is decoded at a reduced size, and then differs slightly
+    from an array of its pixels, unless ``preprocessing={"fast_decode": False}``.
 
     Floating-point images are read as 0…1. An image whose values leave that range is read as
     0…255 where they fit there, else stretched from its least to its largest value, and a
@@ -178,7 +166,6 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         **SHARED_CONSTRAINTS,
         "layer": [str, "array-like", None],
         "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
-        "compile": ["boolean"],
         "cache_layers": ["array-like", None],
         "on_error": [StrOptions({"raise", "nan", "zero"})],
     }
@@ -201,7 +188,6 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         batch_size="auto",
         device="auto",
         precision="float32",
-        compile=False,
         n_jobs=None,
         memory=None,
         cache_layers=None,
@@ -217,17 +203,15 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
-        self.compile = compile
         self.n_jobs = n_jobs
         self.memory = memory
         self.cache_layers = cache_layers
         self.on_error = on_error
         self.verbose = verbose
 
-    @with_callbacks
-    @_fit_context(prefer_skip_nested_validation=True)
+    @fit_context(prefer_skip_nested_validation=True)
     def fit(self, X, y=None):
-        """Load the network and note the columns of `X`; no picture is decoded.
+        """Load the network and note the columns of `X`; no image is decoded.
 
         Parameters
         ----------
@@ -240,32 +224,24 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         -------
         self : PretrainedFeatureExtractor
         """
-        progress = FitProgress(self, X, y)
-        self._fit(X)
-        progress.done()
+        from sktransfer.embedding._cluster import check_place
+        from sktransfer.networks._backbone import load_backbone, with_cached_layers
+
+        images = check_images(self, X, reset=True)
+        check_place(self.memory, self.device)
+        self.backbone_ = load_backbone(
+            self.backbone,
+            weights=self.weights,
+            layer=with_cached_layers(self.layer, self.cache_layers),
+            pooling=self.pooling,
+            preprocessing=self.preprocessing,
+        )
+        self._n_image_columns = images.n_columns
+        n_asked = 1 if self.layer is None or isinstance(self.layer, str) else len(self.layer)
+        widths = [width for _, width in self.backbone_.feature_groups[:n_asked]]
+        self.n_features_out_ = images.n_columns * sum(widths)
+        self.bad_images_ = []
         return self
-
-    @with_callbacks
-    @_fit_context(prefer_skip_nested_validation=True)
-    def fit_transform(self, X, y=None):
-        """Fit and transform, with scikit-learn's callbacks told of the progress.
-
-        Parameters
-        ----------
-        X : list, array, Series or data frame of n_samples images
-            See the class's Notes.
-        y : None
-            Ignored.
-
-        Returns
-        -------
-        columns : ndarray of shape (n_samples, n_features_out_), float32
-        """
-        images = self._fit(X)
-        progress = FitProgress(self, X, y, len(images))
-        columns = keep_index(self, self._embed(images, progress.advance), X)
-        progress.done()
-        return columns
 
     def transform(self, X):
         """Embed images.
@@ -273,8 +249,7 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         Parameters
         ----------
         X : list, array, Series or data frame of n_samples images
-            The same columns as in `fit`; see the class's Notes. A data frame without rows, as
-            parts of a larger one may be, gives none.
+            The same columns as in `fit`; see the class's Notes. A data frame may have no rows.
 
         Returns
         -------
@@ -284,8 +259,8 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         Raises
         ------
         ValueError
-            Images that cannot be read, with ``on_error="raise"``: all of them are found and
-            reported, and the rows of the others stay in the store.
+            With ``on_error="raise"``, if images cannot be read. The message reports all of
+            them, as does its attribute ``bad_images``; the other rows are in the store.
         """
         check_is_fitted(self)
         if is_empty_part(self, X):
@@ -301,12 +276,12 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
         Parameters
         ----------
         input_features : array-like of str or None, default=None
-            Names of the image columns; ``None``: `feature_names_in_`, where there are.
+            Names of the image columns; ``None``: `feature_names_in_`, if `fit` saw names.
 
         Returns
         -------
         names : ndarray of str objects of shape (n_features_out_,)
-            Where several layers are joined their names stand before the number.
+            If several layers are joined, the layer's name precedes the number.
         """
         check_is_fitted(self)
         names = image_column_names(self, input_features)
@@ -327,38 +302,18 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
     def __sklearn_tags__(self):
         return set_image_tags(self, super().__sklearn_tags__())
 
-    def _fit(self, X):
-        from sktransfer.embedding._cluster import check_place
-        from sktransfer.networks._backbone import load_backbone, with_cached_layers
-
-        images = check_images(self, X, reset=True)
-        check_place(self.memory, self.device)
-        self.backbone_ = load_backbone(
-            self.backbone,
-            weights=self.weights,
-            layer=with_cached_layers(self.layer, self.cache_layers),
-            pooling=self.pooling,
-            preprocessing=self.preprocessing,
-        )
-        self._n_image_columns = images.n_columns
-        n_asked = 1 if self.layer is None or isinstance(self.layer, str) else len(self.layer)
-        widths = [width for _, width in self.backbone_.feature_groups[:n_asked]]
-        self.n_features_out_ = images.n_columns * sum(widths)
-        self.bad_images_ = []
-        return images
-
     def _asked_groups(self) -> range:
-        """Return which of the backbone's groups are columns: the first; the rest is kept only."""
+        """Return which of the backbone's groups are columns; the others are only kept."""
         width = self.n_features_out_ // self._n_image_columns
         widths = np.cumsum([width for _, width in self.backbone_.feature_groups])
         return range(int(np.searchsorted(widths, width)) + 1)
 
-    def _embed(self, images, advance: Callable[[int], Any] | None = None) -> np.ndarray:
+    def _embed(self, images):
         from sktransfer._progress import progress_bar
         from sktransfer.embedding._cluster import embed_anywhere
 
         columns = np.empty((images.n_rows, self.n_features_out_), dtype=np.float32)
-        with progress_bar(len(images), self.verbose, advance) as tick:
+        with progress_bar(len(images), self.verbose) as tick:
             bad = embed_anywhere(
                 images,
                 self.backbone_,
@@ -367,27 +322,28 @@ class PretrainedFeatureExtractor(CallbackSupportMixin, TransformerMixin, BaseEst
                 batch_size=self.batch_size,
                 device=self.device,
                 precision=self.precision,
-                is_compiled=self.compile,
                 n_jobs=self.n_jobs,
                 groups=self._asked_groups(),
                 fill=0.0 if self.on_error == "zero" else np.nan,
                 progress=tick,
             )
         if assumed := images.take_warnings():
-            warnings.warn(assumed, UserWarning, stacklevel=3)
+            warn(assumed)
         # Not read back: another thread may be transforming with this object, too.
         self.bad_images_ = bad
         if bad and self.on_error == "raise":
-            raise ValueError(_report(bad, len(images), is_kept=self.memory is not False))
+            error = ValueError(_report(bad, len(images), is_kept=self.memory is not False))
+            error.bad_images = bad  # type: ignore[attr-defined]
+            raise error
         return columns
 
 
-def _report(bad: list[BadRow], n_rows: int, is_kept: bool) -> str:
-    lines = [f"{len(bad)} of {n_rows} images could not be read:"]
+def _report(bad: list[BadRow], n_images: int, is_kept: bool) -> str:
+    lines = [f"{len(bad)} of {n_images} images could not be read:"]
     lines += [f"  {row}" for row in bad[:_N_REPORTED]]
     if len(bad) > _N_REPORTED:
         lines.append(f"  … and {len(bad) - _N_REPORTED} more, all in bad_images_.")
     if is_kept:
         lines.append("The others are embedded and kept, so nothing is lost.")
-    lines.append('Mend or drop these rows, or set on_error="nan" or on_error="zero".')
+    lines.append('Repair or drop these rows, or set on_error="nan" or on_error="zero".')
     return "\n".join(lines)

@@ -171,16 +171,17 @@ class Kept:
 class FrozenStages:
     """The stages of a module before `stop`, unchanged, in the form of a backbone for `embed`.
 
-    An image's row holds all values of the last of these stages.
+    An image's row holds all values of the last of these stages; `sample` is one image.
     """
 
-    def __init__(self, backbone: Backbone, module: TunedModule, stop: int):
+    def __init__(
+        self, backbone: Backbone, module: TunedModule, stop: int, sample: torch.Tensor
+    ):
         self.name, self.preprocessing = backbone.name, backbone.preprocessing
         self.input_size = backbone.input_size
         self.module, self.stop = module.eval(), stop
         with torch.no_grad():
-            blank = torch.zeros(1, *backbone.input_size, device=module.device)
-            self.shape = tuple(module.run(blank, 0, stop).shape[1:])
+            self.shape = tuple(module.run(sample.to(module.device), 0, stop).shape[1:])
         self.n_features = math.prod(self.shape)
         self.feature_groups = [("frozen stages", self.n_features)]
         self.group_fingerprints = [f"{backbone.fingerprint}-until{stop}"]

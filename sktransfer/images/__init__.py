@@ -1,1 +1,1 @@
-"""From any form of a picture to RGB pixels."""
+"""From any kind of image to RGB pixels."""

@@ -1,26 +1,48 @@
-"""The containers that pictures come in: X taken apart into columns of cells."""
+"""The containers that images come in: X taken apart into columns of cells."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from numbers import Integral, Number
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-# A column is anything with a length that gives cells by their number.
-Columns = tuple[list[Any], "list[str] | None", "tuple[int, ...] | None"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    # A column is anything with a length that gives cells by their number.
+    Columns = tuple[list, list[str] | None, tuple[int, ...] | None]
+    Shape = tuple[int, ...] | None
+
 _CHANNELS = (1, 2, 3, 4)
 
 
-def as_columns(X: Any, image_shape: tuple[int, ...] | None) -> Columns:
+class Container:
+    """A container of the user's own class, which may have a state: read one cell at a time.
+
+    Its ``__getitem__`` may fill one buffer anew for each row, or read through one open file.
+    """
+
+    def __init__(self, cells) -> None:
+        self._cells = cells
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __getitem__(self, row: int) -> object:
+        return self._cells[row]
+
+
+def as_columns(X, image_shape: Shape = None) -> Columns:
     """Take X apart: columns of cells, their names, and the shape of a flat cell.
 
     Only the container is looked at, and its first cells; none is read or copied.
     """
-    _reject(X)
+    _refuse_single(X)
     if hasattr(X, "__dask_graph__"):
         X = X.compute()
     if _is_frame(X):
@@ -31,23 +53,29 @@ def as_columns(X: Any, image_shape: tuple[int, ...] | None) -> Columns:
         X = X.to_pylist()
     elif hasattr(X, "to_numpy") and hasattr(X, "dtype"):  # pandas and polars Series
         name = getattr(X, "name", None)
-        X, _ = _cells_of_series(X)
-        from_cells = _from_array if isinstance(X, np.ndarray) else _from_sequence
-        columns, _, shape = from_cells(X, image_shape)
+        cells, _ = _cells_of_series(X)
+        from_cells = _from_array if isinstance(cells, np.ndarray) else _from_sequence
+        columns, _, shape = from_cells(cells, image_shape)
         return columns, [name] if isinstance(name, str) and name else None, shape
-    if _is_lazy_stack(X):
-        return _from_numbers(X, image_shape)
-    if isinstance(X, np.ndarray) or hasattr(X, "__array__"):
+    is_sequence = hasattr(X, "__getitem__") and hasattr(X, "__len__")
+    kind = getattr(getattr(X, "dtype", None), "kind", "")
+    if not isinstance(X, np.ndarray) and is_sequence and kind and kind in "biuf" and X.ndim > 1:
+        columns, _, shape = _from_numbers(X, image_shape)  # read piece by piece: h5py, zarr …
+        return [Container(X)], None, shape
+    if hasattr(X, "__array__"):
         return _from_array(np.asarray(X), image_shape)
-    if hasattr(X, "__getitem__") and hasattr(X, "__len__"):
+    if isinstance(X, (list, tuple)):
         return _from_sequence(X, image_shape)
+    if is_sequence:
+        _check_size((len(X),))
+        return [Container(X)], None, image_shape
     raise TypeError(
         f"X is of type {type(X).__name__}, which has no rows to index; give a list, array, "
-        "Series or DataFrame of pictures (for a generator or a set: list(X))"
+        "Series or DataFrame of images (for a generator or a set: list(X))"
     )
 
 
-def read_image_shape(image_shape: Any) -> tuple[int, ...] | None:
+def read_image_shape(image_shape) -> tuple[int, ...] | None:
     """Check image_shape and return it as a tuple of int, -1 kept."""
     if image_shape is None:
         return None
@@ -66,111 +94,106 @@ def read_image_shape(image_shape: Any) -> tuple[int, ...] | None:
     return tuple(int(n) for n in shape)
 
 
-def is_tensor(x: Any) -> bool:
-    """Tell a torch tensor, without importing torch for it."""
+def is_tensor(x) -> bool:
+    """Whether `x` is a torch tensor, without importing torch for it."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, getattr(torch, "Tensor", ()))
 
 
-def is_missing(x: Any) -> bool:
-    """Tell None, NaN, pandas.NA and NaT."""
+def is_missing(x) -> bool:
+    """Whether `x` is None, NaN, pandas.NA or NaT."""
     if x is None or type(x).__name__ in ("NAType", "NaTType"):
         return True
     return isinstance(x, (float, np.floating)) and bool(np.isnan(x))
 
 
-def _reject(X: Any) -> None:
-    single = None
+def is_stream(x) -> bool:
+    """Whether `x` is an open file."""
+    return hasattr(x, "read") and hasattr(x, "seek")
+
+
+def describe(cell) -> str:
+    """Describe a cell for messages."""
+    if isinstance(cell, dict):
+        keys = f"dict with the keys {list(cell)[:5]}"
+        cell = next((cell[key] for key in ("path", "bytes") if cell.get(key) is not None), keys)
+        if cell is keys:
+            return keys
+    if isinstance(cell, (bytes, bytearray, memoryview)):
+        return f"{len(cell)} bytes"
+    if isinstance(cell, Image.Image):
+        return f"PIL image, mode {cell.mode}, {cell.width} × {cell.height}"
+    if isinstance(cell, np.ndarray) or is_tensor(cell):
+        kind = "tensor" if is_tensor(cell) else "array"
+        return f"{kind} of shape {tuple(cell.shape)}, {cell.dtype}"
+    # Not "np.str_('…')", nor "PosixPath('…')".
+    text = repr(str(cell) if isinstance(cell, (str, os.PathLike)) else cell)
+    return text if len(text) <= 200 else f"{text[:120]}…{text[-20:]}"
+
+
+def _refuse_single(X) -> None:
     if isinstance(X, np.ndarray) and X.ndim == 0:
         X = X.item()
-    if isinstance(X, (str, os.PathLike)):
-        single = f"the single path {str(X)[:100]!r}"
-    elif isinstance(X, (bytes, bytearray, memoryview)):
-        single = f"the content of a single file, {len(X)} bytes"
-    elif isinstance(X, Image.Image):
-        single = f"a single PIL image, mode {X.mode}, {X.width} × {X.height}"
-    elif isinstance(X, dict):
-        single = f"a dict with the keys {list(X)[:5]}"
-    elif hasattr(X, "read") and hasattr(X, "seek"):
-        single = f"a single open file, {X!r}"
-    if single is not None:
-        raise TypeError(f"X is {single}; X holds one picture per row: wrap it in a list, [X]")
+    single = (str, os.PathLike, bytes, bytearray, memoryview, dict, Image.Image)
+    if isinstance(X, single) or is_stream(X):
+        raise TypeError(
+            f"X is a single cell ({describe(X)}); X holds one image per row: wrap it in a list, [X]"
+        )
     if X is None or isinstance(X, Number):
-        raise TypeError(f"X is {X!r}; X holds one picture per row: a list, array or DataFrame")
+        raise TypeError(f"X is {X!r}; X holds one image per row: a list, array or DataFrame")
     if hasattr(X, "toarray") and hasattr(X, "nnz"):
         raise TypeError(
-            f"X is a sparse {type(X).__name__}; pictures are dense: give X.toarray(), "
+            f"X is a sparse {type(X).__name__}; images are dense: give X.toarray(), "
             "with image_shape=(H, W)"
         )
     if type(X).__name__ == "LazyFrame":
         raise TypeError("X is a LazyFrame, which has no rows yet; give X.collect()")
 
 
-# ---------------------------------------------------------------------------
-# DataFrames and Series
-# ---------------------------------------------------------------------------
-def _is_frame(X: Any) -> bool:
-    # pandas, polars, pyarrow
-    return (
-        (hasattr(X, "iloc") and hasattr(X, "columns")) or hasattr(X, "get_columns") or _is_table(X)
-    )
+# -- data frames and Series ------------------------------------------------------------------
+def _is_frame(X) -> bool:
+    is_pandas = hasattr(X, "iloc") and hasattr(X, "columns")
+    return is_pandas or hasattr(X, "get_columns") or hasattr(X, "column_names")  # polars, pyarrow
 
 
-def _is_table(X: Any) -> bool:
-    return hasattr(X, "column_names") and hasattr(X, "to_pydict")
-
-
-def _from_frame(X: Any, image_shape: tuple[int, ...] | None) -> Columns:
-    if X.shape[1] == 0 or X.shape[0] == 0:
-        _check_size(X.shape)
+def _from_frame(X, image_shape: Shape) -> Columns:
+    _check_size(X.shape)
     if image_shape is not None and all(map(_is_number_dtype, getattr(X, "dtypes", [None]))):
         rows = X.to_numpy()  # pixels, perhaps thousands of columns of them
         if rows.dtype != object:
             return _from_array(rows, image_shape)
-    if hasattr(X, "iloc"):
-        names, series = list(X.columns), [X.iloc[:, j] for j in range(X.shape[1])]
-    elif _is_table(X):
-        names, series = list(X.column_names), [X.column(j) for j in range(X.shape[1])]
-        series = [column.to_pandas() if _is_arrow_number(column) else column for column in series]
-    else:
-        names, series = list(X.columns), [X[name] for name in X.columns]
+    names = list(X.column_names if hasattr(X, "column_names") else X.columns)
     columns, numeric = [], []
-    for name, column in zip(names, series, strict=True):
-        if hasattr(column, "to_pylist"):
-            cells, is_numeric = column.to_pylist(), False
-        else:
-            cells, is_numeric = _cells_of_series(column)
-        columns.append(cells)
-        if is_numeric:
-            numeric.append(name)
-    if numeric and len(numeric) == len(names):
-        rows = X.to_numpy() if hasattr(X, "to_numpy") else None
-        if rows is None or rows.dtype == object:  # nullable types
-            rows = np.column_stack([np.asarray(column) for column in columns])
-        return _from_array(rows, image_shape)
-    if numeric:
+    for j, name in enumerate(names):
+        column = X.iloc[:, j] if hasattr(X, "iloc") else X[name]
+        if hasattr(column, "to_pylist"):  # pyarrow
+            is_number = str(column.type).startswith(
+                ("int", "uint", "float", "double", "half", "bool")
+            )
+            column = column.to_pandas() if is_number else column.to_pylist()
+        if not isinstance(column, list):
+            column, is_number = _cells_of_series(column)
+        columns.append(column)
+        numeric += [name] if is_number else []
+    if numeric and len(numeric) < len(names):
         raise ValueError(
-            f"the columns {numeric} of X hold numbers and the others pictures; give the image "
+            f"the columns {numeric} of X hold numbers and the others images; give the image "
             "columns alone, with a ColumnTransformer or X[[…]]"
         )
-    all_str = all(isinstance(name, str) for name in names)
-    if image_shape is not None and len(columns) > 1 and not _is_image_row(columns):
-        rows = np.column_stack([np.asarray(column, dtype=object) for column in columns])
-        return _from_array(rows, image_shape)
-    return columns, names if all_str else None, image_shape
+    are_objects = image_shape is not None and len(columns) > 1
+    if numeric or (are_objects and _has_number([column[0] for column in columns])):
+        dtype = None if numeric else object
+        return _from_array(np.column_stack([np.asarray(c, dtype) for c in columns]), image_shape)
+    return columns, names if all(isinstance(name, str) for name in names) else None, image_shape
 
 
-def _is_arrow_number(column: Any) -> bool:
-    return str(column.type).startswith(("int", "uint", "float", "double", "half", "bool"))
-
-
-def _is_number_dtype(dtype: Any) -> bool:
+def _is_number_dtype(dtype) -> bool:
     if hasattr(dtype, "is_numeric"):  # polars
         return dtype.is_numeric() or str(dtype) == "Boolean"
     return getattr(dtype, "kind", "O") in "biufc"
 
 
-def _cells_of_series(series: Any) -> tuple[Any, bool]:
+def _cells_of_series(series) -> tuple[Sequence, bool]:
     """Return a sequence of the cells of a Series, without a copy, and whether it is numeric."""
     dtype = series.dtype
     if hasattr(dtype, "is_numeric"):  # polars
@@ -188,10 +211,8 @@ def _cells_of_series(series: Any) -> tuple[Any, bool]:
     return getattr(series, "array", series), False  # cells become Python objects one by one
 
 
-# ---------------------------------------------------------------------------
-# Arrays, tensors, lists
-# ---------------------------------------------------------------------------
-def _from_array(X: np.ndarray, image_shape: tuple[int, ...] | None) -> Columns:
+# -- arrays, tensors, lists ------------------------------------------------------------------
+def _from_array(X: np.ndarray, image_shape: Shape) -> Columns:
     kind = X.dtype.kind
     if kind == "c":
         raise ValueError(f"Complex data not supported\nX is an array of dtype {X.dtype}")
@@ -200,7 +221,7 @@ def _from_array(X: np.ndarray, image_shape: tuple[int, ...] | None) -> Columns:
             return [X], None, image_shape  # a column of paths that are all missing
         return _from_numbers(X, image_shape)
     if kind not in "OUST":
-        raise TypeError(f"X is an array of dtype {X.dtype}, which holds no pictures")
+        raise TypeError(f"X is an array of dtype {X.dtype}, which holds no images")
     _check_size(X.shape)
     if X.ndim == 1:
         return _from_sequence(X, image_shape)
@@ -210,62 +231,55 @@ def _from_array(X: np.ndarray, image_shape: tuple[int, ...] | None) -> Columns:
     return _from_array(_numbers_of(X.tolist()), image_shape)
 
 
-def _from_sequence(X: Any, image_shape: tuple[int, ...] | None) -> Columns:
+def _from_sequence(X, image_shape: Shape) -> Columns:
     """Take a 1-D sequence: of cells, or of rows of cells or numbers."""
     _check_size((len(X),))
-    first: Any = next((cell for cell in X if not is_missing(cell)), None)
+    first = _first_cell(X)
     if isinstance(first, (Number, np.number)):
         return _from_numbers(np.asarray(X), image_shape)
     if isinstance(first, (list, tuple)) and isinstance(X, (list, tuple, np.ndarray)):
-        leaf = next((cell for cell in first if not is_missing(cell)), None)
+        leaf = _first_cell(first)
         if isinstance(X, (list, tuple)) and isinstance(leaf, (Number, np.number, list, tuple)):
             return _from_array(_numbers_of(X), image_shape)
         if not isinstance(leaf, (Number, np.number, list, tuple)):
             lengths = {len(row) if isinstance(row, (list, tuple)) else None for row in X}
             if len(lengths) > 1 or not first:
                 raise ValueError(
-                    "the rows of X are lists of different lengths; each row has one picture, "
-                    "or the same number of pictures"
+                    "the rows of X are lists of different lengths; each row has one image, "
+                    "or the same number of images"
                 )
             return [list(column) for column in zip(*X, strict=True)], None, image_shape
-    is_flat = isinstance(first, np.ndarray) or is_tensor(first)
-    if image_shape is None and first is not None and is_flat and first.ndim == 1:
+    is_array = isinstance(first, np.ndarray) or is_tensor(first)
+    if image_shape is None and is_array and first.ndim == 1:
         raise ValueError(_flat_message(f"a list of arrays of shape {tuple(first.shape)}"))
     return [X], None, image_shape
 
 
-def _numbers_of(X: Any) -> np.ndarray:
+def _first_cell(cells):
+    """Return the first cell that is not missing, or None."""
+    return next((cell for cell in cells if not is_missing(cell)), None)
+
+
+def _numbers_of(X) -> np.ndarray:
     try:
         numbers = np.array(X)
     except ValueError as error:
         raise ValueError(
-            f"X is a nested list that is no array ({error}); for pictures of different sizes "
-            "give a list of arrays"
+            f"X is a nested list that does not form an array ({error}); for images of different "
+            "sizes give a list of arrays"
         ) from error
     if numbers.dtype.kind not in "biufc":
         numbers = np.array(X, dtype=np.float64)
     return numbers
 
 
-def _is_lazy_stack(X: Any) -> bool:
-    """Tell arrays that are read piece by piece from a file, of h5py and zarr, and their like."""
-    return (
-        not isinstance(X, np.ndarray)
-        and hasattr(X, "__array__")
-        and hasattr(X, "__getitem__")
-        and hasattr(X, "__len__")
-        and getattr(X, "ndim", 0) in (2, 3, 4)
-        and getattr(getattr(X, "dtype", None), "kind", "") in tuple("biuf")
-    )
-
-
-def _from_numbers(X: Any, image_shape: tuple[int, ...] | None) -> Columns:
-    """Take a numeric array or tensor: flat rows, or a stack of pictures."""
+def _from_numbers(X, image_shape: Shape) -> Columns:
+    """Take a numeric array or tensor: flat rows, or a stack of images."""
     shape, channels_first = tuple(X.shape), is_tensor(X)
     what = f"{'a tensor' if channels_first else 'an array'} of numbers of shape {shape}"
     if len(shape) < 2:
         raise ValueError(
-            f"Expected 2D array of flat pictures, or a 3-D or 4-D one, got {len(shape)}D array "
+            f"Expected 2D array of flat images, or a 3-D or 4-D one, got {len(shape)}D array "
             f"instead: X is {what}. Reshape your data either using array.reshape(-1, 1) if your "
             "data has a single feature or array.reshape(1, -1) if it contains a single sample."
         )
@@ -277,64 +291,45 @@ def _from_numbers(X: Any, image_shape: tuple[int, ...] | None) -> Columns:
             raise ValueError(_flat_message(what))
         return [X], None, _fit_shape(image_shape, shape[1])
     if len(shape) > 4:
-        raise ValueError(f"X is {what}; a stack of pictures has 3 or 4 dimensions")
-    (_check_tensor if channels_first else _check_stack)(shape, what)
+        raise ValueError(f"X is {what}; a stack of images has 3 or 4 dimensions")
+    _check_stack(shape, channels_first, what)
     return [X], None, None
 
 
-def _check_stack(shape: tuple[int, ...], what: str) -> None:
-    """Raise where an array (N, H, W[, C]) may mean, or can only mean, something else."""
-    if len(shape) == 3:
-        if shape[2] in _CHANNELS:
-            raise ValueError(
-                f"X is {what}, which may be one picture of {shape[0]} × {shape[1]} with "
-                f"{shape[2]} channels, or {shape[0]} grey pictures of {shape[1]} × {shape[2]}. "
-                "Give [X] for the one, X[..., None] for the others."
-            )
-        return
-    n, a, b, c = shape
-    if c in _CHANNELS and a in (1, 3):
-        raise ValueError(
-            f"X is {what}, which may be {n} pictures of {a} × {b} with {c} channels (channels "
-            f"last), or of {b} × {c} with {a} channels (channels first). Give list(X) for the "
-            "former, list(X.transpose(0, 2, 3, 1)) for the latter."
-        )
-    if c not in _CHANNELS:
-        hint = ""
-        if a in _CHANNELS:
-            hint = (
-                f" It looks like (N, C, H, W) with {a} channels: give X.transpose(0, 2, 3, 1), "
-                "or a torch tensor."
-            )
-        raise ValueError(
-            f"X is {what}; arrays are (N, H, W, C), channels last, with 1, 2, 3 or 4 "
-            f"channels, not {c}.{hint}"
-        )
+def _check_stack(shape: tuple[int, ...], is_first: bool, what: str) -> None:
+    """Raise where a stack of images may mean, or can only mean, something else.
 
-
-def _check_tensor(shape: tuple[int, ...], what: str) -> None:
+    `is_first`: the channels come first, as in tensors, and not last, as in arrays.
+    """
     if len(shape) == 3:
-        if shape[0] in _CHANNELS:
-            raise ValueError(
-                f"X is {what}, which may be one picture of {shape[1]} × {shape[2]} with "
-                f"{shape[0]} channels, or {shape[0]} grey pictures of {shape[1]} × {shape[2]}. "
-                "Give [X] for the one, X[:, None] for the others."
-            )
-        return
-    n, a, b, c = shape
-    if a in _CHANNELS and c in (1, 3):
-        raise ValueError(
-            f"X is {what}, which may be {n} pictures of {b} × {c} with {a} channels (channels "
-            f"first), or of {a} × {b} with {c} channels (channels last). Give list(X) for the "
-            "former, list(X.permute(0, 3, 1, 2)) for the latter."
-        )
-    if a not in _CHANNELS:
-        hint = ""
+        height, width, c = (*shape[1:], shape[0]) if is_first else shape
         if c in _CHANNELS:
-            hint = f" It looks like (N, H, W, C) with {c} channels: give X.permute(0, 3, 1, 2)."
+            raise ValueError(
+                f"X is {what}, which may be one image of {height} × {width} with {c} channels, or "
+                f"{shape[0]} grey images of {shape[1]} × {shape[2]}. Give [X] for the one, "
+                f"{'X[:, None]' if is_first else 'X[..., None]'} for the others."
+            )
+        return
+    n, a, b, c = shape
+    first = f"{b} × {c} with {a} channels (channels first)"
+    last = f"{a} × {b} with {c} channels (channels last)"
+    order, other = ("N, C, H, W", "N, H, W, C") if is_first else ("N, H, W, C", "N, C, H, W")
+    moved = "X.permute(0, 3, 1, 2)" if is_first else "X.transpose(0, 2, 3, 1)"
+    channels, elsewhere = (a, c) if is_first else (c, a)
+    if channels in _CHANNELS and elsewhere in (1, 3):
+        former, latter = (first, last) if is_first else (last, first)
         raise ValueError(
-            f"X is {what}; tensors are (N, C, H, W), channels first, with 1, 2, 3 or 4 "
-            f"channels, not {a}.{hint}"
+            f"X is {what}, which may be {n} images of {former}, or of {latter}. Give list(X) for "
+            f"the former, list({moved}) for the latter."
+        )
+    if channels not in _CHANNELS:
+        hint = ""
+        if elsewhere in _CHANNELS:
+            hint = f" It looks like ({other}) with {elsewhere} channels: give {moved}"
+            hint += "." if is_first else ", or a torch tensor."
+        raise ValueError(
+            f"X is {what}; {'tensors' if is_first else 'arrays'} are ({order}), channels "
+            f"{'first' if is_first else 'last'}, with 1, 2, 3 or 4 channels, not {channels}.{hint}"
         )
 
 
@@ -344,7 +339,7 @@ def _fit_shape(image_shape: tuple[int, ...], n_features: int) -> tuple[int, ...]
     shape = tuple(n_features // known if n == -1 else n for n in image_shape)
     if not fits or (len(shape) == 3 and shape[2] not in _CHANNELS):
         raise ValueError(
-            f"X has {n_features} features, which are no picture of image_shape={image_shape}"
+            f"X has {n_features} features, which do not fill image_shape={image_shape}"
             + (f" ({known} values)" if -1 not in image_shape else "")
             + "; give (H, W) or (H, W, C), C in 1…4, whose product is the number of features"
         )
@@ -353,26 +348,19 @@ def _fit_shape(image_shape: tuple[int, ...], n_features: int) -> tuple[int, ...]
 
 def _flat_message(what: str) -> str:
     return (
-        f"X is {what}. If each row is a flat picture, its shape is missing: give "
-        "image_shape=(H, W) or (H, W, C). If X is one picture (H, W), wrap it in a list, [X]."
+        f"X is {what}. If each row is a flat image, its shape is missing: give "
+        "image_shape=(H, W) or (H, W, C). If X is one image (H, W), wrap it in a list, [X]."
     )
 
 
 def _check_size(shape: tuple[int, ...]) -> None:
     # scikit-learn's words, which its own checks look for.
-    if shape[0] == 0:
-        raise ValueError(
-            f"Found array with 0 sample(s) (shape={shape}) while a minimum of 1 is required."
-        )
-    if len(shape) == 2 and shape[1] == 0:
-        raise ValueError(
-            f"Found array with 0 feature(s) (shape={shape}) while a minimum of 1 is required."
-        )
+    for n, what in zip(shape[:2], ("sample", "feature"), strict=False):
+        if n == 0 and (what == "sample" or len(shape) == 2):
+            raise ValueError(
+                f"Found array with 0 {what}(s) (shape={shape}) while a minimum of 1 is required."
+            )
 
 
-def _has_number(row: Any) -> bool:
+def _has_number(row) -> bool:
     return any(isinstance(cell, (Number, np.number)) and not is_missing(cell) for cell in row)
-
-
-def _is_image_row(columns: list[Any]) -> bool:
-    return not _has_number([column[0] for column in columns])

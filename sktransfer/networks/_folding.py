@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from sktransfer.networks._graph import is_patched
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -85,7 +86,7 @@ def inference_copy(
     """
     copied = fx.GraphModule(network, copy.deepcopy(network.graph))
     _fold_batch_norms(copied)
-    done: dict[int, Any] = {}
+    done: dict[int, nn.Module] = {}
     for node in copied.graph.nodes:
         if node.op == "call_module":
             layer = copied.get_submodule(str(node.target))
@@ -125,6 +126,8 @@ def _fold_batch_norms(network: fx.GraphModule) -> None:
             or len(before.users) != 1
             or n_calls[str(before.target)] != 1
             or id(conv) in shared
+            or is_patched(conv)
+            or is_patched(norm)
             or norm.running_mean is None
             or norm.running_var is None
             or norm.training

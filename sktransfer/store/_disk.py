@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
-import datetime
+import contextlib
+import hashlib
 import os
+import shutil
 import sqlite3
-import time
-from collections.abc import Callable, Sequence
+import threading
+import warnings
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import TypeVar
 
+import filelock
 import numpy as np
 
-from sktransfer.store import _tables as tables
-from sktransfer.store._claims import Refusals
-from sktransfer.store._info import (
-    FileStat,
-    StoreInfo,
-    as_bytes,
-    in_words,
-    is_settled,
-    read_limits,
-)
-from sktransfer.store._memory import MemoryStore
-from sktransfer.store._sqlite_file import SQLiteFile, transaction
+from sktransfer.store._base import BaseStore, FileStat, Lock, StoreInfo, as_bytes, settled_files
 
 DEFAULT_DISK_BYTES = 10 * 2**30
+FILE_NAME = "embeddings-v2.sqlite"
 
-FILE_NAME = "embeddings-v1.sqlite"
+_FORMAT_VERSION = 2
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS fingerprints (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE)",
+    # The last row written has the greatest id. `data` is little-endian float32; `checksum` is the
+    # CRC-32 of fingerprint, digest and data.
+    "CREATE TABLE IF NOT EXISTS vectors (id INTEGER PRIMARY KEY, fingerprint INTEGER NOT NULL,"
+    " digest BLOB NOT NULL, checksum INTEGER NOT NULL, data BLOB NOT NULL,"
+    " UNIQUE (fingerprint, digest))",
+    # `seal` is a hash of stat and digest: it shows a changed file and a damaged digest.
+    "CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, digest BLOB NOT NULL,"
+    " seal BLOB NOT NULL) WITHOUT ROWID",
+    f"PRAGMA user_version = {_FORMAT_VERSION}",
+)
+# Of a new file. Pages of 8 KiB were read and written fastest of 4, 8, 16 and 32 KiB.
+_LAYOUT = ("page_size = 8192", "auto_vacuum = FULL")
+_SETTINGS = (
+    # kill -9 loses no committed row; a power cut may lose the last ones, and never more.
+    "journal_mode = WAL",
+    "synchronous = NORMAL",
+    "wal_autocheckpoint = 2048",  # pages: 16 MiB
+    f"journal_size_limit = {32 * 2**20}",
+    "cache_size = -8192",  # KiB
+    "cell_size_check = ON",
+    "trusted_schema = OFF",
+)
 
-# Bytes of embeddings in one transaction: what a crash can lose, how long the others wait.
-_CHUNK_BYTES = 16 * 2**20
-# A use is noted at most once in so many seconds, so that reading seldom writes.
-_NOTE_USE_AFTER = 3600
-# File identities that a process keeps of those it has read or written: about 50 MB.
-_N_IDENTITIES = 100_000
-# After an eviction the store is filled to this part of its bound, so that it comes seldom.
-_FILLED_AFTER_EVICTION = 0.9
+# How long to wait for another process that writes.
+_BUSY_SECONDS = 60.0
+# Values in one IN (...): enough to hide Python's own cost, few enough that the rows found are
+# still in the processor's cache when they are copied.
+_BATCH = 100
+# File identities remembered in this process: about 50 MB.
+_N_KNOWN_FILES = 100_000
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
-class DiskStore:
+class DiskStore(BaseStore):
     """Embeddings and file identities kept in a folder.
 
     Parameters
@@ -48,285 +67,320 @@ class DiskStore:
     folder : str or os.PathLike
         Made when missing, on first use.
     max_bytes : int, str or None, default=10 GiB
-        The bound on the file; beyond it the least recently used rows go first (a use counts to
-        the hour). None is without a bound.
+        The bound on the file, beyond which the oldest rows are deleted. None is no bound.
 
     Notes
     -----
-    Any number of threads and processes may use a folder at once. A row read is a row written:
-    each has a checksum over its numbers and its key, and one that does not fit is not
-    there. No pickle is ever read. What goes wrong with the file (full disk, no permission, a
-    newer format, damage, a lock held for a minute) is warned of once and costs the
-    keeping of embeddings, never the computing of them.
+    Any number of threads and processes may use a folder at once. Rows carry a checksum; a row
+    that fails it counts as missing. No pickle is ever read. If the file cannot be read or written
+    (a full disk, a missing permission, damage, a newer format, a lock held for a minute), the
+    store warns once and does not try again until ``close`` is called: embeddings are computed
+    without it. The methods are those of `MemoryStore`.
     """
 
     def __init__(
         self, folder: str | os.PathLike[str], max_bytes: int | str | None = DEFAULT_DISK_BYTES
     ):
         self.folder = os.path.abspath(os.path.expanduser(os.fspath(folder)))
-        self.max_bytes = as_bytes(max_bytes, "max_bytes")
+        self.max_bytes = as_bytes(max_bytes)
         self.path = os.path.join(self.folder, FILE_NAME)
-        self._file = SQLiteFile(
-            self.path, tables.SCHEMA, tables.FORMAT_VERSION, tables.APPLICATION_ID
-        )
-        self._refusals = Refusals()
-        self._identities = MemoryStore(None)
+        self._lock_folder = os.path.join(self.folder, "locks")
+        self._known_files: dict[FileStat, bytes] = {}
+        self._connection: sqlite3.Connection | None = None
+        self._can_read = self._can_write = True
+        _stores.add(self)
 
-    def get_into(self, fingerprint: str, digests: Sequence[bytes], out: np.ndarray) -> np.ndarray:
-        """Copy the rows at hand into ``out``; True where ``out`` was filled.
-
-        Parameters
-        ----------
-        fingerprint : str
-            Of weights, layer, pooling, preprocessing and precision.
-        digests : sequence of bytes, length n_images
-            One for each image; an image may occur several times.
-        out : float32 array of shape (n_images, width)
-
-        Returns
-        -------
-        found : bool array of shape (n_images,)
-        """
-        found = np.zeros(len(digests), dtype=bool)
-
-        def keep(i: int, row: np.ndarray) -> None:
-            out[i] = row
-            found[i] = True
-
-        self._read(fingerprint, digests, out.shape[1], keep)
-        return found
-
-    def get_many(
-        self, fingerprint: str, digests: Sequence[bytes], width: int | None = None
-    ) -> list[np.ndarray | None]:
-        """The rows (read-only arrays), None for each that is not here."""
-        rows: list[np.ndarray | None] = [None] * len(digests)
-        self._read(fingerprint, digests, width, rows.__setitem__)
-        return rows
-
-    def _read(
-        self,
-        fingerprint: str,
-        digests: Sequence[bytes],
-        width: int | None,
-        keep: Callable[[int, np.ndarray], None],
-    ) -> None:
-        note_before = int(time.time()) - _NOTE_USE_AFTER
-        used: list[bytes] = []
-        damaged: list[tuple[bytes, int]] = []
-
-        def read(connection: sqlite3.Connection) -> None:
-            for start, batch, found in tables.read_rows(connection, fingerprint, digests):
-                whole: dict[bytes, np.ndarray] = {}
-                for row in found.values():
-                    if row.vector is None:
-                        damaged.append((row.digest, row.checksum))
-                    elif len(row.vector) == (row.width if width is None else width):
-                        whole[row.digest] = row.vector
-                        if not isinstance(row.used, int) or row.used < note_before:
-                            used.append(row.digest)
-                for i, digest in enumerate(batch, start):
-                    if digest in whole:
-                        keep(i, whole[digest])
-
-        self._file.run(read, None)
-        if (used or damaged) and not self._file.is_read_only:
-            self._file.run(lambda c: tables.note_reading(c, fingerprint, used, damaged), None)
-        if damaged:
-            self._file.warn_once(
-                "row",
-                f"The embedding store {self.path!r} holds damaged rows; they are computed again. "
-                "Its disk may be failing.",
-            )
-            if not self._file.is_read_only:
-                self._file.run(tables.check_keys, None)
+    def get_many(self, fingerprint: str, digests: Sequence[bytes]) -> list[np.ndarray | None]:
+        """The rows (read-only arrays), None for each that is not kept."""
+        rows = self._run(lambda connection: _read_rows(connection, fingerprint, digests)) or {}
+        return [rows.get(digest) for digest in digests]
 
     def put_many(self, fingerprint: str, digests: Sequence[bytes], rows: np.ndarray) -> None:
-        """Keep ``rows``, float32 of shape (n_images, width), in place of any kept before."""
-        rows = np.ascontiguousarray(rows, dtype="<f4")
-        if rows.ndim != 2 or len(rows) != len(digests):
-            raise ValueError(
-                f"rows must have the shape (n_images, width) with one row for each of the "
-                f"{len(digests)} digests; got {rows.shape}."
-            )
-        step = max(1, _CHUNK_BYTES // max(1, rows[:1].nbytes))
-        for start in range(0, len(rows), step):
-            chunk = slice(start, start + step)
-            self._write_chunk(fingerprint, dict(zip(digests[chunk], rows[chunk], strict=True)))
-
-    def _write_chunk(self, fingerprint: str, rows: dict[bytes, np.ndarray]) -> None:
-        width = len(next(iter(rows.values())))
-        has_evicted: list[bool] = []
-
-        def write(connection: sqlite3.Connection) -> None:
-            with transaction(connection):
-                tables.write_rows(connection, fingerprint, width, rows)
-                if self.max_bytes is not None and tables.used_bytes(connection) > self.max_bytes:
-                    target = int(self.max_bytes * _FILLED_AFTER_EVICTION)
-                    tables.delete_down_to_bytes(connection, target)
-                    has_evicted.append(True)
-            if self.max_bytes is not None:
-                tables.shrink_file(connection, self.max_bytes)
-
-        self._file.run(write, None, writes=True)
-        if has_evicted:  # files of rows that are gone went with them, and may be put again
-            self._identities.clear()
+        """Keep ``rows``, float32 of shape (n_images, width), replacing earlier ones."""
+        whole = dict(zip(digests, np.ascontiguousarray(rows, dtype="<f4"), strict=True))
+        if whole:
+            self._write(lambda connection: _write_rows(connection, fingerprint, whole))
 
     def get_file_digests(self, stats: Sequence[FileStat | None]) -> list[bytes | None]:
-        """The content digests of files that are as they were; None for all others."""
-        # What a file with this stat holds does not change: it is asked once in a process.
-        digests = self._identities.get_file_digests(stats)
-        asked = [
-            i
-            for i, (stat, digest) in enumerate(zip(stats, digests, strict=True))
-            if stat is not None and digest is None
-        ]
-        if not asked:
-            return digests
-        unknown: list[bytes | None] = [None] * len(asked)
-        read = self._file.run(lambda c: tables.read_files(c, [stats[i] for i in asked]), unknown)
-        found = [(i, digest) for i, digest in zip(asked, read, strict=True) if digest is not None]
-        for i, digest in found:
-            digests[i] = digest
-        self._remember([(stats[i], digest) for i, digest in found])
-        return digests
-
-    def _remember(
-        self, files: Sequence[tuple[FileStat | None, bytes]], taken_at_ns: int | None = None
-    ) -> None:
-        # The first ones that fit: of more files than that the last would drive them out again
-        # before they are next asked for.
-        n_free = max(0, _N_IDENTITIES - self._identities.info().n_files)
-        stats, digests = [stat for stat, _ in files[:n_free]], [d for _, d in files[:n_free]]
-        self._identities.put_file_digests(stats, digests, taken_at_ns)
+        """The content digests of files whose stat has not changed; None for all others."""
+        # In this process each file is looked up once: a hundred times as fast.
+        known, read = self._known_files, {}
+        asked = [stat for stat in stats if stat is not None and stat not in known]
+        if asked:
+            read = self._run(lambda connection: _read_files(connection, asked)) or {}
+            self._remember(read)
+        return [None if s is None else known.get(s) or read.get(s) for s in stats]
 
     def put_file_digests(
-        self,
-        stats: Sequence[FileStat | None],
-        digests: Sequence[bytes],
-        taken_at_ns: int | None = None,
+        self, stats: Sequence[FileStat | None], digests: Sequence[bytes], taken_at_ns: int
     ) -> None:
-        """Remember what files hold, but for those changed less than 2 s before their stat.
-
-        ``taken_at_ns`` is ``time.time_ns()`` of just before the stats were taken, which in turn
-        was before the files were read; None is now.
-        """
-        files = [
-            (stat, digest)
-            for stat, digest in zip(stats, digests, strict=True)
-            if stat is not None and is_settled(stat, taken_at_ns)
-        ]
+        """Remember the digests of files; see `MemoryStore.put_file_digests`."""
+        files = settled_files(stats, digests, taken_at_ns)
         if files:
-            self._write(lambda c: tables.write_files(c, files), None)
-            self._remember(files, taken_at_ns)
+            self._write(lambda connection: _write_files(connection, files))
+            self._remember(files)
 
-    def claim(
-        self, fingerprints: str | Sequence[str], digests: Sequence[bytes], seconds: float = 60.0
-    ) -> np.ndarray:
-        """Say which rows this thread will compute, so that other threads and processes need not.
+    def _remember(self, files: dict[FileStat, bytes]) -> None:
+        if len(self._known_files) + len(files) <= _N_KNOWN_FILES:
+            self._known_files.update(files)
 
-        Parameters
-        ----------
-        fingerprints : str or sequence of str
-            Of what is computed together; the claim is on the first.
-        digests : sequence of bytes
-            Of what has just been looked for and not found.
-        seconds : float, default=60
-            After which the claim is void.
+    def lock(self, fingerprint: str, block: int) -> Lock:
+        """The lock to hold while computing the rows of one fingerprint and block of digests.
 
-        Returns
-        -------
-        mine : bool array
-            False where another has a claim within its time, or where the rows have come in the
-            meantime. The claim of a process of this machine that has ended is void; a row that
-            is there is refused once, not to who looked again and comes back. All True when
-            there is no store to write to.
+        It excludes other threads and processes, and the system frees it when its process dies.
+        Where no file can be locked, it is always free.
         """
-        fingerprints = [fingerprints] if isinstance(fingerprints, str) else list(fingerprints)
-
-        def claim(connection: sqlite3.Connection) -> np.ndarray:
-            taken = tables.claimed_digests(connection, fingerprints[0], digests)
-            for digest in tables.present_digests(connection, fingerprints, digests) - taken:
-                if self._refusals.refuse(fingerprints[0], digest):
-                    taken.add(digest)
-            mine = [digest not in taken for digest in digests]
-            wanted = [digest for digest, is_mine in zip(digests, mine, strict=True) if is_mine]
-            tables.write_claims(connection, fingerprints[0], wanted, time.time() + seconds)
-            return np.array(mine, dtype=bool)
-
-        return self._write(claim, np.ones(len(digests), dtype=bool))
-
-    def release(self, fingerprints: str | Sequence[str], digests: Sequence[bytes]) -> None:
-        """Give claims of this thread back; ``put_many`` does so by itself."""
-        fingerprint = fingerprints if isinstance(fingerprints, str) else fingerprints[0]
-        self._write(lambda c: tables.delete_claims(c, fingerprint, digests), None)
-
-    def reduce_size(
-        self,
-        bytes_limit: int | str | None = None,
-        items_limit: int | None = None,
-        age_limit: datetime.timedelta | None = None,
-    ) -> None:
-        """Delete the least recently used rows until all limits hold, as ``joblib.Memory`` does.
-
-        The file shrinks with them.
-        """
-        n_bytes, n_rows, age = read_limits(bytes_limit, items_limit, age_limit)
-
-        def reduce(connection: sqlite3.Connection) -> None:
-            if age is not None:
-                tables.delete_older(connection, time.time() - age)
-            if n_rows is not None:
-                tables.delete_down_to_rows(connection, n_rows)
-            if n_bytes is not None:
-                tables.delete_down_to_bytes(connection, n_bytes)
-            tables.delete_loose_files(connection)
-
-        self._write(reduce, None, shrink=True)
-        self._identities.clear()
+        if not self._can_write:
+            return threading.Lock()
+        with contextlib.suppress(OSError):
+            os.makedirs(self._lock_folder, exist_ok=True)
+        name = hashlib.blake2b(fingerprint.encode(), digest_size=8).hexdigest()
+        return _FileLock(os.path.join(self._lock_folder, f"{name}-{block}.lock"))
 
     def clear(self) -> None:
-        """Forget everything; the file shrinks to nearly nothing."""
-        self._write(tables.delete_all, None, shrink=True)
-        self._identities.clear()
+        """Delete all rows; the file shrinks to nearly nothing."""
+        self._known_files.clear()
+        self._write(_delete_all)
+        shutil.rmtree(self._lock_folder, ignore_errors=True)
+
+    def __len__(self) -> int:
+        return self._run(lambda connection: _value(connection, "SELECT count(*) FROM vectors")) or 0
 
     def info(self) -> StoreInfo:
         """What is kept."""
-
-        def read(connection: sqlite3.Connection) -> StoreInfo:
-            counts = tables.row_counts(connection)
-            n_files = connection.execute("SELECT count(*) FROM files").fetchone()[0]
-            n_bytes = tables.used_bytes(connection)
-            n_rows = sum(counts.values())
-            return StoreInfo(self.path, n_rows, n_bytes, self.max_bytes, n_files, counts)
-
-        return self._file.run(read, StoreInfo(self.path, 0, 0, self.max_bytes, 0, {}))
+        n_files, n_bytes, counts = self._run(_summary) or (0, 0, {})
+        n_rows = sum(counts.values())
+        return StoreInfo(self.path, n_rows, n_bytes, self.max_bytes, n_files, counts)
 
     def close(self) -> None:
-        """Close the file; the next use opens it again."""
-        self._file.close()
-
-    def _write(
-        self,
-        work: Callable[[sqlite3.Connection], Result],
-        otherwise: Result,
-        shrink: bool = False,
-    ) -> Result:
-        def write(connection: sqlite3.Connection) -> Result:
-            with transaction(connection):
-                result = work(connection)
-            if shrink:
-                tables.shrink_file(connection, 0)
-            return result
-
-        return self._file.run(write, otherwise, writes=True)
-
-    def __deepcopy__(self, memo: dict) -> DiskStore:
-        return self
+        """Close the file; the next use opens it again, also after a failure."""
+        with _mutex:
+            self._disconnect()
+            self._can_read = self._can_write = True
 
     def __reduce__(self) -> tuple:
         return (DiskStore, (self.folder, self.max_bytes))
 
     def __repr__(self) -> str:
-        bound = in_words(self.max_bytes)
-        return f"<DiskStore in {self.folder!r}, at most {bound}>"
+        return f"DiskStore({self.folder!r}, max_bytes={self.max_bytes})"
+
+    # The file --------------------------------------------------------------------------------
+
+    def _run(self, work: Callable[[sqlite3.Connection], T], writes: bool = False) -> T | None:
+        """``work(connection)``, or None once the file has failed."""
+        with _mutex:
+            if not (self._can_write if writes else self._can_read):
+                return None
+            try:
+                return work(self._connected())
+            except BaseException as error:
+                self._disconnect()
+                if not isinstance(error, sqlite3.Error | OSError | UnicodeDecodeError):
+                    raise
+                is_first = self._can_write
+                self._can_write = False
+                self._can_read &= writes
+                if is_first:
+                    warnings.warn(
+                        f"The embedding store {self.path!r} cannot be used: {error}. Embeddings "
+                        "are computed, and new ones are not kept. Check that the disk is not full, "
+                        "that the folder is writable and that no other program locks the file; "
+                        "delete the folder if the file is damaged. The store is tried again in a "
+                        f"new process, or after embedding_store({self.folder!r}).close().",
+                        UserWarning,
+                        stacklevel=2,
+                    )
+                return None
+
+    def _write(self, work: Callable[[sqlite3.Connection], None]) -> None:
+        """Do ``work`` in one transaction, and delete what exceeds the bound."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            with connection:
+                work(connection)
+                if self.max_bytes is not None and _n_bytes(connection) > self.max_bytes:
+                    _evict(connection, 0.9 * self.max_bytes)  # so that evictions are rare
+                    self._known_files.clear()
+
+        self._run(write, writes=True)
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._connection is not None and not os.path.exists(self.path):
+            self._disconnect()  # somebody has deleted the folder
+        if self._connection is None:
+            os.makedirs(self.folder, exist_ok=True)
+            self._connection = sqlite3.connect(
+                self.path,
+                timeout=_BUSY_SECONDS,
+                isolation_level="IMMEDIATE",
+                check_same_thread=False,
+            )
+            # Called at exit as well: closing the last connection writes SQLite's log back.
+            self._finalizer = weakref.finalize(self, self._connection.close)
+            _prepare(self._connection)
+        return self._connection
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._finalizer()
+            self._connection = None
+
+
+class _FileLock:
+    """A lock on a file, with the interface of `threading.Lock`."""
+
+    def __init__(self, path: str):
+        self._lock = filelock.FileLock(path, thread_local=False)
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        try:
+            self._lock.acquire(timeout, blocking=blocking)
+        except filelock.Timeout:
+            return False
+        except (OSError, NotImplementedError):
+            pass  # no locks on this file system: rows may be computed twice
+        return True
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+# Forks ---------------------------------------------------------------------------------------
+# SQLite's mutexes and its list of open files do not survive a fork: the child would wait for
+# threads that it does not have (https://sqlite.org/howtocorrupt.html, 2.6). So a fork waits until
+# no thread is inside SQLite, and finds every file closed.
+
+_mutex = threading.RLock()
+_stores: weakref.WeakSet[DiskStore] = weakref.WeakSet()
+
+
+def _before_fork() -> None:
+    _mutex.acquire()
+    for store in list(_stores):
+        store._disconnect()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_mutex.release, after_in_child=_mutex.release
+    )
+
+
+# SQL -----------------------------------------------------------------------------------------
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    is_new = _value(connection, "SELECT count(*) FROM sqlite_master") == 0
+    if not is_new and _value(connection, "PRAGMA user_version") != _FORMAT_VERSION:
+        raise sqlite3.DatabaseError(
+            f"it is not an embedding store of format {_FORMAT_VERSION}, but made by another "
+            "program or a newer sktransfer; upgrade sktransfer, or give another folder as memory"
+        )
+    for setting in (*_LAYOUT, *_SETTINGS) if is_new else _SETTINGS:
+        connection.execute(f"PRAGMA {setting}")
+    if is_new:
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in _SCHEMA:
+                connection.execute(statement)
+
+
+def _read_rows(
+    connection: sqlite3.Connection, fingerprint: str, digests: Sequence[bytes]
+) -> dict[bytes, np.ndarray]:
+    seed = zlib.crc32(fingerprint.encode())
+    rows = {}
+    for batch in _batches(digests):
+        for digest, checksum, data in connection.execute(
+            "SELECT digest, checksum, data FROM vectors WHERE fingerprint ="
+            f" (SELECT id FROM fingerprints WHERE text = ?) AND digest IN ({_marks(batch)})",
+            (fingerprint, *batch),
+        ):
+            is_whole = type(digest) is type(data) is bytes  # not so where the file is damaged
+            if is_whole and zlib.crc32(data, zlib.crc32(digest, seed)) == checksum:
+                rows[digest] = np.frombuffer(data, dtype="<f4")
+    return rows
+
+
+def _write_rows(
+    connection: sqlite3.Connection, fingerprint: str, rows: dict[bytes, np.ndarray]
+) -> None:
+    connection.execute("INSERT OR IGNORE INTO fingerprints (text) VALUES (?)", (fingerprint,))
+    group = _value(connection, "SELECT id FROM fingerprints WHERE text = ?", fingerprint)
+    seed = zlib.crc32(fingerprint.encode())
+    connection.executemany(
+        "REPLACE INTO vectors (fingerprint, digest, checksum, data) VALUES (?, ?, ?, ?)",
+        (
+            (group, digest, zlib.crc32(row.data, zlib.crc32(digest, seed)), row.data)
+            for digest, row in rows.items()
+        ),
+    )
+
+
+def _read_files(connection: sqlite3.Connection, stats: Sequence[FileStat]) -> dict[FileStat, bytes]:
+    """The digests of the files whose stat has not changed."""
+    known = {}
+    for batch in _batches(stats):
+        by_path = {os.fsencode(stat[0]): stat for stat in batch}
+        for path, digest, seal in connection.execute(
+            f"SELECT path, digest, seal FROM files WHERE path IN ({_marks(by_path)})",
+            list(by_path),
+        ):
+            stat = by_path.get(path)
+            if stat is not None and seal == _seal(stat, digest):
+                known[stat] = digest
+    return known
+
+
+def _write_files(connection: sqlite3.Connection, files: dict[FileStat, bytes]) -> None:
+    connection.executemany(
+        "REPLACE INTO files VALUES (?, ?, ?)",
+        ((os.fsencode(stat[0]), digest, _seal(stat, digest)) for stat, digest in files.items()),
+    )
+
+
+def _seal(stat: FileStat, digest: bytes) -> bytes:
+    return hashlib.blake2b(repr((stat, digest)).encode(), digest_size=16).digest()
+
+
+def _evict(connection: sqlite3.Connection, n_bytes: float) -> None:
+    """Delete the oldest rows until the file has at most so many bytes."""
+    connection.execute("DELETE FROM files")  # known files only save reading them once more
+    n_deleted = 1
+    while n_deleted and _n_bytes(connection) > n_bytes:
+        n_deleted = connection.execute(
+            "DELETE FROM vectors WHERE id IN (SELECT id FROM vectors ORDER BY id LIMIT 64)"
+        ).rowcount
+
+
+def _delete_all(connection: sqlite3.Connection) -> None:
+    for table in ("vectors", "files", "fingerprints"):
+        connection.execute(f"DELETE FROM {table}")
+
+
+def _summary(connection: sqlite3.Connection) -> tuple[int, int, dict[str, int]]:
+    """The number of files, the bytes, and the number of rows of each fingerprint."""
+    n_files = _value(connection, "SELECT count(*) FROM files")
+    counts = connection.execute(
+        "SELECT text, count(*) FROM vectors v JOIN fingerprints f ON f.id = v.fingerprint"
+        " GROUP BY f.id"
+    )
+    return n_files, _n_bytes(connection), dict(counts)
+
+
+def _n_bytes(connection: sqlite3.Connection) -> int:
+    """Bytes of the pages in use; free ones are given back at the end of the transaction."""
+    n_pages = _value(connection, "PRAGMA page_count") - _value(connection, "PRAGMA freelist_count")
+    return n_pages * _value(connection, "PRAGMA page_size")
+
+
+def _value(connection: sqlite3.Connection, question: str, *values: str):
+    return connection.execute(question, values).fetchone()[0]
+
+
+def _batches(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (values[start : start + _BATCH] for start in range(0, len(values), _BATCH))
+
+
+def _marks(values: Sized) -> str:
+    return ",".join("?" * len(values))

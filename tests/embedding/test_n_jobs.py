@@ -16,10 +16,7 @@ import torch
 from PIL import Image
 from seen_pictures import SeenPictures
 
-from sktransfer import PretrainedFeatureExtractor
-from sktransfer.embedding import _batches as _inference
-from sktransfer.embedding._embed import EmbeddingRun
-from sktransfer.store._store import DiskStore
+from sktransfer import PretrainedFeatureExtractor, embedding_store
 
 N_CORES = joblib.cpu_count()
 
@@ -103,37 +100,24 @@ def test_the_callers_torch_threads_are_left_alone(numbered):
 
 
 @pytest.mark.parametrize("batch_size", ["auto", 32])
-def test_workers_share_out_the_last_batches(batch_size, monkeypatch):
+def test_workers_share_out_the_last_batches(batch_size, sizes_of_batches):
     """They shrink towards the end, so that nobody waits long for the others' last one."""
     X = np.random.default_rng(0).integers(0, 256, (150, 20, 20, 3), dtype=np.uint8)
     X[99] = X[100] = X[101] = X[3]  # what is known already is in no batch
-    sizes = []
-    decode = EmbeddingRun.decode
-    monkeypatch.setattr(
-        EmbeddingRun, "decode",
-        lambda run, indices, pinned=False: sizes.append(list(indices)) or decode(run, indices),
-    )  # fmt: skip
+    sizes = sizes_of_batches
     extractor = PretrainedFeatureExtractor(batch_size=batch_size, n_jobs=2, memory=False)
     rows = extractor.fit_transform(X)
-    batches = sorted(sizes)
-    assert sorted(i for batch in batches for i in batch) == [*range(99), *range(102, 150)]
-    lengths = [len(batch) for batch in batches]
-    assert lengths == (
-        [32, 30, 22, 17, 12, 9, 8, 8, 8, 1] if batch_size == "auto" else [32] * 4 + [19]
+    assert sum(sizes) == 147
+    assert sorted(sizes)[::-1] == (
+        [32, 30, 22, 17, 13, 9, 8, 8, 8] if batch_size == "auto" else [32] * 4 + [19]
     )
     np.testing.assert_array_equal(rows[99:102], rows[[3, 3, 3]])
 
 
 @pytest.mark.parametrize(("side", "largest"), [(64, 32), (112, 32), (160, 15), (224, 8), (640, 4)])
-def test_large_pictures_come_in_small_batches(side, largest, monkeypatch):
+def test_large_pictures_come_in_small_batches(side, largest, sizes_of_batches):
     X = np.random.default_rng(0).integers(0, 256, (40, 20, 20, 3), dtype=np.uint8)
-    sizes = []
-
-    def noting(self, network, batch, device=None):
-        sizes.append(len(batch))
-        return [torch.zeros(len(batch), 1408)]
-
-    monkeypatch.setattr(_inference._BatchLimit, "forward", noting)
+    sizes = sizes_of_batches
     options = {"preprocessing": {"size": side, "crop": side}, "n_jobs": 1, "memory": False}
     for batch_size, expected in (("auto", largest), (24, 24)):
         sizes.clear()
@@ -203,13 +187,15 @@ def test_processes_that_share_a_store_embed_once(many_pictures, tmp_path):
 
 # -- interruptions ---------------------------------------------------------------------------
 INTERRUPTED = """
+import signal
 import sys
 from pathlib import Path
 import numpy as np
 from PIL import Image
 from seen_pictures import SeenPictures
-from sktransfer import PretrainedFeatureExtractor
+from sktransfer import PretrainedFeatureExtractor, embedding_store
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and "&" ignore it
 folder, interrupt_at = Path(sys.argv[1]), int(sys.argv[2])
 pictures = np.load(folder / "pictures.npy")
 seen = SeenPictures(folder, interrupt_at=interrupt_at)
@@ -235,11 +221,11 @@ def test_ctrl_c_keeps_what_was_computed(many_pictures, tmp_path):
     assert "KeyboardInterrupt" in run.stderr
     seen = SeenPictures(tmp_path)
     n_seen = seen.n_seen
-    n_kept = DiskStore(tmp_path / "store").info().n_rows
+    n_kept = embedding_store(tmp_path / "store").info().n_rows
     assert 30 <= n_seen < len(many_pictures)
     assert n_kept >= n_seen - 3 * 4  # what was under way is lost: three batches
 
-    # The same again, in this process: only the rest, and nobody waits for the dead one's claims.
+    # The same again, in this process: only the rest, and nobody waits for the dead one's locks.
     same = SeenPictures(tmp_path, interrupt_at=30)
     extractor = PretrainedFeatureExtractor(preprocessing=same, memory=tmp_path / "store")
     rows = extractor.fit_transform(many_pictures)
@@ -250,38 +236,32 @@ def test_ctrl_c_keeps_what_was_computed(many_pictures, tmp_path):
     )
 
 
+class Raises(SeenPictures):
+    """Raises at the picture of this number."""
+
+    fingerprint = "raises"
+
+    def __init__(self, folder, number, error):
+        super().__init__(folder)
+        self.number, self.error = number, error
+
+    def __call__(self, picture):
+        if self.n_seen >= self.number:
+            raise self.error("enough")
+        return super().__call__(picture)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_error_from_a_callback_keeps_what_was_computed(many_pictures, error, tmp_path):
-    from sktransfer.embedding._batches import embed
-    from sktransfer.images._images import as_images
-
-    seen = SeenPictures(tmp_path)
-    extractor = PretrainedFeatureExtractor(
-        preprocessing=seen, memory=tmp_path, batch_size=4, n_jobs=1
-    ).fit(many_pictures)
-    done = []
-
-    def progress(n):
-        done.append(n)
-        if sum(done) >= 20:
-            raise error("enough")
-
-    store = DiskStore(tmp_path)
-    out = np.empty((len(many_pictures), extractor.n_features_out_), np.float32)
+def test_an_error_keeps_what_was_computed(many_pictures, error, tmp_path):
+    options = {"memory": tmp_path, "batch_size": 4, "n_jobs": 1}
+    failing = PretrainedFeatureExtractor(preprocessing=Raises(tmp_path, 30, error), **options)
     with pytest.raises(error, match="enough"):
-        embed(
-            as_images(many_pictures),
-            extractor.backbone_,
-            out=out,
-            store=store,
-            batch_size=4,
-            n_jobs=1,
-            progress=progress,
-        )
-    n_kept, n_seen = store.info().n_rows, seen.n_seen
-    assert n_kept == 20
-    extractor.transform(many_pictures)
-    assert seen.n_seen - n_seen == len(many_pictures) - n_kept
+        failing.fit_transform(many_pictures)
+    n_kept = len(embedding_store(tmp_path))
+    assert 30 - 3 * 4 <= n_kept < 30
+    again = Raises(tmp_path, 1000, error)
+    PretrainedFeatureExtractor(preprocessing=again, **options).fit_transform(many_pictures)
+    assert again.n_seen - 30 == len(many_pictures) - n_kept
 
 
 # -- foreign errors ---------------------------------------------------------------------------
@@ -306,10 +286,6 @@ def notes_of(caught):
     return "\n".join(getattr(caught.value, "__notes__", []))
 
 
-needs_notes = pytest.mark.skipif(sys.version_info < (3, 11), reason="add_note is of Python 3.11")
-
-
-@needs_notes
 def test_an_error_in_the_preprocessing_says_for_which_image(numbered):
     extractor = PretrainedFeatureExtractor(preprocessing=FailsAt(5), memory=False)
     with pytest.raises(RuntimeError, match="picture 5") as caught:
@@ -343,10 +319,9 @@ def refuse(x):
 torch.fx.wrap("refuse")
 
 
-@needs_notes
-def test_an_error_in_the_network_says_where(many_pictures, tmp_path):
+def test_an_error_in_the_network_says_where(many_pictures):
     extractor = PretrainedFeatureExtractor(
-        Fussy(), preprocessing={"size": 32, "crop": 32}, batch_size=4, n_jobs=1, memory=tmp_path
+        Fussy(), preprocessing={"size": 32, "crop": 32}, batch_size=4, n_jobs=1, memory=False
     ).fit(many_pictures)
     with pytest.raises(RuntimeError, match="odd") as caught:
         extractor.transform(many_pictures[:11])
