@@ -12,15 +12,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sktransfer._progress import progress_bar
-from sktransfer.embedding._batches import embed
 from sktransfer.embedding._cluster import embed_anywhere
-from sktransfer.embedding._embed import BadRow
+from sktransfer.embedding._embed import BadRow, embed
 from sktransfer.fine_tuning._module import TunedModule
 from sktransfer.fine_tuning._probe import CornerViews
 from sktransfer.images._images import BadImage, Images
 from sktransfer.networks._backbone import Backbone
 from sktransfer.networks._preprocessing import AnyPreprocessing
-from sktransfer.store._store import activations, as_store
+from sktransfer.store._store import MAX_ACTIVATION_BYTES, activations, as_store
 
 # A training set's pixels, or its outputs of frozen stages, are kept in memory up to this size;
 # larger ones are computed again in each epoch.
@@ -171,22 +170,21 @@ class Kept:
 class FrozenStages:
     """The stages of a module before `stop`, unchanged, in the form of a backbone for `embed`.
 
-    An image's row holds all values of the last of these stages.
+    An image's row holds all values of the last of these stages; `sample` is one image.
     """
 
-    def __init__(self, backbone: Backbone, module: TunedModule, stop: int):
+    def __init__(self, backbone: Backbone, module: TunedModule, stop: int, sample: torch.Tensor):
         self.name, self.preprocessing = backbone.name, backbone.preprocessing
         self.input_size = backbone.input_size
         self.module, self.stop = module.eval(), stop
         with torch.no_grad():
-            blank = torch.zeros(1, *backbone.input_size, device=module.device)
-            self.shape = tuple(module.run(blank, 0, stop).shape[1:])
+            self.shape = tuple(module.run(sample.to(module.device), 0, stop).shape[1:])
         self.n_features = math.prod(self.shape)
         self.feature_groups = [("frozen stages", self.n_features)]
         self.group_fingerprints = [f"{backbone.fingerprint}-until{stop}"]
 
     def inference_module(
-        self, device: torch.device, precision: str, *_: object
+        self, device: torch.device, precision: str
     ) -> Callable[[torch.Tensor], list[torch.Tensor]]:
         self.module.to(device)
         return self._run
@@ -219,7 +217,7 @@ def frozen_outputs(
     if n_bytes > MAX_KEPT_BYTES:
         return None
     # More than the store holds would push out its own rows before they are used again.
-    is_shared = as_store(settings.memory).max_bytes != 0 and n_bytes <= activations.max_bytes
+    is_shared = as_store(settings.memory).max_bytes != 0 and n_bytes <= MAX_ACTIVATION_BYTES
     out = np.empty((len(images), frozen.n_features), dtype=np.float32)
     bad = embed(
         images,

@@ -53,7 +53,7 @@ class CornerViews:
         ]
 
     def inference_module(
-        self, device: torch.device, precision: str, *_: object
+        self, device: torch.device, precision: str
     ) -> Callable[[torch.Tensor], list[torch.Tensor]]:
         return partial(_embed_corners, self.backbone.inference_module(device, precision))
 

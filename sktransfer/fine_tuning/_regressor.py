@@ -109,8 +109,8 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         outputs of frozen stages are kept in this process for later fits, up to 1 GiB.
     on_error : {"raise", "skip"}, default="raise"
         ``"raise"``: a ValueError lists all unreadable images, also as its ``bad_images``.
-        ``"skip"``: they are left out of training, with a warning, and the mean of the training targets is
-        predicted for them.
+        ``"skip"``: they are left out of training, with a warning, and the mean of the training
+        targets is predicted for them.
     verbose : int, default=0
         1 shows progress bars and skorch's table of epochs.
 

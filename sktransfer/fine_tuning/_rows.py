@@ -89,8 +89,9 @@ class TrainingRows:
         is_good = ~np.isin(index, [b.row for b in self.bad])
         self._index = index[is_good]
         if len(self) == 0:
+            verb = "train" if what == "training" else "validate"
             raise ValueError(
-                f"No row is left for {what}: {len({b.row for b in self.bad})} of {images.n_rows} "
+                f"No row is left to {verb} on: {len({b.row for b in self.bad})} of {images.n_rows} "
                 "could not be read, and the others have no weight."
             )
         self.images = _rows_of(images, self._index)
@@ -131,10 +132,10 @@ class TrainingRows:
 
     def frozen_outputs(self, module: TunedModule, stop: int) -> Kept | None:
         """The outputs of the stages before `stop` as inputs; None if they are too large."""
+        sample = self._new_pixels(self.images[: self.n_columns]).take(np.zeros(1, dtype=int))
+        frozen = FrozenStages(self._backbone, module, stop, sample.flatten(0, 1)[:1])
         self._pixels = None
-        kept = frozen_outputs(
-            self.images, self.n_columns, FrozenStages(self._backbone, module, stop), self._settings
-        )
+        kept = frozen_outputs(self.images, self.n_columns, frozen, self._settings)
         self._sources += [] if kept is None else [kept]
         return kept
 

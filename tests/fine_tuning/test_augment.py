@@ -52,12 +52,6 @@ def test_what_an_augmentation_returns_is_checked(stripes, augment, message):
         small(augment=augment).fit(*stripes)
 
 
-@pytest.mark.parametrize("augment", ["medium", 3], ids=str)
-def test_other_names(stripes, augment):
-    with pytest.raises(ValueError, match="The 'augment' parameter of FineTuningClassifier"):
-        small(augment=augment).fit(*stripes)
-
-
 @pytest.mark.parametrize("strength", ["light", "strong"])
 def test_own_strengths_change_each_image_otherwise_in_each_epoch(stripes, first_inputs, strength):
     X, y = stripes

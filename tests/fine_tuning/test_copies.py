@@ -2,10 +2,8 @@
 
 import copy
 import pickle
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import joblib
 import numpy as np
 import pytest
 import torch
@@ -52,33 +50,7 @@ def test_a_pickle_of_many_folds_is_small(stripes):
         np.testing.assert_array_equal(one.predict_proba(X), other.predict_proba(X))
 
 
-def test_joblib(stripes, tmp_path):
-    X, y = stripes
-    model = small(unfreeze=1).fit(X, y)
-    joblib.dump(model, tmp_path / "model.joblib")
-    loaded = joblib.load(tmp_path / "model.joblib")
-    np.testing.assert_allclose(loaded.predict_proba(X), model.predict_proba(X), rtol=1e-6)
-
-
 # -- threads ---------------------------------------------------------------------------------
-@pytest.mark.filterwarnings("ignore:.*left out of prediction")
-def test_threads_predict_with_one_estimator(stripes):
-    X, y = stripes
-    model = small(unfreeze=1, max_epochs=1, on_error="skip", memory=False).fit(X, y)
-    broken, whole = list(X), list(X[:3])
-    broken[::5] = [None] * len(broken[::5])
-    expected = [model.predict_proba(rows) for rows in (broken, whole)]
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            got = list(pool.map(lambda k: model.predict_proba((broken, whole)[k % 2]), range(30)))
-    finally:
-        sys.setswitchinterval(before)
-    for k, proba in enumerate(got):
-        np.testing.assert_array_equal(proba, expected[k % 2])
-
-
 def test_threads_that_use_an_unpickled_model_first(stripes):
     X, y = stripes
     model = small(unfreeze="all", lr=0.1, memory=False).fit(X, y)
