@@ -20,7 +20,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from sktransfer._warnings import warn
+from sktransfer._progress import warn
 from sktransfer.images._containers import is_tensor
 from sktransfer.images._images import Images, as_images
 
