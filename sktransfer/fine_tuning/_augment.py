@@ -19,17 +19,8 @@ _STRENGTHS = {"light": (0.7, 1.15, 0.0), "strong": (0.35, 4 / 3, 0.3)}
 class RandomViews:
     """Mirror, crop and resize each image of a batch, and change its colours.
 
-    Parameters
-    ----------
-    strength : {"light", "strong"}
-        ``"light"``: mirrored, and at least seven tenths of the image. ``"strong"``: at least
-        a third of it, and brightness, contrast and saturation changed by up to 30 %.
-    generator : torch.Generator
-        On the CPU: the same draws on every device.
-
-    Notes
-    -----
-    One affine map per image, so that a batch costs one bilinear sampling.
+    One affine map per image, so that a batch costs one bilinear sampling. The generator is on
+    the CPU, for the same draws on every device.
     """
 
     def __init__(self, strength: str, generator: torch.Generator):
@@ -79,19 +70,7 @@ class RandomViews:
 class BatchAugment:
     """Augment a batch's images and, with MixUp or CutMix, mix its targets and weights.
 
-    Parameters
-    ----------
-    augment : str, callable or list of these
-        The estimator's parameter.
-    kind : {"multiclass", "multilabel", "regression"}
-    n_outputs : int
-    generator : torch.Generator
-        For ``"light"`` and ``"strong"``; all others draw from torch's global state.
-
-    Raises
-    ------
-    ValueError
-        If targets that are not classes would be mixed, or mixed to another number of classes.
+    ``"light"`` and ``"strong"`` draw from `generator`, all others from torch's global state.
     """
 
     def __init__(self, augment: Augment, kind: str, n_outputs: int, generator: torch.Generator):

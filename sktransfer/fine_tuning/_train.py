@@ -71,15 +71,7 @@ class TrainingSettings:
 
 
 class Phase(NamedTuple):
-    """Epochs with the same inputs.
-
-    Parameters
-    ----------
-    n_epochs : int
-    entry : int
-        Position of the stage whose inputs the rows hold.
-    train_set, valid_set : TrainingSet
-    """
+    """Epochs whose rows hold the inputs of the stage at the position `entry`."""
 
     n_epochs: int
     entry: int
@@ -97,17 +89,8 @@ def train(
 ) -> EpochLog:
     """Train `tuned` in place.
 
-    Parameters
-    ----------
-    tuned : TunedNetwork
-    phases : list of Phase
-    settings : TrainingSettings
-    first_stage : callable
-        Epoch, counted from 1 -> position of the lowest stage trained in it.
-    first_epoch : int, default=0
-        Number of epochs trained before.
-    old_net : NeuralNet or None
-        The net of the epochs before, whose optimizer's state is continued.
+    `first_stage` tells the lowest stage trained in an epoch, counted from 1. `first_epoch` epochs
+    were trained before with `old_net`, whose optimizer's state is continued.
     """
     module, first = tuned.module(), tuned.first_trained_stage
     with (
