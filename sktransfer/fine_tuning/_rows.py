@@ -49,7 +49,7 @@ class TrainingRows:
     ):
         self._backbone, self._settings, self._what = backbone, settings, what
         self.n_columns, self._n_rows = images.n_columns, images.n_rows
-        self._sources: list[Pixels | Kept] = []
+        self._outputs: Kept | None = None
         keys, bad = _keys_of(images, settings)
         bad = [b for b in bad if weight[b.row] != 0]
         index, weight = merge_rows(keys, target, weight)
@@ -101,24 +101,24 @@ class TrainingRows:
         assert self.embeddings is not None
         return Kept(self.embeddings.reshape(len(self), self.n_columns, -1))
 
-    def pixels(self) -> Pixels:
-        """The decoded images as inputs."""
-        self._pixels = self._pixels or self._new_pixels()
-        self._sources.append(self._pixels)
-        return self._pixels
-
-    def frozen_outputs(self, module: TunedModule, stop: int) -> Kept | None:
-        """The outputs of the stages before `stop` as inputs; None if they are too large."""
+    def keep_frozen_outputs(self, module: TunedModule, stop: int) -> bool:
+        """Compute the outputs of the stages before `stop`; False if they are too large."""
         sample, self._pixels = self._new_pixels().take(np.zeros(1, dtype=int)), None
         frozen = FrozenStages(self._backbone, module, stop, sample.flatten(0, 1)[:1])
-        kept = frozen_outputs(self.images, self.n_columns, frozen, self._settings)
-        self._sources += [] if kept is None else [kept]
-        return kept
+        self._outputs = frozen_outputs(self.images, self.n_columns, frozen, self._settings)
+        return self._outputs is not None
+
+    def inputs(self, entry: int) -> Pixels | Kept:
+        """The inputs of the stage at the position `entry`: pixels, or the outputs before it."""
+        if entry > 0 and self._outputs is not None:
+            return self._outputs
+        self._pixels, self._outputs = self._pixels or self._new_pixels(), None
+        return self._pixels
 
     def report_lost(self) -> None:
-        """Warn, once, of images that were readable at the start and not later on."""
-        found = {bad.where: bad for source in self._sources for bad in source.bad}
-        self._sources = []
+        """Warn of images that were readable at the start and not later on."""
+        sources = [source for source in (self._pixels, self._outputs) if source is not None]
+        found = {bad.where: bad for source in sources for bad in source.bad}
         if lost := [bad for bad in found.values() if bad not in self.bad]:
             self.bad += lost
             _report(lost, self._n_rows, "skip", f"the rest of {self._what}")
