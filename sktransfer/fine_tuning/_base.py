@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     from sktransfer.fine_tuning._batches import EmbeddingSettings
     from sktransfer.fine_tuning._callbacks import EpochLog
     from sktransfer.fine_tuning._rows import Part, TrainingRows
-    from sktransfer.fine_tuning._train import Phase, TrainingSettings
+    from sktransfer.fine_tuning._train import Phase, TrainingSettings, UnfreezePlan
     from sktransfer.fine_tuning._tuned import TunedNetwork
-    from sktransfer.fine_tuning._unfreeze import UnfreezePlan
     from sktransfer.images._images import Images
     from sktransfer.networks._backbone import Backbone
 
@@ -173,7 +172,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     def _read_data(self, X, y, sample_weight, X_val, y_val, old, is_partial, rng) -> _Data:
         from sktransfer.fine_tuning._rows import TrainingRows
-        from sktransfer.fine_tuning._unfreeze import UnfreezePlan
+        from sktransfer.fine_tuning._train import UnfreezePlan
 
         images = check_images(self, X, reset=old is None)
         target = self._read_target(y, images.n_rows, reset=old is None)

@@ -15,7 +15,7 @@ from sktransfer._progress import progress_bar
 from sktransfer.embedding._batches import n_decoding_threads
 from sktransfer.embedding._cluster import embed_anywhere
 from sktransfer.embedding._embed import BadRow, embed
-from sktransfer.fine_tuning._module import TunedModule
+from sktransfer.fine_tuning._tuned import TunedModule
 from sktransfer.images._images import BadImage, Images
 from sktransfer.networks._backbone import Backbone
 from sktransfer.networks._preprocessing import AnyPreprocessing

@@ -13,7 +13,7 @@ from skorch.callbacks import Callback
 
 from sktransfer.fine_tuning._batches import Batches
 from sktransfer.fine_tuning._head import validation_score
-from sktransfer.fine_tuning._module import TunedModule
+from sktransfer.fine_tuning._tuned import TunedModule
 
 State = dict[str, torch.Tensor]
 
