@@ -91,12 +91,12 @@ def test_no_row_is_left(stripes):
     model = small(on_error="skip")
     with (
         pytest.warns(UserWarning, match="2 of 2 rows are left out of training"),
-        pytest.raises(ValueError, match="No row is left for training: 2 of 2 could not be read"),
+        pytest.raises(ValueError, match=r"No row is left .*: 2 of 2 could not be read"),
     ):
         model.fit([b"no", b"image"], ["a", "b"])
     with (
         pytest.warns(UserWarning, match="2 of 2 rows are left out of validation"),
-        pytest.raises(ValueError, match="No row is left for validation: 2 of 2 could not be read"),
+        pytest.raises(ValueError, match=r"No row is left .*: 2 of 2 could not be read"),
     ):
         model.fit(X, y, X_val=[b"no", b"image"], y_val=y[:2])
 
