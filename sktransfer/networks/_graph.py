@@ -68,14 +68,15 @@ class _Tracer(fx.Tracer):
     def call_module(self, m, forward, args, kwargs):
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
-        path, n_nodes = self.path_of_module(m), len(self.graph.nodes)
+        path = self.path_of_module(m)
+        n_nodes, depth = len(self.graph.nodes), len(self.module_stack)
         self._paths.append(path)
         try:
             out = super().call_module(m, forward, args, kwargs)
         except Exception:  # code that cannot be traced: one operation
             for node in reversed(list(self.graph.nodes)[n_nodes:]):
                 self.graph.erase_node(node)
-            while len(self.module_stack) >= len(self._paths):
+            while len(self.module_stack) > depth:
                 self.module_stack.popitem()
             out = self.create_proxy("call_module", path, args, kwargs)
             self.has_own_code = True
