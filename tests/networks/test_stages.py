@@ -161,7 +161,6 @@ def test_stages_of_the_built_in_network():
     stages = load_backbone("builtin").stages
     counts = {stage.name: len(list(stage.module.parameters())) for stage in stages}
     assert counts == STAGES["builtin"]
-    assert stages.n_parameters[-1] == 1408 * 200 + 200
 
 
 # -- own modules -----------------------------------------------------------------------------
