@@ -53,7 +53,7 @@ def test_what_an_augmentation_returns_is_checked(stripes, augment, message):
 
 
 @pytest.mark.parametrize("strength", ["light", "strong"])
-def test_own_strengths_change_each_image_otherwise_in_each_epoch(stripes, first_inputs, strength):
+def test_own_strengths_change_images_differently_in_each_epoch(stripes, first_inputs, strength):
     X, y = stripes
     settings = {"augment": strength, "batch_size": 48, "max_epochs": 2}
     epochs = trained_on(first_inputs, X, y, **settings).split(48)
@@ -112,7 +112,7 @@ def test_transforms_are_repeatable(stripes):
 # -- MixUp and CutMix ------------------------------------------------------------------------
 @pytest.fixture
 def shades():
-    """Images of class k have the value 100 · k nearly everywhere, so that a mean tells a mix."""
+    """Images of class k have the value 100 · k nearly everywhere: their mean shows a mix."""
     k = np.arange(24) % 3
     X = np.tile((100 * k[:, None, None, None]).astype(np.uint8), (1, 20, 20, 3))
     X[np.arange(24), 10, 10, 0] += np.arange(24, dtype=np.uint8)  # so that no two are equal
