@@ -9,8 +9,6 @@ import torch
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-Augment = str | Callable[[torch.Tensor], torch.Tensor] | Sequence
-
 # (smallest share of the image that is kept, largest change of its proportions,
 #  change of brightness, contrast and saturation)
 _STRENGTHS = {"light": (0.7, 1.15, 0.0), "strong": (0.35, 4 / 3, 0.3)}
@@ -19,17 +17,8 @@ _STRENGTHS = {"light": (0.7, 1.15, 0.0), "strong": (0.35, 4 / 3, 0.3)}
 class RandomViews:
     """Mirror, crop and resize each image of a batch, and change its colours.
 
-    Parameters
-    ----------
-    strength : {"light", "strong"}
-        ``"light"``: mirrored, and at least seven tenths of the image. ``"strong"``: at least
-        a third of it, and brightness, contrast and saturation changed by up to 30 %.
-    generator : torch.Generator
-        On the CPU: the same draws on every device.
-
-    Notes
-    -----
-    One affine map per image, so that a batch costs one bilinear sampling.
+    One affine map per image, so that a batch costs one bilinear sampling. The generator is on
+    the CPU, for the same draws on every device.
     """
 
     def __init__(self, strength: str, generator: torch.Generator):
@@ -79,30 +68,24 @@ class RandomViews:
 class BatchAugment:
     """Augment a batch's images and, with MixUp or CutMix, mix its targets and weights.
 
-    Parameters
-    ----------
-    augment : str, callable or list of these
-        The estimator's parameter.
-    kind : {"multiclass", "multilabel", "regression"}
-    n_outputs : int
-    generator : torch.Generator
-        For ``"light"`` and ``"strong"``; all others draw from torch's global state.
-
-    Raises
-    ------
-    ValueError
-        If targets that are not classes would be mixed, or mixed to another number of classes.
+    ``"light"`` and ``"strong"`` draw from `generator`, all others from torch's global state.
     """
 
-    def __init__(self, augment: Augment, kind: str, n_outputs: int, generator: torch.Generator):
+    def __init__(
+        self,
+        augment: str | Callable | Sequence,
+        kind: str,
+        n_outputs: int,
+        generator: torch.Generator,
+    ):
         self.n_outputs = n_outputs
         self.steps: list[tuple[Callable, bool]] = []
         for step in _flattened(augment):
             mixes = list(_mixes_in(step))
             for mix in mixes:
                 _check_mix(mix, kind, n_outputs)
-            is_known = isinstance(step, str)
-            self.steps.append((RandomViews(step, generator) if is_known else step, bool(mixes)))
+            own = RandomViews(step, generator) if isinstance(step, str) else step
+            self.steps.append((own, bool(mixes)))
 
     def __call__(
         self, x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
@@ -131,7 +114,7 @@ class BatchAugment:
         return flat.unflatten(1, x.shape[1:3]), target, weight
 
 
-def _flattened(augment: Augment) -> Iterator[str | Callable]:
+def _flattened(augment: str | Callable | Sequence) -> Iterator[str | Callable]:
     """The steps of `augment`, also of lists and v2.Compose within it, one after another."""
     steps = augment.transforms if isinstance(augment, v2.Compose) else augment
     if isinstance(steps, Sequence) and not isinstance(steps, str):

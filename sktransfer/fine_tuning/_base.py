@@ -29,11 +29,11 @@ from sktransfer._validation import (
 
 if TYPE_CHECKING:
     from skorch import NeuralNet
+    from torch import nn
 
     from sktransfer.embedding._embed import BadRow
     from sktransfer.fine_tuning._batches import EmbeddingSettings
     from sktransfer.fine_tuning._callbacks import EpochLog
-    from sktransfer.fine_tuning._head import LinearHead
     from sktransfer.fine_tuning._rows import Part, TrainingRows
     from sktransfer.fine_tuning._train import Phase, TrainingSettings
     from sktransfer.fine_tuning._tuned import TunedNetwork
@@ -280,17 +280,16 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             precision=self.precision,
         )
 
-    def _start_as_probe(self, head: LinearHead, part: Part, rng, has_corners: bool) -> None:
+    def _start_as_probe(self, head: nn.Module, part: Part, rng, has_corners: bool) -> None:
         from sktransfer.fine_tuning._probe import fit_probe
 
         views = part.embeddings[:, None]
         if has_corners and len(part.rows) < _N_ROWS_TO_SPLIT:
             views = part.data.with_corners(part.rows)
-        head.start_from(
-            *fit_probe(views, part.target, part.weight, self._kind, self._n_outputs, rng)
-        )
+        probe = fit_probe(views, part.target, part.weight, self._kind, self._n_outputs, rng)
+        head.start_from(*probe)  # type: ignore[operator]
 
-    def _probe_temperature(self, head: LinearHead, part: Part) -> float:
+    def _probe_temperature(self, head: nn.Module, part: Part) -> float:
         from sktransfer.fine_tuning._probe import probe_temperature
 
         if self._kind == "regression":
@@ -312,14 +311,12 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             first_stages = [data.plan.first_stage(epoch) for epoch in range(1, max_epochs + 1)]
             n_head = first_stages.count(n_stages)
             if n_head or entry == n_stages:
-                sources = {own: own.embedded() for own in rows}
-                sets = [part.training_set(sources[part.data]) for part in parts]
+                sets = [part.training_set(part.data.embedded()) for part in parts]
                 phases.append(Phase(n_head, n_stages, *sets))
         if n_head < max_epochs or not phases:
-            sources = {own: own.frozen_outputs(module, entry) for own in rows if entry > 0}
-            if entry == 0 or None in sources.values():  # too large to be kept
-                entry, sources = 0, {own: own.pixels() for own in rows}
-            sets = [part.training_set(sources[part.data]) for part in parts]
+            if entry > 0 and not all(own.keep_frozen_outputs(module, entry) for own in rows):
+                entry = 0  # too large to be kept
+            sets = [part.training_set(part.data.inputs(entry)) for part in parts]
             phases.append(Phase(max_epochs - n_head, entry, *sets))
         return phases
 

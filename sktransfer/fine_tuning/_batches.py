@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sktransfer._progress import progress_bar
+from sktransfer.embedding._batches import n_decoding_threads
 from sktransfer.embedding._cluster import embed_anywhere
 from sktransfer.embedding._embed import BadRow, embed
 from sktransfer.fine_tuning._module import TunedModule
-from sktransfer.fine_tuning._probe import CornerViews
 from sktransfer.images._images import BadImage, Images
 from sktransfer.networks._backbone import Backbone
 from sktransfer.networks._preprocessing import AnyPreprocessing
@@ -41,7 +41,7 @@ class EmbeddingSettings:
 
 
 def embed_rows(
-    images: Images, backbone: Backbone | CornerViews, settings: EmbeddingSettings
+    images: Images, backbone: Backbone, settings: EmbeddingSettings
 ) -> tuple[np.ndarray, list[BadRow]]:
     """One embedding per image, in rows of all image columns, and the unreadable images."""
     out = np.empty((len(images), backbone.n_features), dtype=np.float32)
@@ -62,24 +62,8 @@ def embed_rows(
 class Pixels:
     """Decoded, resized and cropped images, kept in memory if they are not too large.
 
-    Parameters
-    ----------
-    images : Images
-        Of length n_rows · n_columns.
-    n_columns : int
-    preprocessing : Preprocessing or CallablePreprocessing
-    n_threads : int
-        For decoding.
-    on_error : {"raise", "skip"}
-        What :meth:`take` does for an image that cannot be read: raise, or return zeros.
-
-    Attributes
-    ----------
-    bad : list of BadRow
-        The images that could not be read so far.
-    is_bad : ndarray of bool of shape (n_rows,)
-        Their rows.
-    is_kept : bool
+    The rows of images that cannot be read are marked in `is_bad` and listed in `bad`. With
+    ``on_error="skip"`` :meth:`take` returns zeros for them.
     """
 
     def __init__(
@@ -87,12 +71,10 @@ class Pixels:
         images: Images,
         n_columns: int,
         preprocessing: AnyPreprocessing,
-        n_threads: int,
-        on_error: str,
+        settings: EmbeddingSettings,
     ):
         self._images, self._n_columns, self._preprocessing = images, n_columns, preprocessing
-        self._n_threads, self._on_error = n_threads, on_error
-        self.bad: list[BadRow] = []
+        self._settings, self.bad = settings, list[BadRow]()
         self.is_bad = np.zeros(len(self), dtype=bool)
         self.is_kept = True
         self._pixels: dict[int, np.ndarray] = {}
@@ -101,18 +83,18 @@ class Pixels:
     def __len__(self) -> int:
         return len(self._images) // self._n_columns
 
-    def read_all(self) -> None:
-        """Decode every image once; `bad` then holds those that cannot be read."""
+    def read_all(self) -> list[BadRow]:
+        """Decode every image once, and return those that cannot be read."""
         for start in range(0, len(self), 256):
             self._read(np.arange(start, min(start + 256, len(self))))
+        return list(self.bad)
 
     def take(self, index: np.ndarray) -> torch.Tensor:
         """The images of some rows: (n, n_columns, channels, height, width)."""
         found = self._read(index)
-        if self._blank is None or (self._on_error == "raise" and self.is_bad[index].any()):
+        if self._blank is None or (self._settings.on_error == "raise" and self.is_bad[index].any()):
             raise _no_longer_readable(self.bad[-1])
-        blank = self._blank
-        arrays = [blank if pixels is None else pixels for pixels in found]
+        arrays = [self._blank if pixels is None else pixels for pixels in found]
         tensor = torch.from_numpy(np.stack(arrays))
         if tensor.dtype == torch.uint8:
             tensor = tensor.permute(0, 3, 1, 2)  # channels-last in memory, as convolutions like it
@@ -123,7 +105,7 @@ class Pixels:
         wanted = (np.asarray(index)[:, None] * n_columns + np.arange(n_columns)).ravel().tolist()
         found: dict[int, np.ndarray] = {}
         if missing := [i for i in wanted if i not in self._pixels]:
-            with ThreadPoolExecutor(self._n_threads) as pool:
+            with ThreadPoolExecutor(n_decoding_threads(self._settings.n_jobs)) as pool:
                 decoded = zip(missing, pool.map(self._decode, missing), strict=True)
                 found = {i: pixels for i, pixels in decoded if pixels is not None}
             self.is_bad[[i // n_columns for i in missing if i not in found]] = True
@@ -146,16 +128,7 @@ class Pixels:
 
 
 class Kept:
-    """Inputs that are computed already: embeddings, or outputs of frozen stages.
-
-    Parameters
-    ----------
-    rows : ndarray of shape (n_rows, n_columns, …)
-    bad : list of BadRow
-        Images that could not be read; their rows have no meaning.
-    is_bad : ndarray of bool of shape (n_rows,), or False
-        Their rows.
-    """
+    """Inputs (n_rows, n_columns, …) that are computed already, except for rows that are bad."""
 
     is_kept = True
 
@@ -167,31 +140,28 @@ class Kept:
         return torch.from_numpy(self._rows[index])
 
 
-class FrozenStages:
-    """The stages of a module before `stop`, unchanged, in the form of a backbone for `embed`.
+class FrozenStages(Backbone):
+    """The stages of a module before `stop`, unchanged, as a backbone for `embed`.
 
     An image's row holds all values of the last of these stages; `sample` is one image.
     """
 
     def __init__(self, backbone: Backbone, module: TunedModule, stop: int, sample: torch.Tensor):
-        self.name, self.preprocessing = backbone.name, backbone.preprocessing
-        self.input_size = backbone.input_size
-        self.module, self.stop = module.eval(), stop
+        vars(self).update(vars(backbone))
+        self._module, self._stop = module.eval(), stop
         with torch.no_grad():
             self.shape = tuple(module.run(sample.to(module.device), 0, stop).shape[1:])
         self.n_features = math.prod(self.shape)
         self.feature_groups = [("frozen stages", self.n_features)]
         self.group_fingerprints = [f"{backbone.fingerprint}-until{stop}"]
 
-    def inference_module(
-        self, device: torch.device, precision: str
-    ) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-        self.module.to(device)
+    def inference_module(self, device="cpu", precision="float32"):
+        self._module.to(device)
         return self._run
 
     @torch.inference_mode()
     def _run(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [self.module.run(x, 0, self.stop).float().flatten(1)]
+        return [self._module.run(x, 0, self._stop).float().flatten(1)]
 
 
 def frozen_outputs(
@@ -199,19 +169,7 @@ def frozen_outputs(
 ) -> Kept | None:
     """Compute the outputs of frozen stages once, or find those that an earlier fit computed.
 
-    Parameters
-    ----------
-    images : Images
-        Of length n_rows · n_columns.
-    n_columns : int
-    frozen : FrozenStages
-    settings : EmbeddingSettings
-        Unless its `memory` keeps nothing, rows are kept in this process.
-
-    Returns
-    -------
-    kept : Kept or None
-        None if the rows are larger than ``MAX_KEPT_BYTES``.
+    Unless `memory` keeps nothing, they are kept in this process. None if they are too large.
     """
     n_bytes = 4 * frozen.n_features * len(images)
     if n_bytes > MAX_KEPT_BYTES:
@@ -244,17 +202,9 @@ def _no_longer_readable(bad: BadRow) -> ValueError:
 
 
 class TrainingSet(Dataset):
-    """Inputs, targets and weights of rows; skorch's data set.
+    """Inputs, targets and weights of the rows `index` of a source; skorch's data set.
 
-    Parameters
-    ----------
-    source : Pixels or Kept
-    index : ndarray of int
-        Which of its rows.
-    target : ndarray
-        Of these rows.
-    weight : ndarray of float
-        Of these rows; scaled to a mean of 1.
+    Weights are scaled to a mean of 1.
     """
 
     def __init__(
@@ -284,19 +234,10 @@ class TrainingSet(Dataset):
 
 
 class Batches:
-    """skorch's iterator over a :class:`TrainingSet`.
+    """skorch's iterator over a :class:`TrainingSet`, shuffled if there is a `generator`.
 
-    Parameters
-    ----------
-    dataset : TrainingSet
-        Or any other, if a user calls the net: its rows come in order.
-    batch_size : int
-        At most; rows are divided evenly, so that no batch is a remainder of one row.
-    device : torch.device
-    generator : torch.Generator or None
-        Shuffles; None: the rows come in order.
-    augment : callable or None
-        Changes a batch, on the device.
+    Rows are divided evenly into batches of at most `batch_size`, so that none is a remainder of
+    one row. Data sets that a user gives to the net come in order.
     """
 
     def __init__(

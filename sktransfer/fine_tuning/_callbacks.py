@@ -21,19 +21,9 @@ State = dict[str, torch.Tensor]
 class Unfreezing(Callback):
     """Unfreezes stages when their epoch comes.
 
-    Parameters
-    ----------
-    first_stage : callable
-        Epoch, counted from 1 -> position of the lowest trained stage.
-    temperature : float
-        What the head's scores are divided by before the first stages are trained.
-    first_trained_stage : int or None
-        Position of the lowest stage that is ever trained, if `start` is wanted.
-
-    Attributes
-    ----------
-    start : dict of Tensor
-        The weights before the first stages are trained.
+    Before the first of them are trained, the head's scores are divided by `temperature`, and
+    `start` becomes a copy of all weights that will ever be trained, if they are given by
+    `first_trained_stage`.
     """
 
     def __init__(
@@ -99,27 +89,8 @@ def _half_cosine(start: float, end: float, progress: float) -> float:
 class EpochLog(Callback):
     """Writes one row per epoch, scores the validation part, and keeps the best epoch.
 
-    Parameters
-    ----------
-    kind : str
-    lr : float
-        For the error of a loss that is NaN or infinite.
-    first_epoch : int
-        Number of epochs trained before.
-    valid : Batches or None
-        The validation part.
-    keeps_best : bool
-        Whether to keep the best epoch's weights.
-    patience : int
-        With `keeps_best`, epochs without a better score after which training ends.
-    first_trained_stage : int
-
-    Attributes
-    ----------
-    history : list of dict
-    epoch : int
-        Epochs trained.
-    is_within_epoch, is_interrupted : bool
+    With `keeps_best`, training ends after `patience` epochs without a better score. `history`
+    holds the rows, `epoch` the number of epochs trained.
     """
 
     def __init__(

@@ -19,14 +19,7 @@ class LinearHead(nn.Module):
     """A linear layer and, where `hidden` is given, a perceptron whose output is added to it.
 
     The perceptron's last layer starts at zero, so that the head starts as its linear layer.
-
-    Parameters
-    ----------
-    n_in, n_out : int
-    hidden : sequence of int
-        Sizes of hidden layers.
-    dropout : float
-        Share of the embedding, and of each hidden layer, that is dropped in training.
+    `dropout` is the share of the embedding, and of each hidden layer, that is dropped.
     """
 
     def __init__(self, n_in: int, n_out: int, hidden: Sequence[int] = (), dropout: float = 0.0):
@@ -66,19 +59,10 @@ class LinearHead(nn.Module):
 def make_head(
     head: str | Sequence[int] | nn.Module, n_in: int, n_out: int, dropout: float
 ) -> nn.Module:
-    """Make the head that the parameter ``head`` asks for.
+    """Make the head that the parameter ``head`` asks for; a module is copied.
 
-    Parameters
-    ----------
-    head : "linear", tuple of int or nn.Module
-        A module is copied; it takes embeddings (n, n_in) and returns scores (n, n_out).
-    n_in, n_out : int
-    dropout : float
-
-    Raises
-    ------
-    ValueError
-        If a hidden size is not a positive integer, or a module returns scores of another shape.
+    Raises ValueError if a hidden size is not a positive integer, or a module does not turn
+    embeddings (n, n_in) into scores (n, n_out).
     """
     if isinstance(head, str):
         return LinearHead(n_in, n_out, (), dropout)
@@ -108,12 +92,9 @@ def make_head(
 class WeightedLoss(nn.Module):
     """Mean over a batch of weight · loss; weights have a mean of 1 over the whole training set.
 
-    Parameters
-    ----------
-    kind : {"multiclass", "multilabel", "regression"}
-    loss : "auto", "huber", callable or nn.Module
-        ``"auto"``: cross-entropy; binary cross-entropy, averaged over labels; squared error,
-        averaged over targets. A callable takes scores and targets and returns a value per row.
+    `loss` is ``"auto"`` (cross-entropy; binary cross-entropy, averaged over labels; squared
+    error, averaged over targets), ``"huber"``, or takes scores and targets and returns a value
+    per row.
     """
 
     def __init__(self, kind: str, loss: Loss = "auto"):

@@ -20,18 +20,9 @@ _MANY_PARAMETERS = 50_000_000
 class TunedModule(nn.Module):
     """The stages below the head, their pooling, and a new head.
 
-    Parameters
-    ----------
-    stages : sequence of (str, nn.Module)
-        May be empty: the input is embeddings then.
-    pooling : nn.Module
-    head : nn.Module
-    mean, std : sequence of float, or None
-        Of pixels in 0…1; None: the input is normalised already.
-    moves_statistics : bool
-        Whether batch norms of unfrozen stages update their running statistics. Otherwise they
-        use those of pre-training, as frozen ones always do.
-    precision : {"float32", "bfloat16"}
+    Without stages it takes embeddings; without `mean` and `std`, images that are normalised
+    already. Unless `moves_statistics`, batch norms of unfrozen stages use the statistics of
+    pre-training, as frozen ones always do.
 
     Attributes
     ----------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -34,16 +33,12 @@ _CORNER = 0.85
 _CORNERS = ((0.0, 0.0), (1.0, 1.0))
 
 
-class CornerViews:
-    """A backbone that embeds enlarged corners of each image, one after another.
-
-    It has what `embed` needs of a backbone; its feature groups are those of the corners.
-    """
+class CornerViews(Backbone):
+    """A backbone that embeds enlarged corners of each image, one after another."""
 
     def __init__(self, backbone: Backbone):
-        self.backbone = backbone
-        self.name, self.preprocessing = backbone.name, backbone.preprocessing
-        self.input_size = backbone.input_size
+        vars(self).update(vars(backbone))
+        self._whole = backbone
         self.feature_groups = list(backbone.feature_groups) * len(_CORNERS)
         self.n_features = backbone.n_features * len(_CORNERS)
         self.group_fingerprints = [
@@ -52,10 +47,8 @@ class CornerViews:
             for fingerprint in backbone.group_fingerprints
         ]
 
-    def inference_module(
-        self, device: torch.device, precision: str
-    ) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-        return partial(_embed_corners, self.backbone.inference_module(device, precision))
+    def inference_module(self, device="cpu", precision="float32"):
+        return partial(_embed_corners, self._whole.inference_module(device, precision))
 
 
 def _embed_corners(network: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -89,14 +82,8 @@ def fit_probe(
         The first view chooses the strength of the regularisation; the model is fitted on all,
         each with its part of the row's weight.
     target : ndarray of shape (n,) or (n, n_outputs)
-        Class codes (``"multiclass"``), 0 and 1 (``"multilabel"``), or numbers
-        (``"regression"``).
-    weight : ndarray of shape (n,)
-    kind : {"multiclass", "multilabel", "regression"}
-    n_outputs : int
-        Classes, labels or targets. A class without rows gets a score that is never the best.
-    rng : RandomState
-        Chooses the rows on which the strength of the regularisation is chosen.
+        Class codes, 0 and 1 of several labels, or numbers, by `kind`. A class without rows gets
+        scores that are never the best.
 
     Returns
     -------
@@ -238,18 +225,9 @@ def _solve(
 def stratified_part(
     codes: np.ndarray | None, fraction: float, rng: np.random.RandomState, n: int = 0
 ) -> np.ndarray:
-    """Choose about `fraction` of the rows, of each class alike and never all of one.
+    """Choose about `fraction` of the rows, ascending, of each class and never all of one.
 
-    Parameters
-    ----------
-    codes : ndarray of int of shape (n,) or None
-        None: the rows have no classes, and there are `n` of them.
-    fraction : float
-    rng : RandomState
-
-    Returns
-    -------
-    part : ndarray of int, ascending
+    Without `codes` there are `n` rows of no class.
     """
     if codes is None:
         n_part = min(n - 1, max(1, round(fraction * n))) if n > 1 else 0

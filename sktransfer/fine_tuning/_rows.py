@@ -31,31 +31,10 @@ _N_REPORTED = 10
 
 
 class TrainingRows:
-    """Rows for training or validation.
+    """Rows of `X` for training or validation, each image and target once.
 
-    Parameters
-    ----------
-    images : Images
-    target : ndarray of shape (n_rows,) or (n_rows, n_outputs)
-    weight : ndarray of shape (n_rows,)
-    backbone : Backbone
-    settings : EmbeddingSettings
-    wants_embeddings : bool
-        Otherwise the images are decoded.
-    what : str
-        What the rows are for, in messages.
-
-    Attributes
-    ----------
-    n_columns : int
-        Image columns of a row.
-    images : Images
-        Of the rows that are left: each once, without those of no weight and unreadable ones.
-    target, weight : ndarray
-        Of the same rows.
-    embeddings : ndarray of shape (n_rows, n_columns · n_features) or None
-        Of the same rows.
-    bad : list of BadRow
+    `images`, `target`, `weight` and, where wanted, `embeddings` (n_rows, n_columns · n_features)
+    are of the rows that have a weight and can be read; `bad` lists the unreadable images.
     """
 
     def __init__(
@@ -70,20 +49,19 @@ class TrainingRows:
     ):
         self._backbone, self._settings, self._what = backbone, settings, what
         self.n_columns, self._n_rows = images.n_columns, images.n_rows
-        self._sources: list[Pixels | Kept] = []
+        self._outputs: Kept | None = None
         keys, bad = _keys_of(images, settings)
         bad = [b for b in bad if weight[b.row] != 0]
         index, weight = merge_rows(keys, target, weight)
-        view = _rows_of(images, index)
+        self.images = _rows_of(images, index)
         embeddings, pixels = None, None
         if wants_embeddings and len(index):
-            flat, more = embed_rows(view, backbone, settings)
-            bad += more
+            flat, more = embed_rows(self.images, backbone, settings)
             embeddings = flat.reshape(len(index), -1)
-        elif len(index):
-            pixels = self._new_pixels(view)
-            pixels.read_all()
-            bad += pixels.bad
+        else:
+            pixels = self._new_pixels()
+            more = pixels.read_all()
+        bad += more
         self.bad = sorted(bad, key=lambda b: b.row)
         report_bad(self.bad, images, settings.on_error, what)
         is_good = ~np.isin(index, [b.row for b in self.bad])
@@ -123,47 +101,34 @@ class TrainingRows:
         assert self.embeddings is not None
         return Kept(self.embeddings.reshape(len(self), self.n_columns, -1))
 
-    def pixels(self) -> Pixels:
-        """The decoded images as inputs."""
-        if self._pixels is None:
-            self._pixels = self._new_pixels(self.images)
-        self._sources.append(self._pixels)
+    def keep_frozen_outputs(self, module: TunedModule, stop: int) -> bool:
+        """Compute the outputs of the stages before `stop`; False if they are too large."""
+        sample, self._pixels = self._new_pixels().take(np.zeros(1, dtype=int)), None
+        frozen = FrozenStages(self._backbone, module, stop, sample.flatten(0, 1)[:1])
+        self._outputs = frozen_outputs(self.images, self.n_columns, frozen, self._settings)
+        return self._outputs is not None
+
+    def inputs(self, entry: int) -> Pixels | Kept:
+        """The inputs of the stage at the position `entry`: pixels, or the outputs before it."""
+        if entry > 0 and self._outputs is not None:
+            return self._outputs
+        self._pixels, self._outputs = self._pixels or self._new_pixels(), None
         return self._pixels
 
-    def frozen_outputs(self, module: TunedModule, stop: int) -> Kept | None:
-        """The outputs of the stages before `stop` as inputs; None if they are too large."""
-        sample = self._new_pixels(self.images[: self.n_columns]).take(np.zeros(1, dtype=int))
-        frozen = FrozenStages(self._backbone, module, stop, sample.flatten(0, 1)[:1])
-        self._pixels = None
-        kept = frozen_outputs(self.images, self.n_columns, frozen, self._settings)
-        self._sources += [] if kept is None else [kept]
-        return kept
-
     def report_lost(self) -> None:
-        """Warn, once, of images that were readable at the start and not later on."""
-        found = {bad.where: bad for source in self._sources for bad in source.bad}
-        self._sources = []
+        """Warn of images that were readable at the start and not later on."""
+        sources = [source for source in (self._pixels, self._outputs) if source is not None]
+        found = {bad.where: bad for source in sources for bad in source.bad}
         if lost := [bad for bad in found.values() if bad not in self.bad]:
             self.bad += lost
             _report(lost, self._n_rows, "skip", f"the rest of {self._what}")
 
-    def _new_pixels(self, images: Images) -> Pixels:
-        n_threads = n_decoding_threads(self._settings.n_jobs)
-        preprocessing, on_error = self._backbone.preprocessing, self._settings.on_error
-        return Pixels(images, self.n_columns, preprocessing, n_threads, on_error)
+    def _new_pixels(self) -> Pixels:
+        return Pixels(self.images, self.n_columns, self._backbone.preprocessing, self._settings)
 
 
 class Part(NamedTuple):
-    """Rows to train or to validate on.
-
-    Parameters
-    ----------
-    data : TrainingRows
-    rows : ndarray of int
-        Rows of `data`.
-    target, weight : ndarray
-        Of these rows, as the loss takes them.
-    """
+    """Some rows of `data`, to train or to validate on, with what the loss takes of them."""
 
     data: TrainingRows
     rows: np.ndarray
@@ -188,15 +153,10 @@ def merge_rows(
     of no weight are left out. The rows are sorted by their digests: the order of `X` has no
     effect.
 
-    Returns
-    -------
-    index : ndarray of int
-        The first of each set of equal rows.
-    weight : ndarray of float
+    Returned are the first of each set of equal rows, and the joint weights.
     """
     first: dict[bytes, int] = {}
     total: dict[bytes, float] = {}
-    target = np.ascontiguousarray(target)
     for i, key in enumerate(keys):
         if key is None or weight[i] == 0:
             continue
@@ -229,11 +189,12 @@ def _keys_of(
     with ThreadPoolExecutor(n_decoding_threads(settings.n_jobs)) as pool:
         for i, digest in zip(unknown, pool.map(read, unknown), strict=True):
             digests[i] = digest
-    fresh = [i for i in unknown if digests[i] is not None and stats[i] is not None]
-    store.put_file_digests([stats[i] for i in fresh], [digests[i] for i in fresh], taken_at)
+    fresh = [(stats[i], digests[i]) for i in unknown]
+    files = [(stat, digest) for stat, digest in fresh if digest is not None]
+    store.put_file_digests([f[0] for f in files], [f[1] for f in files], taken_at)
     n_columns = images.n_columns
     rows = [digests[i : i + n_columns] for i in range(0, len(images), n_columns)]
-    return [None if None in row else b"".join(row) for row in rows], bad
+    return [b"".join(row) if all(row) else None for row in rows], bad  # type: ignore[arg-type]
 
 
 def _rows_of(images: Images, index: np.ndarray, n_columns: int | None = None) -> Images:

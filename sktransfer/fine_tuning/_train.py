@@ -59,7 +59,7 @@ class TrainingSettings:
     optimizer: str | Callable[..., torch.optim.Optimizer]
     weight_decay: float
     loss: Loss
-    augment: object
+    augment: str | Callable | Sequence | None
     batch_size: int
     n_iter_no_change: int
     callbacks: Sequence | None
@@ -71,15 +71,7 @@ class TrainingSettings:
 
 
 class Phase(NamedTuple):
-    """Epochs with the same inputs.
-
-    Parameters
-    ----------
-    n_epochs : int
-    entry : int
-        Position of the stage whose inputs the rows hold.
-    train_set, valid_set : TrainingSet
-    """
+    """Epochs whose rows hold the inputs of the stage at the position `entry`."""
 
     n_epochs: int
     entry: int
@@ -97,17 +89,8 @@ def train(
 ) -> EpochLog:
     """Train `tuned` in place.
 
-    Parameters
-    ----------
-    tuned : TunedNetwork
-    phases : list of Phase
-    settings : TrainingSettings
-    first_stage : callable
-        Epoch, counted from 1 -> position of the lowest stage trained in it.
-    first_epoch : int, default=0
-        Number of epochs trained before.
-    old_net : NeuralNet or None
-        The net of the epochs before, whose optimizer's state is continued.
+    `first_stage` tells the lowest stage trained in an epoch, counted from 1. `first_epoch` epochs
+    were trained before with `old_net`, whose optimizer's state is continued.
     """
     module, first = tuned.module(), tuned.first_trained_stage
     with (
@@ -119,23 +102,17 @@ def train(
             if parameter.ndim == 4:  # as the batches are
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         module.freeze(min(first_stage(1), len(module.stages)))
-        unfreezing = Unfreezing(
-            first_stage,
-            settings.temperature,
-            None if settings.wise_ft_share is None else first,
-        )
-        valid_set = phases[0].valid_set
+        share = settings.wise_ft_share
+        unfreezing = Unfreezing(first_stage, settings.temperature, None if share is None else first)
+        valid, patience = None, settings.n_iter_no_change
+        if phases[0].valid_set is not None:
+            n_at_once = max(settings.batch_size, 64)
+            valid = Batches(phases[0].valid_set, n_at_once, settings.device)
         log = EpochLog(
-            settings.kind,
-            settings.lr,
-            first_epoch,
-            None if valid_set is None else _validation_batches(valid_set, settings),
-            settings.keeps_best,
-            settings.n_iter_no_change,
-            first,
+            settings.kind, settings.lr, first_epoch, valid, settings.keeps_best, patience, first
         )
         callbacks: list[Callback] = [unfreezing, log]
-        if not settings.is_continued and not _has_scheduler(settings.callbacks):
+        if not settings.is_continued and not _has_scheduler(settings.callbacks or []):
             n_batches = -(-len(phases[0].train_set) // settings.batch_size)
             n_steps = n_batches * sum(phase.n_epochs for phase in phases)
             callbacks.insert(1, OneCycle(max(1, n_steps)))
@@ -144,12 +121,10 @@ def train(
             _continue(net, old_net)
         tuned.net = net
         _run(net, phases, log)
-        if log.best_state:
-            module.load_state_dict(log.best_state, strict=False)
-            log.best_state = {}
-        if unfreezing.start and settings.wise_ft_share is not None:
-            interpolate(module, unfreezing.start, settings.wise_ft_share)
-            unfreezing.start = {}
+        module.load_state_dict(log.best_state, strict=False)
+        if share is not None:
+            interpolate(module, unfreezing.start, share)
+        log.best_state, unfreezing.start = {}, {}
     # No loss was computed with the weights after the last step.
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
@@ -184,10 +159,6 @@ def _run(net: NeuralNet, phases: list[Phase], log: EpochLog) -> None:
         net.train_split, log.valid = None, None  # the net does not keep the rows
 
 
-def _validation_batches(valid_set: TrainingSet, settings: TrainingSettings) -> Batches:
-    return Batches(valid_set, max(settings.batch_size, 64), settings.device)
-
-
 def make_net(
     module: TunedModule,
     first_trained_stage: int,
@@ -195,12 +166,12 @@ def make_net(
     callbacks: Sequence[Callback] = (),
 ) -> NeuralNet:
     """Make skorch's net around the module, initialised."""
-    _check_callbacks(settings.callbacks)
-    memo: dict[int, object] = {}  # one, as callbacks may refer to each other
-    # Copies, so that the estimator can be cloned.
-    own = [_own_copy(callback, memo) for callback in settings.callbacks or []]
-    shuffler = torch.Generator()
-    shuffler.manual_seed(settings.seed)
+    augment = None
+    if settings.augment is not None:
+        from sktransfer.fine_tuning._augment import BatchAugment
+
+        draws = torch.Generator().manual_seed(settings.seed + 1)
+        augment = BatchAugment(settings.augment, settings.kind, settings.n_outputs, draws)
     kinds = {"multiclass": NeuralNetClassifier, "regression": NeuralNetRegressor}
     arguments: dict[str, object] = {
         "criterion": WeightedLoss(settings.kind, settings.loss),
@@ -211,12 +182,12 @@ def make_net(
         "batch_size": settings.batch_size,
         "iterator_train": Batches,
         "iterator_train__device": settings.device,
-        "iterator_train__generator": shuffler,
-        "iterator_train__augment": _augmentation(settings),
+        "iterator_train__generator": torch.Generator().manual_seed(settings.seed),
+        "iterator_train__augment": augment,
         "iterator_valid": Batches,
         "iterator_valid__device": settings.device,
         "train_split": None,
-        "callbacks": [*callbacks, *own],
+        "callbacks": [*callbacks, *_own_callbacks(settings.callbacks or [])],
         "verbose": settings.verbose,
         "device": str(settings.device),
     }
@@ -229,26 +200,15 @@ def make_net(
     return kinds.get(settings.kind, NeuralNet)(module, **arguments).initialize()
 
 
-def _augmentation(settings: TrainingSettings) -> Callable | None:
-    if settings.augment is None:
-        return None
-    from sktransfer.fine_tuning._augment import BatchAugment
-
-    generator = torch.Generator()
-    generator.manual_seed(settings.seed + 1)
-    return BatchAugment(settings.augment, settings.kind, settings.n_outputs, generator)
-
-
 def _groups(module: TunedModule, first_stage: int, settings: TrainingSettings) -> Groups:
     """Parameter groups of the head and of the stages from `first_stage` on, the head first.
 
     A stage's rate is ``lr · layer_decay ** distance``, distance 1 for the stage below the head.
     Biases and the parameters of norms have a single dimension and do not decay.
     """
-    stages = module.groups(first_stage)
     head = [p for p in module.head.parameters() if p.requires_grad]
     groups = []
-    for name, distance, parameters in [("head", 0, head), *stages]:
+    for name, distance, parameters in [("head", 0, head), *module.groups(first_stage)]:
         for is_weight in (True, False):
             if own := [p for p in parameters if (p.ndim > 1) == is_weight]:
                 groups.append(
@@ -286,31 +246,27 @@ def _continue(net: NeuralNet, old: NeuralNet) -> None:
         optimizer.load_state_dict(state)
 
 
-def _check_callbacks(callbacks: Sequence | None) -> None:
-    for callback in callbacks or []:
-        if not hasattr(_without_name(callback), "on_train_begin"):
+def _has_scheduler(callbacks: Sequence) -> bool:
+    parts = [part for c in callbacks for part in (c if isinstance(c, tuple) else (c,))]
+    return any(part is LRScheduler or isinstance(part, LRScheduler) for part in parts)
+
+
+def _own_callbacks(callbacks: Sequence) -> list:
+    """Copies of the user's callbacks, so that the estimator can be cloned."""
+    own, memo = [], dict[int, object]()  # one memo, as callbacks may refer to each other
+    for callback in callbacks:
+        *name, kept = callback if isinstance(callback, tuple) and callback else (callback,)
+        if not hasattr(kept, "on_train_begin"):
             raise TypeError(
                 f"callbacks holds {callback!r}: skorch's callbacks are accepted, or pairs of a "
                 "name and one."
             )
-
-
-def _has_scheduler(callbacks: Sequence | None) -> bool:
-    found = [_without_name(callback) for callback in callbacks or []]
-    return any(kept is LRScheduler or isinstance(kept, LRScheduler) for kept in found)
-
-
-def _without_name(callback: object) -> object:
-    return callback[-1] if isinstance(callback, tuple) and callback else callback
-
-
-def _own_copy(callback: object, memo: dict[int, object]) -> object:
-    if isinstance(callback, tuple):
-        return (*callback[:-1], _own_copy(callback[-1], memo))
-    try:
-        return copy.deepcopy(callback, memo)
-    except TypeError:  # it holds a lock, an open file or a connection
-        return copy.copy(callback)
+        try:
+            copied = copy.deepcopy(kept, memo)
+        except TypeError:  # it holds a lock, an open file or a connection
+            copied = copy.copy(kept)
+        own.append((*name, copied) if name else copied)
+    return own
 
 
 def report(log: EpochLog, class_name: str, start: str, trains_stages: bool) -> None:

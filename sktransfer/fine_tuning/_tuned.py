@@ -26,19 +26,12 @@ class TunedNetwork:
     Parameters
     ----------
     backbone : Backbone
-        Pre-trained; it is not altered.
+        Pre-trained; it is not changed.
     head : nn.Module
     n_columns : int
         Image columns of a row.
     first_trained_stage : int
         Position of the lowest trained stage; ``len(stage_names)``: only the head is trained.
-    moves_statistics : bool
-    precision : str
-
-    Attributes
-    ----------
-    net : NeuralNet or None
-        skorch's, of the last training in this process.
     """
 
     def __init__(
@@ -55,7 +48,7 @@ class TunedNetwork:
         self.n_columns, self.first_trained_stage = n_columns, first_trained_stage
         self.moves_statistics, self.precision = moves_statistics, precision
         self.stage_names = backbone.stage_names_to_layer
-        self.net: NeuralNet | None = None
+        self.net: NeuralNet | None = None  # skorch's, of the last training in this process
         self._root: nn.Module | None = None  # the network whose layers the stages call
         self._module: TunedModule | None = None
         self._loaded: dict[str, np.ndarray] | None = None
