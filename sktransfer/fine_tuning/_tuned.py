@@ -16,7 +16,7 @@ from sktransfer.embedding._batches import cpu_batch_size
 from sktransfer.networks._backbone import Backbone, load_backbone
 from sktransfer.networks._folding import scale_and_shift
 from sktransfer.networks._preprocessing import Preprocessing
-from sktransfer.networks._source import GivenSource
+from sktransfer.networks._sources import GivenSource
 
 # With more trained parameters than this a CPU runs a batch whole, as each part of a batch adds to
 # all of their gradients. For 32 images of 224×224 with everything trained, parts of 8 were 1.3 to

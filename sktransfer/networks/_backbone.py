@@ -13,10 +13,10 @@ from torch import nn
 
 from sktransfer.networks._graph import Stages
 from sktransfer.networks._inference import Network, get_network
-from sktransfer.networks._own import ModuleSource, resolve_source
+from sktransfer.networks._own import ModuleSource, own_source
 from sktransfer.networks._pooling import POOLINGS, Pooling, layout_of, pooled_width, resolve_pooling
 from sktransfer.networks._preprocessing import AnyPreprocessing, resolve_preprocessing
-from sktransfer.networks._source import GivenSource, Source
+from sktransfer.networks._sources import GivenSource, Source, named_source
 from sktransfer.networks._stages import plan_stages
 
 # Part of every fingerprint; a change of how embeddings are computed changes it.
@@ -97,6 +97,28 @@ def load_backbone(
     if source.is_user_file:
         _ = loaded.network.module  # find out now whether the file fits
     return loaded
+
+
+def resolve_source(backbone: object, weights: object) -> Source:
+    """Return the source of the network that `backbone` and `weights` describe."""
+    if isinstance(backbone, Source):
+        return backbone
+    if isinstance(backbone, str):
+        return named_source(backbone, weights)
+    if isinstance(backbone, nn.Module):
+        return own_source(backbone, weights)
+    if not callable(backbone):
+        raise TypeError(
+            f"backbone={backbone!r} is a {type(backbone).__name__}: a name (see "
+            "list_backbones()), a torch.nn.Module or a callable that returns one is accepted."
+        )
+    made = backbone()
+    if not isinstance(made, nn.Module):
+        raise TypeError(
+            f"backbone={backbone!r} returned {type(made).__name__}: a callable backbone takes no "
+            "argument and returns a torch.nn.Module."
+        )
+    return own_source(made, weights)
 
 
 class Backbone:

@@ -11,7 +11,7 @@ from sktransfer._threads import ProcessLock, one_at_a_time
 from sktransfer.networks._folding import EmbeddingNetwork, inference_copy
 from sktransfer.networks._pooling import Pooling
 from sktransfer.networks._preprocessing import AnyPreprocessing, Preprocessing
-from sktransfer.networks._source import Source
+from sktransfer.networks._sources import Source
 from sktransfer.networks._stages import plan_stages
 
 # Networks kept at once, and inference copies of each (device, precision, layers, ...).

@@ -1,4 +1,4 @@
-"""From the `backbone` parameter to a source; networks of the user's own."""
+"""Networks of the user's own."""
 
 from __future__ import annotations
 
@@ -13,34 +13,17 @@ from sktransfer._threads import own_random_state
 from sktransfer.networks import _weights
 from sktransfer.networks._fingerprint import architecture_digest
 from sktransfer.networks._preprocessing import Preprocessing
-from sktransfer.networks._published import named_source, timm_preprocessing
-from sktransfer.networks._source import RANDOM_SEED, GivenSource, Source, freeze
+from sktransfer.networks._sources import (
+    RANDOM_SEED,
+    GivenSource,
+    freeze,
+    timm_preprocessing,
+    weights_path,
+)
 from sktransfer.networks._stages import plan_stages
 
 # Equal modules share one copy.
 _copies: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
-
-
-def resolve_source(backbone: object, weights: object) -> Source:
-    """Return the source of the network that `backbone` and `weights` describe."""
-    if isinstance(backbone, Source):
-        return backbone
-    if isinstance(backbone, str):
-        return named_source(backbone, weights)
-    if isinstance(backbone, nn.Module):
-        return own_source(backbone, weights)
-    if not callable(backbone):
-        raise TypeError(
-            f"backbone={backbone!r} is a {type(backbone).__name__}: a name (see "
-            "list_backbones()), a torch.nn.Module or a callable that returns one is accepted."
-        )
-    made = backbone()
-    if not isinstance(made, nn.Module):
-        raise TypeError(
-            f"backbone={backbone!r} returned {type(made).__name__}: a callable backbone takes no "
-            "argument and returns a torch.nn.Module."
-        )
-    return own_source(made, weights)
 
 
 class ModuleSource(GivenSource):
@@ -66,7 +49,7 @@ def own_source(module: nn.Module, weights: object) -> ModuleSource:
         module = module.module
     name = type(module).__name__
     _check_layers(module, name)
-    path = _weights.weights_path(weights)
+    path = weights_path(weights)
     if path is not None:
         module = _copied(module, name)
         plan = plan_stages(module, module_preprocessing(module).input_size, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import warnings
 from collections import OrderedDict
@@ -14,7 +13,6 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 # Where training scripts keep the state dict in a checkpoint, the usual key first.
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "module", "params")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.", "encoder_q.")
@@ -84,25 +82,6 @@ def state_digest(module: nn.Module) -> str:
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def weights_path(weights: object) -> Path | None:
-    """Return the file, if `weights` is a path rather than the name of published weights."""
-    if isinstance(weights, str):
-        separators = ("/", os.sep, "~")
-        if not (Path(weights).suffix or any(sign in weights for sign in separators)):
-            return None
-    elif not isinstance(weights, os.PathLike):
-        return None
-    path = Path(weights).expanduser()
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ValueError(
-            f"weights={str(path)!r}: a weights file ends in one of {', '.join(_SUFFIXES)}."
-        )
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"weights={str(path)!r} {what}.")
-    return path
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:

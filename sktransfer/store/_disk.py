@@ -17,7 +17,7 @@ from typing import TypeVar
 import filelock
 import numpy as np
 
-from sktransfer.store._base import BaseStore, FileStat, Lock, StoreInfo, as_bytes, settled_files
+from sktransfer.store._memory import BaseStore, FileStat, Lock, StoreInfo, as_bytes, settled_files
 
 DEFAULT_DISK_BYTES = 10 * 2**30
 FILE_NAME = "embeddings-v2.sqlite"

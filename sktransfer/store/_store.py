@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import os
 
-from sktransfer.store._base import FileStat as FileStat
-from sktransfer.store._base import Lock as Lock
 from sktransfer.store._disk import DiskStore
+from sktransfer.store._memory import FileStat as FileStat
+from sktransfer.store._memory import Lock as Lock
 from sktransfer.store._memory import MemoryStore
 
 Store = MemoryStore | DiskStore
