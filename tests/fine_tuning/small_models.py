@@ -3,10 +3,26 @@
 import numpy as np
 from skorch.callbacks import Callback
 from tiny_networks import tiny_network
+from torch.nn import functional as F
 
-from sktransfer import FineTuningClassifier
+from sktransfer import FineTuningClassifier, FineTuningRegressor
 
 SMALL = {"preprocessing": {"size": 16, "crop": 16}, "random_state": 0}
+
+
+# Values of each row, by the kind of the targets.
+LOSSES = {
+    "labels": lambda s, t: F.cross_entropy(s, t, reduction="none"),
+    "indicators": lambda s, t: F.binary_cross_entropy_with_logits(s, t, reduction="none").mean(1),
+    "numbers": lambda s, t: (s - t).square().mean(1),
+}
+
+
+def of_kind(coded, kind):
+    """An estimator's class, images and targets of a kind."""
+    X, k = coded
+    y = {"labels": k, "indicators": np.stack([k == 1, k != 2], 1).astype(int), "numbers": k * 5.0}
+    return FineTuningRegressor if kind == "numbers" else FineTuningClassifier, X, y[kind]
 
 
 def small(cls=FineTuningClassifier, **parameters):

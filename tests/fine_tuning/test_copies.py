@@ -34,22 +34,6 @@ def test_pickles_hold_only_what_was_trained(stripes):
     assert len(pickle.dumps(stage)) < 4.2 * n_trained + 60_000
 
 
-def test_a_pickle_of_many_folds_is_small(stripes):
-    """The weights that a name brings back are in none of them."""
-    X, y = stripes
-    settings = {"unfreeze": 0, "max_epochs": 1, "preprocessing": {"size": 32, "crop": 32}}
-    folds = [
-        FineTuningClassifier(**settings, random_state=i).fit(X[i : i + 12], y[i : i + 12])
-        for i in range(10)
-    ]
-    heads = 10 * 4 * 3 * folds[0].n_features_out_
-    pickled = pickle.dumps(folds)
-    assert len(pickled) < heads + 10 * 15_000
-    again = pickle.loads(pickled)
-    for one, other in zip(folds, again, strict=True):
-        np.testing.assert_array_equal(one.predict_proba(X), other.predict_proba(X))
-
-
 # -- threads ---------------------------------------------------------------------------------
 def test_threads_that_use_an_unpickled_model_first(stripes):
     X, y = stripes

@@ -129,15 +129,6 @@ def test_numbers_are_not_their_strings(coded):
         model.partial_fit(X, k)
 
 
-def test_times_in_another_unit_are_the_same(coded):
-    X, k = coded
-    days = np.datetime64("2020-01-01") + k
-    model = quick().fit(X, days, X_val=X, y_val=days.astype("datetime64[ns]"))
-    assert_same_model(model, quick().fit(X, k, X_val=X, y_val=k), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="y_val holds the label '2020-01-01T01' in row 0"):
-        quick().fit(X, days, X_val=X, y_val=days + np.timedelta64(1, "h"))
-
-
 # -- refused ---------------------------------------------------------------------------------
 Size = enum.Enum("Size", ["SMALL", "LARGE", "HUGE"])
 

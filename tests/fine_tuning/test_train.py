@@ -8,12 +8,9 @@ import pandas as pd
 import pytest
 import torch
 from skorch.callbacks import Callback
-from small_models import Record, assert_same_model, quick, small, state_of
+from small_models import LOSSES, Record, assert_same_model, of_kind, quick, small, state_of
 from tiny_networks import tiny_network
 from torch import nn
-from torch.nn import functional as F
-
-from sktransfer import FineTuningClassifier, FineTuningRegressor
 
 SGD = functools.partial(torch.optim.SGD, momentum=0.9)
 
@@ -57,33 +54,24 @@ def weights_of(model):
     return [p.detach().numpy() for part in (*module.stages, module.head) for p in part.parameters()]
 
 
-KINDS = {
-    "labels": lambda s, t: F.cross_entropy(s, t, reduction="none"),
-    "indicators": lambda s, t: F.binary_cross_entropy_with_logits(s, t, reduction="none").mean(1),
-    "numbers": lambda s, t: (s - t).square().mean(1),
-}
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_training_is_that_of_a_naive_loop(coded, kind, optimizer):
-    X, k = coded
-    y = {"labels": k, "indicators": np.stack([k == 1, k != 2], 1).astype(int), "numbers": k * 5.0}
+    cls, X, y = of_kind(coded, kind)
     weight = np.linspace(0.5, 2, len(X))
     settings = {"preprocessing": {"size": 20, "crop": 20}, "max_epochs": 5, "batch_size": 64}
     lr = 0.01 if optimizer == "adamw" else 1e-3
     settings |= {"lr": lr, "layer_decay": 0.6, "optimizer": optimizer, "head_init": "random"}
     record = Record()
-    cls = FineTuningRegressor if kind == "numbers" else FineTuningClassifier
-    model = small(cls, callbacks=[record], **settings).fit(X, y[kind], weight)
+    model = small(cls, callbacks=[record], **settings).fit(X, y, weight)
 
-    target = torch.from_numpy(y[kind])
+    target = torch.from_numpy(y)
     if kind == "numbers":  # brought to mean 0 and variance 1
         mean = np.average(target, weights=weight)
         std = np.sqrt(np.average((target - mean) ** 2, weights=weight))
         target = ((target - mean) / std)[:, None]
     expected = naive_training(
-        X, target if kind == "labels" else target.float(), weight, record.start, KINDS[kind],
+        X, target if kind == "labels" else target.float(), weight, record.start, LOSSES[kind],
         optimizer=torch.optim.AdamW if optimizer == "adamw" else SGD, n_steps=5, lr=lr, decay=0.6,
     )  # fmt: skip
     for got, value in zip(weights_of(model), expected, strict=True):
@@ -99,7 +87,7 @@ def test_a_cpu_batch_in_parts_trains_the_same_model(coded, first_inputs):
     model.fit(X, k[:12])
     assert max(len(batch) for batch in first_inputs) < 12
     expected = naive_training(
-        X, torch.from_numpy(k[:12]), np.ones(12), record.start, KINDS["labels"],
+        X, torch.from_numpy(k[:12]), np.ones(12), record.start, LOSSES["labels"],
         optimizer=torch.optim.AdamW, n_steps=3, lr=0.01, decay=1.0,
     )  # fmt: skip
     for got, value in zip(weights_of(model), expected, strict=True):
