@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 _KEY = "sktransfer"
-_MAX_HEADER_BYTES = 32 * 2**20
-_HEADER = {"format": int, "version": str, "class": str, "fingerprint": str, "standalone": bool}
+_HEADER = {"format": int, "version": str, "class": str, "fingerprint": str}
 _HEADER |= {"preprocessing": dict, "parameters": dict, "attributes": dict}
 
 # Class -> the fitted attributes that a file holds, and their types.
@@ -128,7 +127,7 @@ def save(estimator: BaseEstimator, path: str | os.PathLike, *, standalone: bool 
     check_is_fitted(estimator)
     backbone = estimator.backbone_
     is_named = isinstance(estimator.backbone, str)
-    standalone = bool(standalone or (is_named and backbone.has_own_weights))
+    standalone = standalone or (is_named and backbone.has_own_weights)
     parameters = estimator.get_params(deep=False)
     for key in _OF_THE_MACHINE if is_named else (*_OF_THE_MACHINE, "backbone"):
         parameters.pop(key, None)
@@ -145,7 +144,6 @@ def save(estimator: BaseEstimator, path: str | os.PathLike, *, standalone: bool 
         "version": __version__,
         "class": cls.__name__,
         "fingerprint": backbone.fingerprint,
-        "standalone": standalone,
         "preprocessing": encode(settings, "preprocessing"),
         "parameters": {k: encode(v, f"the parameter {k}") for k, v in parameters.items()},
         "attributes": {k: encode(v, k) for k, v in attributes.items()},
@@ -258,7 +256,6 @@ def _read(path: str) -> tuple[dict, Tensors]:
         with safe_open(path, framework="np") as file:
             text = (file.metadata() or {}).get(_KEY, "")
             _require(bool(text), "sktransfer did not write it (it has no header of ours)")
-            _require(len(text) <= _MAX_HEADER_BYTES, f"its header has {len(text)} characters")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, TypeError, AttributeError) as error:  # the last: dtypes beyond NumPy
         raise _Refused(f"it is not a readable safetensors file ({error})") from error
@@ -327,18 +324,14 @@ def _attributes(header: dict) -> dict:
         kind = expected.get(key, np.ndarray)
         _require(type(value) is kind, f"its {key} is of type {type(value).__name__}")
         _require(kind is not int or value >= 0, f"its {key} is {value}")
-    kind = attributes.get("_kind", "multiclass")
-    _require(kind in ("multiclass", "multilabel"), f"its kind of target is {kind!r}")
     return attributes
 
 
 def _backbone(estimator: BaseEstimator, header: dict, own: Tensors, path: str) -> Backbone:
     from sktransfer.networks._backbone import load_backbone, with_cached_layers
 
-    standalone, backbone = header["standalone"], estimator.backbone
-    _require(standalone == bool(own), "it says wrongly whether it is standalone")
+    backbone, pooling = estimator.backbone, estimator.pooling
     layer = with_cached_layers(estimator.layer, getattr(estimator, "cache_layers", None))
-    pooling = estimator.pooling
     if own and isinstance(backbone, str):
         from sktransfer.fine_tuning._tuned import with_own_weights
 

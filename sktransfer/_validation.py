@@ -20,7 +20,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from sktransfer._warnings import warn
+from sktransfer._progress import warn
 from sktransfer.images._containers import is_tensor
 from sktransfer.images._images import Images, as_images
 
@@ -210,23 +210,3 @@ def _is_number(value) -> bool:
         return "bytes" not in value and "path" not in value
     is_scalar = np.isscalar(value) or (is_tensor(value) and value.ndim == 0)
     return is_scalar and not isinstance(value, (str, bytes))
-
-
-# REMOVE when embedding and fine-tuning no longer import these three.
-class CallbackSupportMixin:
-    pass
-
-
-def with_callbacks(method):
-    return method
-
-
-class FitProgress:
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def advance(self, n):
-        pass
-
-    def done(self):
-        pass

@@ -16,7 +16,7 @@ spec.loader.exec_module(house)
 
 # Seven floors of files and folders; each imports from those below it only.
 FLOORS = [
-    {"_jsonable", "_progress", "_threads", "_version", "_warnings"},
+    {"_jsonable", "_progress", "_threads", "_version"},
     {"images", "store"},
     {"networks", "_validation"},
     {"embedding"},

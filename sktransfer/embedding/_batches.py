@@ -156,6 +156,7 @@ class Workers:
         all_started = threading.Barrier(self._n_workers)
 
         def set_number() -> None:
+            torch.get_num_threads()  # before a thread's first use torch sets it to the default
             torch.set_num_threads(n_torch_threads)
             all_started.wait()
 

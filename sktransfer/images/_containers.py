@@ -167,9 +167,7 @@ def _from_frame(X, image_shape: Shape) -> Columns:
     for j, name in enumerate(names):
         column = X.iloc[:, j] if hasattr(X, "iloc") else X[name]
         if hasattr(column, "to_pylist"):  # pyarrow
-            is_number = str(column.type).startswith(
-                ("int", "uint", "float", "double", "half", "bool")
-            )
+            is_number = re.match("u?int|float|double|half|bool", str(column.type)) is not None
             column = column.to_pandas() if is_number else column.to_pylist()
         if not isinstance(column, list):
             column, is_number = _cells_of_series(column)

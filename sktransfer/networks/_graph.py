@@ -68,13 +68,16 @@ class _Tracer(fx.Tracer):
     def call_module(self, m, forward, args, kwargs):
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
-        path, n_nodes = self.path_of_module(m), len(self.graph.nodes)
+        path = self.path_of_module(m)
+        n_nodes, depth = len(self.graph.nodes), len(self.module_stack)
         self._paths.append(path)
         try:
             out = super().call_module(m, forward, args, kwargs)
         except Exception:  # code that cannot be traced: one operation
             for node in reversed(list(self.graph.nodes)[n_nodes:]):
                 self.graph.erase_node(node)
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem()
             out = self.create_proxy("call_module", path, args, kwargs)
             self.has_own_code = True
         finally:
@@ -117,8 +120,7 @@ def trace(module: nn.Module, opened: set[str] | None = None) -> Traced:
     Raises
     ------
     TracingError
-        If ``forward`` branches on values, alters the module or does not return one tensor, or if
-        it has hooks.
+        If ``forward`` branches on values or does not return one tensor, or if it has hooks.
     """
     training = opened is not None
     if is_patched(module):
@@ -127,7 +129,6 @@ def trace(module: nn.Module, opened: set[str] | None = None) -> Traced:
     try:
         with _lock:
             copied = copy_with_parameters(module).train(training)
-            before = _contents(copied)
             graph = tracer.trace(copied)
             known = vars(module)
             constants = {  # tensors that forward makes
@@ -135,15 +136,10 @@ def trace(module: nn.Module, opened: set[str] | None = None) -> Traced:
                 for name in list(vars(copied))
                 if name.startswith("_tensor_constant") and name not in known
             }
-            after = _contents(copied)
     except Exception as error:
         raise TracingError(f"{type(error).__name__}: {error}") from error
-    is_same = len(before) == len(after) and all(
-        name == other and value is now
-        for (name, value), (other, now) in zip(before, after, strict=True)
-    )
-    if not is_same or (training and constants):  # in training they may be random numbers
-        raise TracingError("forward alters the module or makes tensors")
+    if training and constants:  # they may be random numbers
+        raise TracingError("forward makes tensors in training")
     output = graph.output_node().args[0]
     if training and isinstance(output, tuple):  # the others are for auxiliary losses
         output = output[0]
@@ -166,14 +162,6 @@ def copy_with_parameters(module: nn.Module) -> nn.Module:
 def is_patched(part: nn.Module) -> bool:
     """Whether a module has hooks, or a ``forward`` set on the instance."""
     return bool(part._forward_hooks or part._forward_pre_hooks) or "forward" in vars(part)
-
-
-def _contents(module: nn.Module) -> list[tuple[str, object]]:
-    return [
-        item
-        for part in module.modules()
-        for item in (*vars(part).items(), *part.named_buffers(recurse=False))
-    ]
 
 
 class Traced:
@@ -372,11 +360,6 @@ class Stages(list[Stage]):
     @property
     def names(self) -> list[str]:
         return [stage.name for stage in self]
-
-    @property
-    def n_parameters(self) -> list[int]:
-        """Number of parameters of each stage."""
-        return [sum(p.numel() for p in stage.module.parameters()) for stage in self]
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """Send `x` through all stages, one after another."""

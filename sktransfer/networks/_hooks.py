@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 
 import torch
 from torch import nn
@@ -158,10 +159,13 @@ class HookedExtractor(nn.Module):
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         values: dict[int, torch.Tensor] = {}
+        thread = threading.get_ident()
 
         def keep(k: int, value: object) -> None:
-            # The first call's, whatever else is asked for.
+            # The value of the first call. A process that is forked meanwhile inherits the hooks.
             if k in values or not isinstance(value, torch.Tensor):
+                return
+            if threading.get_ident() != thread:
                 return
             values[k] = self.poolings[k](value)
             if len(values) == len(self.keys):

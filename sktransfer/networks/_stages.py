@@ -130,7 +130,7 @@ class StagePlan:
     def __init__(self, traced: Traced, input_size: tuple[int, int, int], name: str):
         if traced.output is traced.input:
             raise ValueError(
-                f"{name} returns the image unchanged: a network with at least one operation "
+                f"{name} returns the image as it gets it: a network with at least one operation "
                 "is needed. nn.Flatten() gives the pixels themselves."
             )
         self.traced, self.network_name = traced, name

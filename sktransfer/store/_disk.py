@@ -71,7 +71,7 @@ class DiskStore(BaseStore):
 
     Notes
     -----
-    Any number of threads and processes may use a folder at once. Rows carry a checksum; a row
+    Many threads and processes may use a folder at once. Rows carry a checksum; a row
     that fails it counts as missing. No pickle is ever read. If the file cannot be read or written
     (a full disk, a missing permission, damage, a newer format, a lock held for a minute), the
     store warns once and does not try again until ``close`` is called: embeddings are computed

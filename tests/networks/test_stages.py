@@ -31,7 +31,7 @@ HEADS = {
     r"swin": "head",
     r"vit": "heads.head",
 }
-MAX_PARAMETERS = 70e6  # beyond them values are compared in the slow run only
+MAX_PARAMETERS = 30e6  # beyond them values are compared in the slow run only
 
 
 def is_large(name):
@@ -50,19 +50,15 @@ def smallest_size(name):
 
 
 def make(name):
-    """A builder's network without memory for its weights."""
+    """A builder's network, if it can be without memory for its weights."""
     kwargs = {}
     if name.startswith("vit"):
         kwargs["image_size"] = smallest_size(name)
     if name in ("googlenet", "inception_v3"):
         kwargs.update(transform_input=True, aux_logits=False, init_weights=False)
-    with torch.device("meta"):
-        module = get_model_builder(name)(weights=None, **kwargs)
-    if name.startswith("swin"):  # a table of indices, which no random numbers can be
-        real = get_model_builder(name)(weights=None)
-        for part, other in zip(module.modules(), real.modules(), strict=True):
-            part._buffers.update(other._buffers)
-    return module
+    needs_values = name.startswith(("regnet", "swin"))
+    with torch.device("cpu" if needs_values else "meta"):
+        return get_model_builder(name)(weights=None, **kwargs)
 
 
 def fill(module, variance=1.0):
@@ -154,10 +150,10 @@ def test_embedding_and_stages_equal_the_network_where_it_is_large(name):
 def test_large_networks_by_shape(name):
     backbone = load_backbone(name, weights=None)
     assert backbone.stage_names == list(STAGES[name])
-    size = smallest_size(name)
+    module = backbone.network.source.build().to("meta")
     with torch.no_grad():
-        x = torch.empty((2, 3, size, size), device="meta")
-        expected, _ = naive_embedding(name, make(name).eval().to("meta"), x)
+        x = torch.empty((2, *backbone.input_size), device="meta")
+        expected, _ = naive_embedding(name, module, x)
     assert backbone.n_features == expected.shape[1]
 
 
@@ -165,7 +161,6 @@ def test_stages_of_the_built_in_network():
     stages = load_backbone("builtin").stages
     counts = {stage.name: len(list(stage.module.parameters())) for stage in stages}
     assert counts == STAGES["builtin"]
-    assert stages.n_parameters[-1] == 1408 * 200 + 200
 
 
 # -- own modules -----------------------------------------------------------------------------
