@@ -1,10 +1,9 @@
 """
-Frozen, unfrozen, and whether it helps
-======================================
+Fine-tune a network and compare it with its linear probe
+========================================================
 
-Four photographs, cut into small crops; the test crops come from parts of the photographs
-that training has not seen. The linear probe and the tuned network are compared with the
-same tools as any two classifiers.
+Four photographs are cut into small crops. The test crops come from the half of each photograph
+that training does not see.
 """
 
 # %%
@@ -40,7 +39,7 @@ probe = FineTuningClassifier(max_epochs=0, random_state=0).fit(X_train, y_train)
 print(f"linear probe:      {probe.score(X_test, y_test):.2f}")
 
 # %%
-# The last stage unfrozen: everything below it is computed once.
+# Unfreeze the last stage: the frozen stages below it are computed once.
 tuned = FineTuningClassifier(unfreeze=1, max_epochs=4, random_state=0).fit(X_train, y_train)
 print(f"last stage tuned:  {tuned.score(X_test, y_test):.2f}")
 for row in tuned.history_:

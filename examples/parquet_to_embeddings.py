@@ -2,16 +2,15 @@
 
     python examples/parquet_to_embeddings.py images.parquet embeddings.parquet
 
-The images are in a column of ``{"bytes": …, "path": …}`` cells, as published image sets have
-them, or of paths or encoded bytes. One batch of rows is in memory at a time; the other columns
-travel along. With ``--memory FOLDER`` a run that was cut off goes on where it stopped.
+The images are in a column of ``{"bytes": …, "path": …}`` cells, as in published image sets, or of
+paths or encoded bytes. One batch of rows is in memory at a time, and the other columns are copied.
+With ``--memory FOLDER`` an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +21,7 @@ from sktransfer import PretrainedFeatureExtractor
 def embed_parquet(
     source: str | Path,
     target: str | Path,
-    extractor: Any,
+    extractor: PretrainedFeatureExtractor,
     column: str = "image",
     batch_size: int = 256,
 ) -> int:
@@ -32,7 +31,7 @@ def embed_parquet(
     ----------
     source, target : str or Path
     extractor : PretrainedFeatureExtractor
-        It needs no fit beforehand: `fit` looks at no picture.
+        It need not be fitted: `fit` reads no image.
     column : str, default="image"
     batch_size : int, default=256
         Rows in memory at once.
@@ -44,7 +43,7 @@ def embed_parquet(
     """
     n_rows = 0
     writer = None
-    # Without the buffer, which would read far ahead, of many row groups.
+    # The buffer would read many row groups ahead.
     with pq.ParquetFile(source, pre_buffer=False) as file:
         try:
             for batch in file.iter_batches(batch_size=batch_size):
@@ -75,8 +74,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--memory", help="a folder that keeps the embeddings")
     options = parser.parse_args()
-    # Bad images become rows of NaN here, so that the rows of both files stay in step; within
-    # one run nothing is asked for twice, so that without a folder nothing needs to be kept.
+    # Bad images become rows of NaN, so that both files have the same rows. Within one run no row
+    # is needed twice, so without a folder none is stored.
     extractor = PretrainedFeatureExtractor(
         options.backbone, memory=options.memory or False, on_error="nan"
     )

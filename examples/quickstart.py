@@ -1,12 +1,12 @@
-"""What is transfer worth here? Pixels, HOG, frozen features and fine-tuning, cross-validated.
+"""How much does transfer help? Pixels, HOG, frozen features and fine-tuning, cross-validated.
 
     python examples/quickstart.py              # real photographs that need no download
     python examples/quickstart.py FOLDER       # yours: FOLDER/CLASS/*.jpg
 
-Without an argument the images are grey crops of the 16 pictures that scikit-image ships,
-and the question is which picture a crop was cut from. Grey, so that colour gives nothing
-away; and a fold's test crops come from a quarter of each picture that no training crop
-touches. Prints a table and draws it into quickstart.png.
+Without an argument the images are crops of 16 images that scikit-image ships, and a model
+predicts which of them a crop was cut from. The crops are grey, as colour would give the answer
+away, and the test crops of a fold come from a quarter of each image that no training crop touches.
+Prints a table and draws it into quickstart.png.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from sktransfer import FineTuningClassifier, PretrainedFeatureExtractor
 
-PICTURES = [
+SOURCES = [
     *("astronaut", "brick", "camera", "cat", "clock", "coffee", "coins", "grass"),
     *("gravel", "hubble_deep_field", "immunohistochemistry", "moon"),
     *("page", "retina", "rocket", "stereo_motorcycle"),
@@ -36,14 +36,14 @@ PICTURES = [
 
 
 def cut_crops(size=80, n_crops=10, seed=0):
-    """Return grey crops, the picture each is from and the quarter of it: the fold."""
+    """Return grey crops, the name of the image each is from, and its quarter of it: the fold."""
     rng = np.random.default_rng(seed)
     crops, names, quarters = [], [], []
-    for name in PICTURES:
-        picture = getattr(data, name)()
-        if isinstance(picture, tuple):  # the motorcycle's left and right view
-            picture = picture[0]
-        grey = np.asarray(Image.fromarray(picture).convert("L"))
+    for name in SOURCES:
+        image = getattr(data, name)()
+        if isinstance(image, tuple):  # the motorcycle's left and right view
+            image = image[0]
+        grey = np.asarray(Image.fromarray(image).convert("L"))
         height, width = grey.shape[0] // 2, grey.shape[1] // 2
         for quarter in range(4):
             top, left = (quarter // 2) * height, (quarter % 2) * width
@@ -57,11 +57,11 @@ def cut_crops(size=80, n_crops=10, seed=0):
 
 
 def find_images(folder):
-    """Return the paths below FOLDER/CLASS/ and the classes."""
+    """Return the paths in FOLDER/CLASS/ and their classes."""
     endings = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
     paths = sorted(p for p in Path(folder).glob("*/*") if p.suffix.lower() in endings)
     if not paths:
-        raise SystemExit(f"No images in {folder}/CLASS/: one folder a class is expected.")
+        raise SystemExit(f"No images in {folder}/CLASS/: one folder for each class is expected.")
     return [str(p) for p in paths], np.array([p.parent.name for p in paths])
 
 
@@ -83,7 +83,7 @@ def gradients(images):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", help="FOLDER/CLASS/*.jpg; default: bundled pictures")
+    parser.add_argument("folder", nargs="?", help="FOLDER/CLASS/*.jpg; default: bundled images")
     parser.add_argument("--backbone", default="builtin")
     parser.add_argument("--weights", default="DEFAULT")
     parser.add_argument("--output", default="quickstart.png")
@@ -92,7 +92,7 @@ def main():
     if args.folder is None:
         X, y, quarters = cut_crops()
         folds = list(GroupKFold(4).split(X, y, groups=quarters))
-        print(f"{len(X)} grey crops of {len(PICTURES)} photographs: which one is it from?")
+        print(f"{len(X)} grey crops of {len(SOURCES)} photographs: which one is it from?")
     else:
         X, y = find_images(args.folder)
         folds = list(StratifiedKFold(5, shuffle=True, random_state=0).split(X, y))

@@ -1,9 +1,9 @@
-"""Numbers and photographs in one model: what do the photographs add to the price of a house?
+"""Numbers and photographs in one model: do photographs improve the predicted price of a house?
 
     python examples/table_and_photos.py HOUSES_FOLDER
 
 The folder holds houses.csv with bedrooms, bathrooms, area, price and the paths of four
-photographs a house (Ahmed and Moustafa, 2016, https://arxiv.org/abs/1609.08399).
+photographs of each house (Ahmed and Moustafa, 2016, https://arxiv.org/abs/1609.08399).
 """
 
 import sys

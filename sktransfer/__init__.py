@@ -5,7 +5,7 @@ imports neither torch nor torchvision nor skorch.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sktransfer._version import __version__
 
@@ -13,29 +13,14 @@ if TYPE_CHECKING:
     from sktransfer._save import load, save
     from sktransfer.embedding._extractor import PretrainedFeatureExtractor
     from sktransfer.fine_tuning._classifier import FineTuningClassifier
-    from sktransfer.fine_tuning._optimizers import Optimizer
     from sktransfer.fine_tuning._regressor import FineTuningRegressor
     from sktransfer.networks._backbone import load_backbone
     from sktransfer.networks._catalog import list_backbones
     from sktransfer.store._store import embedding_store
 
-# Public name -> the module that defines it.
-_HOMES = {
-    "FineTuningClassifier": "sktransfer.fine_tuning._classifier",
-    "FineTuningRegressor": "sktransfer.fine_tuning._regressor",
-    "Optimizer": "sktransfer.fine_tuning._optimizers",
-    "PretrainedFeatureExtractor": "sktransfer.embedding._extractor",
-    "embedding_store": "sktransfer.store._store",
-    "list_backbones": "sktransfer.networks._catalog",
-    "load": "sktransfer._save",
-    "save": "sktransfer._save",
-    "load_backbone": "sktransfer.networks._backbone",
-}
-
 __all__ = [
     "FineTuningClassifier",
     "FineTuningRegressor",
-    "Optimizer",
     "PretrainedFeatureExtractor",
     "__version__",
     "embedding_store",
@@ -45,11 +30,22 @@ __all__ = [
     "save",
 ]
 
+_MODULES = {
+    "FineTuningClassifier": "fine_tuning._classifier",
+    "FineTuningRegressor": "fine_tuning._regressor",
+    "PretrainedFeatureExtractor": "embedding._extractor",
+    "embedding_store": "store._store",
+    "list_backbones": "networks._catalog",
+    "load": "_save",
+    "load_backbone": "networks._backbone",
+    "save": "_save",
+}
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
         raise AttributeError(f"module 'sktransfer' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(f"sktransfer.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

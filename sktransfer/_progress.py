@@ -1,37 +1,35 @@
-"""A progress bar for terminals and notebooks."""
+"""What a user sees while a call runs: a progress bar, and warnings at their own line."""
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from importlib.util import find_spec
 
 
 @contextmanager
-def progress_bar(
-    n_images: int, verbose: int, advance: Callable[[int], Any] | None = None
-) -> Iterator[Callable[[int], Any]]:
-    """Give a function that is told how many images have just been finished.
-
-    Parameters
-    ----------
-    n_images : int
-        How many there are.
-    verbose : int
-        0: no bar.
-    advance : callable or None
-        Told of the same numbers.
-    """
+def progress_bar(n_images: int, verbose: int) -> Iterator[Callable[[int], object]]:
+    """Show a bar unless `verbose` is 0; call what it gives with each number of finished images."""
     if not verbose:
-        yield advance or (lambda n: None)
+        yield lambda n: None
         return
     from tqdm.auto import tqdm
 
     with tqdm(total=n_images, unit="image", unit_scale=n_images > 10_000) as bar:
+        yield bar.update
 
-        def tick(n: int) -> None:
-            bar.update(n)
-            if advance is not None:
-                advance(n)
 
-        yield tick
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Issue a warning at the line of the user's code that called us, directly or not.
+
+    Python 3.11 cannot skip frames: there the warning is at the line that called the caller.
+    """
+    if sys.version_info < (3, 12):
+        warnings.warn(message, category, stacklevel=3)
+        return
+    specs = [find_spec(name) for name in ("sktransfer", "sklearn", "skorch", "joblib")]
+    folders = tuple(os.path.dirname(spec.origin) for spec in specs if spec and spec.origin)
+    warnings.warn(message, category, skip_file_prefixes=folders)

@@ -1,90 +1,108 @@
 """``save`` and ``load``: a checked JSON header and tensors, in one safetensors file.
 
-Nothing in a file is ever run: no pickle is read, classes are looked up in a short list, and what
-is not known is refused before anything is made of it.
+Nothing in a file is ever run: no pickle is read, classes come from a short list, and a file with
+anything unknown in it is refused.
 """
 
 from __future__ import annotations
 
-import copy
+import errno
 import json
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sktransfer._atomic_write import whole_file
 from sktransfer._jsonable import decode, encode
 from sktransfer._version import __version__
+from sktransfer.embedding._extractor import PretrainedFeatureExtractor
+from sktransfer.fine_tuning._classifier import FineTuningClassifier
+from sktransfer.fine_tuning._regressor import FineTuningRegressor
 from sktransfer.networks._preprocessing import Preprocessing
 
-FORMAT = 1
-_KEY = "sktransfer"
-_MAX_HEADER_BYTES = 32 * 2**20
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
+    from torch import nn
 
+    from sktransfer.fine_tuning._tuned import TunedNetwork
+    from sktransfer.networks._backbone import Backbone
+
+FORMAT = 2
+_KEY = "sktransfer"
+_HEADER = {"format": int, "version": str, "class": str, "fingerprint": str}
+_HEADER |= {"preprocessing": dict, "parameters": dict, "attributes": dict}
+
+# Class -> the fitted attributes that a file holds, and their types.
 _COMMON: dict[str, type] = {"n_features_in_": int, "n_features_out_": int, "_n_image_columns": int}
-_TUNED: dict[str, type] = {
-    **_COMMON,
-    "history_": list,
-    "n_iter_": int,
-    "best_epoch_": int,
-    "_blind_scores": np.ndarray,
-    "_lowest": int,
-    "_moves_statistics": bool,
+_OF_TUNED: dict[str, type] = {"first_trained_stage": int, "moves_statistics": bool}
+_TUNED = _COMMON | _OF_TUNED | {"history_": list, "n_iter_": int, "best_epoch_": int}
+_CLASSES: dict[type, dict[str, type]] = {
+    PretrainedFeatureExtractor: _COMMON,
+    FineTuningClassifier: _TUNED
+    | {"classes_": np.ndarray, "class_priors_": np.ndarray, "_kind": str},
+    FineTuningRegressor: _TUNED
+    | {"_n_targets": int, "_is_flat": bool}
+    | {"_target_mean": np.ndarray, "_target_scale": np.ndarray},
 }
-# Class -> its fitted attributes that a file holds, and their types.
-_CLASSES: dict[str, dict[str, type]] = {
-    "PretrainedFeatureExtractor": _COMMON,
-    "FineTuningClassifier": {**_TUNED, "classes_": np.ndarray, "_kind": str},
-    "FineTuningRegressor": {
-        **_TUNED,
-        "_n_targets": int,
-        "_is_flat": bool,
-        "_target_mean": np.ndarray,
-        "_target_scale": np.ndarray,
-    },
-}
-# What belongs to a machine rather than to a model comes back as its default.
+_NAMES = {cls.__name__: cls for cls in _CLASSES}
+# These belong to a machine rather than to a model: `load` leaves them at their defaults.
 _OF_THE_MACHINE = ("memory", "device", "n_jobs", "verbose", "callbacks")
 
+Tensors = dict[str, np.ndarray]
 
-def save(estimator: Any, path: str | os.PathLike, *, standalone: bool = False) -> None:
+
+class _Refused(ValueError):
+    """The reason why a file is not loaded."""
+
+
+def _require(is_right: bool, reason: str) -> None:
+    if not is_right:
+        raise _Refused(reason)
+
+
+# -- saving ----------------------------------------------------------------------------------
+def save(estimator: BaseEstimator, path: str | os.PathLike, *, standalone: bool = False) -> None:
     """Write a fitted estimator to a file that is safe to open.
 
     Parameters
     ----------
     estimator : PretrainedFeatureExtractor, FineTuningClassifier or FineTuningRegressor
     path : str or Path
-        By custom it ends in ``.safetensors``.
+        By convention it ends in ``.safetensors``.
     standalone : bool, default=False
-        Whether the file holds all of the network's weights. Otherwise it holds those that were
-        trained, and how to bring back the others, with their digest. What came from a file that
-        stands alone is written as one.
+        Whether the file holds all weights of the network. Otherwise it holds those that were
+        trained, and the name and digest of the others. An estimator that was loaded from a
+        standalone file is always saved as one.
 
     Raises
     ------
     ValueError
-        If parameters were changed after `fit`, so that nobody could open the file; none is
-        written.
+        If parameters were changed after `fit` so that the file could not be loaded. No file is
+        written then.
     TypeError
         If a parameter or the labels are of a type that a file cannot hold.
     OSError
-        If `path` cannot be written, as ``open`` would say.
+        If `path` cannot be written.
 
     See Also
     --------
-    load : Bring it back.
+    load : Read the file.
 
     Notes
     -----
-    `memory`, `device`, `n_jobs`, `verbose` and `callbacks` are not kept. Parameters that are
-    functions or modules cannot be written, but for a module as `backbone`, which `load` takes
-    again; pickle keeps them. Labels may be NumPy's numbers, booleans, strings and times, and
-    strings as objects. Other objects (tuples, ``datetime.date``, pandas' periods and intervals)
-    cannot be written as labels: give `fit` their strings, or use pickle.
+    `memory`, `device`, `n_jobs`, `verbose` and `callbacks` are not saved. Functions, modules and
+    other objects given as `loss`, `optimizer`, `augment` or `preprocessing` cannot be saved;
+    a module given as `backbone` is left out, and `load` needs it again. pickle keeps all of
+    them. Labels may be NumPy numbers, booleans, strings and times, and strings in an object array.
+    Other labels (tuples, ``datetime.date``, pandas' periods and intervals) cannot be saved: give
+    `fit` their strings, or use pickle.
 
     Examples
     --------
@@ -103,56 +121,60 @@ def save(estimator: Any, path: str | os.PathLike, *, standalone: bool = False) -
     from safetensors.numpy import save_file
     from sklearn.utils.validation import check_is_fitted
 
-    kind: Any = type(estimator)
-    name = kind.__name__
-    if name not in _CLASSES or kind is not _class(name):
-        raise TypeError(f"save writes {list(_CLASSES)}; got {estimator!r}.")
+    cls = type(estimator)
+    if cls not in _CLASSES:
+        raise TypeError(f"save writes {list(_NAMES)}; got {estimator!r}.")
     check_is_fitted(estimator)
+    backbone = estimator.backbone_
     is_named = isinstance(estimator.backbone, str)
-    standalone = standalone or (is_named and estimator.backbone_.has_own_weights)
-    tensors: dict[str, np.ndarray] = {}
-    attributes = {}
-    for key in _CLASSES[name]:
-        if key not in ("_lowest", "_moves_statistics"):
-            attributes[key] = getattr(estimator, key)
+    standalone = standalone or (is_named and backbone.has_own_weights)
+    parameters = estimator.get_params(deep=False)
+    for key in _OF_THE_MACHINE if is_named else (*_OF_THE_MACHINE, "backbone"):
+        parameters.pop(key, None)
+    attributes = {
+        key: getattr(estimator._tuned if key in _OF_TUNED else estimator, key)
+        for key in _CLASSES[cls]
+    }
     if hasattr(estimator, "feature_names_in_"):
         attributes["feature_names_in_"] = estimator.feature_names_in_
-    if "_tuned" in vars(estimator):
-        tuned = estimator._tuned
-        attributes |= {"_lowest": tuned.lowest, "_moves_statistics": tuned.moves_statistics}
-        tensors |= {f"trained/{k}": v for k, v in tuned.trained_state().items()}
-        state = tuned.head.state_dict()
-        tensors |= {f"head/{k}": v.detach().cpu().numpy() for k, v in state.items()}
-    if standalone:
-        state = estimator.backbone_.network.module.state_dict()
-        tensors |= {f"backbone/{k}": v.detach().cpu().numpy() for k, v in state.items()}
-    parameters = {
-        k: v
-        for k, v in estimator.get_params(deep=False).items()
-        if k not in _OF_THE_MACHINE and (k != "backbone" or is_named)
-    }
+    settings = backbone.preprocessing
+    settings = asdict(settings) if isinstance(settings, Preprocessing) else {}
     header = {
         "format": FORMAT,
         "version": __version__,
-        "class": name,
-        "fingerprint": estimator.backbone_.fingerprint,
-        "standalone": bool(standalone),
-        "preprocessing": encode(_settings(estimator.backbone_.preprocessing), "preprocessing"),
+        "class": cls.__name__,
+        "fingerprint": backbone.fingerprint,
+        "preprocessing": encode(settings, "preprocessing"),
         "parameters": {k: encode(v, f"the parameter {k}") for k, v in parameters.items()},
         "attributes": {k: encode(v, k) for k, v in attributes.items()},
     }
-    contiguous = {k: np.array(v, order="C") for k, v in tensors.items()}
-    with whole_file(os.fsdecode(path)) as part:
-        save_file(contiguous, part, metadata={_KEY: json.dumps(header)})
-        _check_opens(part, estimator, None if is_named else estimator.backbone)
+    tensors = _tensors_of(estimator, standalone)
+    with atomic_write(os.fsdecode(path)) as part:
+        save_file(tensors, part, metadata={_KEY: json.dumps(header)})
+        _check_loads(part, estimator, None if is_named else estimator.backbone)
 
 
-def _check_opens(part: Path, estimator: Any, backbone: Any) -> None:
-    """Parameters may have been changed since the fit, and then do not fit what it left."""
+def _tensors_of(estimator: BaseEstimator, standalone: bool) -> Tensors:
+    """The trained weights as ``"trained/…"`` and ``"head/…"``, all others as ``"backbone/…"``."""
+    tensors, modules = {}, {}
+    if hasattr(estimator, "_tuned"):
+        trained = estimator._tuned.trained_state()
+        tensors = {f"trained/{key}": np.array(array) for key, array in trained.items()}
+        modules["head"] = estimator._tuned.head
+    if standalone:
+        modules["backbone"] = estimator.backbone_.network.module
+    for prefix, module in modules.items():
+        for key, tensor in module.state_dict().items():
+            tensors[f"{prefix}/{key}"] = np.array(tensor.detach().cpu().numpy(), order="C")
+    return tensors
+
+
+def _check_loads(part: Path, estimator: BaseEstimator, backbone: nn.Module | None) -> None:
+    """Parameters that were changed after `fit` may not agree with the fitted attributes."""
     try:
-        again = load(part, backbone=backbone)
-        if again.backbone_.cut != estimator.backbone_.cut:
-            raise ValueError("it would embed otherwise than what was fitted.")
+        loaded = load(part, backbone=backbone)
+        if loaded.backbone_.cut != estimator.backbone_.cut:
+            raise ValueError("its embeddings would differ from those it was fitted with.")
     except ValueError as error:
         raise ValueError(
             f"This {type(estimator).__name__} could not be loaded again, so it is not saved. Were "
@@ -161,267 +183,219 @@ def _check_opens(part: Path, estimator: Any, backbone: Any) -> None:
         ) from error
 
 
-def load(path: str | os.PathLike, *, backbone: Any = None) -> Any:
+@contextmanager
+def atomic_write(path: str) -> Iterator[Path]:
+    """Give a temporary file that replaces `path` in one step if no error is raised.
+
+    Raises OSError before anything is written if `path` cannot be.
+    """
+    target = Path(os.path.realpath(path))  # what a symbolic link names
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    try:
+        folder = TemporaryDirectory(prefix=".sktransfer-", suffix=".part", dir=target.parent)
+    except OSError as error:  # it names the temporary folder
+        raise OSError(error.errno, error.strerror, path) from error
+    with folder:
+        part = Path(folder.name) / "part"
+        part.touch()
+        mode = (target if target.exists() else part).stat().st_mode
+        yield part
+        part.chmod(stat.S_IMODE(mode))  # safetensors lets nobody else read its files
+        os.replace(part, target)
+
+
+# -- loading ---------------------------------------------------------------------------------
+def load(path: str | os.PathLike, *, backbone: nn.Module | None = None) -> BaseEstimator:
     """Read a file that :func:`save` wrote.
 
     Parameters
     ----------
     path : str or Path
     backbone : nn.Module or callable, default=None
-        The module that was the estimator's `backbone`, where that was no name.
+        The module that was the estimator's `backbone`, unless that was a name.
 
     Returns
     -------
-    estimator
+    estimator : PretrainedFeatureExtractor, FineTuningClassifier or FineTuningRegressor
         Fitted.
 
     Raises
     ------
     ValueError
-        If the file is not one of ours, holds anything that is not known, or does not fit the
-        weights that its backbone's name brings back.
+        If :func:`save` did not write the file, if it holds anything unknown, or if it does not
+        fit the weights that the name of its backbone gives here.
     OSError
         If `path` cannot be read.
+
+    See Also
+    --------
+    save : Write the file.
     """
     path = os.fsdecode(path)
+    with open(path, "rb"):
+        pass  # the errors of safetensors do not name the path
     try:
         header, tensors = _read(path)
-        cls = _class(header["class"])
-        estimator = cls(**_parameters(cls, header, backbone, path))
-        attributes = _attributes(header, path)
-    except RecursionError as error:
-        raise _refused(path, "its header is nested too deeply") from error
-    estimator._validate_params()
-    _check_consistent(estimator, attributes, path)
-    estimator.backbone_ = _backbone(estimator, header, tensors, path)
-    lowest, moves = attributes.pop("_lowest", None), attributes.pop("_moves_statistics", False)
-    for key, value in attributes.items():
-        setattr(estimator, key, value)
-    estimator.bad_images_ = []
-    widths = list(accumulate(width for _, width in estimator.backbone_.feature_groups))
-    widths = [width * attributes["_n_image_columns"] for width in widths]
-    # An extractor's columns may be the first groups alone: cache_layers are for the store.
-    if attributes["n_features_out_"] not in (widths if lowest is None else widths[-1:]):
-        raise _refused(path, f"{widths[-1]} columns do not agree with n_features_out_")
-    if lowest is not None:
-        estimator._tuned = _tuned_network(estimator, lowest, moves, tensors, path)
-    elif tensors:
-        raise _refused(path, f"unknown tensors {sorted(tensors)[:5]}")
+        estimator = _unfitted(header, backbone, path)
+        _restore_fit(estimator, header, tensors, path)
+    except (_Refused, RecursionError) as error:
+        reason = "its header is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(
+            f"{path} was not loaded: {reason}. sktransfer.load reads what sktransfer.save of "
+            "this version wrote, and nothing else."
+        ) from error
     return estimator
 
 
-def _read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read(path: str) -> tuple[dict, Tensors]:
+    """Return the header, with its entries' types checked, and the tensors."""
     from safetensors import SafetensorError, safe_open
 
-    with open(path, "rb"):
-        pass  # safetensors' own errors do not say what is wrong with a folder
     try:
         with safe_open(path, framework="np") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            if text is None:
-                raise _refused(path, "it has no header of ours")
-            if len(text) > _MAX_HEADER_BYTES:
-                raise _refused(path, f"its header has {len(text)} characters")
+            text = (file.metadata() or {}).get(_KEY, "")
+            _require(bool(text), "sktransfer did not write it (it has no header of ours)")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, TypeError, AttributeError) as error:  # the last: dtypes beyond NumPy
-        raise _refused(path, f"it is no safetensors file ({error})") from error
+        raise _Refused(f"it is not a readable safetensors file ({error})") from error
     try:
         header = json.loads(text)
-    except ValueError as error:  # no JSON, or an integer that is too long
-        raise _refused(path, f"its header is no JSON ({error})") from error
-    expected = {
-        "format": int, "version": str, "class": str, "fingerprint": str, "standalone": bool,
-        "preprocessing": dict, "parameters": dict, "attributes": dict,
-    }  # fmt: skip
-    if not isinstance(header, dict) or "format" not in header:
-        raise _refused(path, "its header names no format")
-    if header["format"] != FORMAT:
-        raise _refused(path, f"its format is {header['format']!r}, and this version reads {FORMAT}")
-    if set(header) != set(expected):
-        raise _refused(path, f"its header holds {sorted(header)}")
-    for key, kind in expected.items():
-        if type(header[key]) is not kind:
-            raise _refused(path, f"{key!r} of its header is {header[key]!r}")
-    if header["class"] not in _CLASSES:
-        raise _refused(path, f"its class is {header['class']!r}, not one of {list(_CLASSES)}")
+    except ValueError as error:  # also an integer with too many digits
+        raise _Refused(f"its header is not JSON ({error})") from error
+    _require(isinstance(header, dict) and "format" in header, "its header names no format")
+    version = header["format"]
+    _require(version == FORMAT, f"its format is {version!r}, and this version reads {FORMAT}")
+    types = {key: type(value) for key, value in header.items()}
+    _require(types == _HEADER, f"its header does not hold {sorted(_HEADER)}, each of its type")
+    name = header["class"]
+    _require(name in _NAMES, f"its class is {name!r}, not one of {list(_NAMES)}")
     return header, tensors
 
 
-def _parameters(
-    cls: type, header: dict[str, Any], backbone: Any, path: str | os.PathLike
-) -> dict[str, Any]:
-    known = set(cls._get_param_names()) - set(_OF_THE_MACHINE)  # type: ignore[attr-defined]
-    if unknown := set(header["parameters"]) - known:
-        raise _refused(path, f"{cls.__name__} has no parameters {sorted(unknown)}")
-    parameters = {}
-    for name, value in header["parameters"].items():
-        try:
-            parameters[name] = decode(value)
-        except ValueError as error:
-            raise _refused(path, f"its parameter {name!r} is {value!r}") from error
-    if ("backbone" in parameters) == (backbone is not None):
-        if backbone is None:
-            raise ValueError(
-                f"The backbone of {path} was a module of your own, which the file does not hold: "
-                "give it as load(path, backbone=module)."
-            )
+def _unfitted(header: dict, backbone: nn.Module | None, path: str) -> BaseEstimator:
+    """The estimator with its parameters."""
+    from sktransfer._validation import check_parameters
+
+    estimator = _NAMES[header["class"]]()
+    known = set(estimator.get_params(deep=False)) - set(_OF_THE_MACHINE)
+    unknown = sorted(set(header["parameters"]) - known)
+    _require(not unknown, f"{header['class']} has no parameters {unknown}")
+    parameters = {k: _decoded(v, f"parameter {k!r}") for k, v in header["parameters"].items()}
+    if "backbone" not in parameters and backbone is None:
+        raise ValueError(
+            f"The backbone of {path} was a module of your own, which the file does not hold: "
+            "give it as load(path, backbone=module)."
+        )
+    if "backbone" in parameters and backbone is not None:
         raise ValueError(
             f"{path} names its own backbone, {parameters['backbone']!r}: leave `backbone` out."
         )
-    if backbone is not None:
-        parameters["backbone"] = backbone
-    return parameters
+    estimator.set_params(**{"backbone": backbone, **parameters})
+    check_parameters(estimator)
+    return estimator
 
 
-def _attributes(header: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
-    expected = _CLASSES[header["class"]]
+def _restore_fit(estimator: BaseEstimator, header: dict, tensors: Tensors, path: str) -> None:
+    attributes = _attributes(header)
+    backbone = _backbone(estimator, header, _taken(tensors, "backbone/"), path)
+    of_tuned = {key: attributes.pop(key) for key in _OF_TUNED if key in attributes}
+    # An extractor's columns may be the first groups only: `cache_layers` are for the store.
+    widths = list(accumulate(width for _, width in backbone.feature_groups))
+    n_columns, n_features = attributes["_n_image_columns"], attributes["n_features_out_"]
+    allowed = [n_columns * width for width in (widths[-1:] if of_tuned else widths)]
+    _require(n_features in allowed, f"its n_features_out_ is {n_features}, not {allowed[-1]}")
+    estimator.backbone_, estimator.bad_images_ = backbone, []
+    for key, value in attributes.items():
+        setattr(estimator, key, value)
+    if of_tuned:
+        estimator._tuned = _tuned_network(estimator, of_tuned, tensors)
+    _require(not tensors, f"it holds unknown tensors {sorted(tensors)[:5]}")
+
+
+def _attributes(header: dict) -> dict:
+    """Decode the fitted attributes and check their types."""
+    expected = _CLASSES[_NAMES[header["class"]]]
     given = header["attributes"]
-    if set(given) - {"feature_names_in_"} != set(expected):
-        raise _refused(path, f"its fitted attributes are {sorted(given)}")
-    attributes = {}
-    for key, value in given.items():
+    is_known = set(given) - {"feature_names_in_"} == set(expected)
+    _require(is_known, f"its fitted attributes are {sorted(given)}")
+    attributes: dict = {key: _decoded(value, key) for key, value in given.items()}
+    for key, value in attributes.items():
         kind = expected.get(key, np.ndarray)
-        try:
-            attributes[key] = decode(value)
-        except ValueError as error:
-            raise _refused(path, f"its {key} is no value of a known kind") from error
-        if type(attributes[key]) is not kind:
-            raise _refused(path, f"its {key} is of type {type(attributes[key]).__name__}")
-        if kind is int and attributes[key] < 0:
-            raise _refused(path, f"its {key} is {attributes[key]}")
-    if attributes.get("_kind", "multiclass") not in ("multiclass", "multilabel"):
-        raise _refused(path, f"its kind of target is {attributes['_kind']!r}")
-    rows = attributes.get("history_", [])
-    if not all(isinstance(row, dict) for row in rows):
-        raise _refused(path, "its history_ is no list of dicts")
+        _require(type(value) is kind, f"its {key} is of type {type(value).__name__}")
+        _require(kind is not int or value >= 0, f"its {key} is {value}")
     return attributes
 
 
-def _check_consistent(estimator: Any, attributes: dict[str, Any], path: str) -> None:
-    """Refuse attributes that no fit leaves beside each other."""
-    for key, value in attributes.items():
-        is_float = isinstance(value, np.ndarray) and value.dtype.kind == "f"
-        if is_float and not np.isfinite(value).all():
-            raise _refused(path, f"its {key} holds NaN or infinity")
-    n_features, n_columns = attributes["n_features_in_"], attributes["_n_image_columns"]
-    if n_columns < 1 or (estimator.image_shape is None and n_features != n_columns):
-        raise _refused(path, f"{n_features} columns of X do not hold {n_columns} images")
-    names = attributes.get("feature_names_in_")
-    if names is not None and (names.dtype != object or len(names) != n_features):
-        raise _refused(path, f"its feature_names_in_ are not those of {n_features} columns")
-    n_outputs = attributes.get("_n_targets", 1)
-    if "classes_" in attributes:
-        classes, n_outputs = attributes["classes_"], len(attributes["classes_"])
-        is_multiclass = attributes["_kind"] == "multiclass"
-        expected = np.unique(classes) if is_multiclass else np.arange(n_outputs)
-        if n_outputs < 2 or not np.array_equal(classes, expected):
-            raise _refused(path, "its classes_ are not several different ones in order")
-    elif attributes.get("_is_flat") and n_outputs != 1:
-        raise _refused(path, f"{n_outputs} targets do not make one column")
-    for key in ("_blind_scores", "_target_mean", "_target_scale"):
-        array = attributes.get(key)
-        if array is not None and (array.dtype != np.float64 or array.shape != (n_outputs,)):
-            raise _refused(path, f"its {key} is not a number for each of {n_outputs} outputs")
-
-
-def _backbone(
-    estimator: Any,
-    header: dict[str, Any],
-    tensors: dict[str, np.ndarray],
-    path: str | os.PathLike,
-) -> Any:
+def _backbone(estimator: BaseEstimator, header: dict, own: Tensors, path: str) -> Backbone:
     from sktransfer.networks._backbone import load_backbone, with_cached_layers
 
-    own = {k: tensors.pop(k) for k in list(tensors) if k.startswith("backbone/")}
-    if header["standalone"] != bool(own):
-        raise _refused(path, "it says of itself wrongly whether it stands alone")
-    is_named = isinstance(estimator.backbone, str)
+    backbone, pooling = estimator.backbone, estimator.pooling
     layer = with_cached_layers(estimator.layer, getattr(estimator, "cache_layers", None))
-    arguments = {"layer": layer, "pooling": estimator.pooling}
-    arguments["preprocessing"] = estimator.preprocessing
-    if not own or not is_named:
-        backbone = load_backbone(estimator.backbone, weights=estimator.weights, **arguments)
-        if backbone.fingerprint != header["fingerprint"]:
-            raise ValueError(
-                f"{path} was written with other weights than backbone={estimator.backbone!r}, "
-                f"weights={estimator.weights!r} gives here, so it would predict differently. Use "
-                "the same weights file, or write it with save(..., standalone=True)."
-            )
-        return backbone
-    return _standalone_backbone(estimator, own, header, path)
+    if own and isinstance(backbone, str):
+        from sktransfer.fine_tuning._tuned import with_own_weights
 
-
-def _standalone_backbone(
-    estimator: Any, own: dict[str, np.ndarray], header: dict[str, Any], path: Any
-) -> Any:
-    import torch
-
-    from sktransfer.fine_tuning._tuned_network import with_own_weights
-    from sktransfer.networks._backbone import with_cached_layers
-
-    state = {k.partition("/")[2]: torch.from_numpy(np.array(v)) for k, v in own.items()}
-    try:
-        preprocessing = Preprocessing(**decode(header["preprocessing"]))
-        return with_own_weights(
-            estimator.backbone,
-            state,
-            with_cached_layers(estimator.layer, getattr(estimator, "cache_layers", None)),
-            estimator.pooling,
-            preprocessing,
+        settings = _decoded(header["preprocessing"], "preprocessing")
+        try:
+            preprocessing = Preprocessing(**settings)  # type: ignore[arg-type]
+            return with_own_weights(backbone, _torch(own), layer, pooling, preprocessing)
+        except (RuntimeError, TypeError) as error:
+            raise _Refused(f"its weights do not fit {backbone!r}: {error}") from error
+    loaded = load_backbone(
+        backbone,
+        weights=estimator.weights,
+        layer=layer,
+        pooling=pooling,
+        preprocessing=estimator.preprocessing,
+    )
+    if loaded.fingerprint != header["fingerprint"]:
+        raise ValueError(
+            f"{path} was written with other weights than backbone={backbone!r}, "
+            f"weights={estimator.weights!r} gives here, so it would predict differently. Use "
+            "the same weights file, or write it with save(..., standalone=True)."
         )
-    except (RuntimeError, TypeError) as error:
-        raise _refused(path, f"its weights do not fit {estimator.backbone!r}: {error}") from error
+    return loaded
 
 
-def _settings(preprocessing: Any) -> dict[str, Any]:
-    return asdict(preprocessing) if isinstance(preprocessing, Preprocessing) else {}
-
-
-def _tuned_network(
-    estimator: Any, lowest: int, moves: bool, tensors: dict[str, np.ndarray], path: Any
-) -> Any:
+def _tuned_network(estimator: BaseEstimator, of_tuned: dict, tensors: Tensors) -> TunedNetwork:
     import torch
 
     from sktransfer.fine_tuning._head import make_head
-    from sktransfer.fine_tuning._tuned_network import TunedNetwork
+    from sktransfer.fine_tuning._tuned import TunedNetwork
 
     backbone, n_columns = estimator.backbone_, estimator._n_image_columns
-    state = {
-        k.partition("/")[2]: torch.from_numpy(np.array(tensors.pop(k))).float()
-        for k in list(tensors)
-        if k.startswith("head/")
-    }
-    width = n_columns * backbone.n_features
+    state = {key: tensor.float() for key, tensor in _torch(_taken(tensors, "head/")).items()}
     try:
-        # What the file says of its size takes no memory before it is known to fit.
+        # On the meta device a head of a size that does not fit takes no memory.
         with torch.device("meta"):
+            width = n_columns * backbone.n_features
             head = make_head(estimator.head, width, estimator._n_outputs, estimator.dropout)
         head.load_state_dict(state, assign=True)
     except (RuntimeError, TypeError) as error:
-        raise _refused(path, f"its head does not fit: {error}") from error
-    tuned = TunedNetwork(
-        backbone, head, n_columns, lowest, moves_statistics=moves, precision=estimator.precision
-    )
-    trained = {
-        k.partition("/")[2]: tensors.pop(k) for k in list(tensors) if k.startswith("trained/")
-    }
-    if tensors:
-        raise _refused(path, f"unknown tensors {sorted(tensors)[:5]}")
-    expected = tuned.expected_state() if lowest <= len(tuned.stage_names) else None
-    if expected is None or expected != {k: v.shape for k, v in trained.items()}:
-        raise _refused(path, "its trained tensors are not those of the stages it says it trained")
-    tuned.load_trained_state(copy.copy(trained))
+        raise _Refused(f"its head does not fit: {error}") from error
+    tuned = TunedNetwork(backbone, head, n_columns, precision=estimator.precision, **of_tuned)
+    trained = _taken(tensors, "trained/")
+    is_right = of_tuned["first_trained_stage"] <= len(tuned.stage_names)
+    is_right = is_right and tuned.expected_state() == {k: v.shape for k, v in trained.items()}
+    _require(is_right, "its trained tensors are not those of the stages that it names")
+    tuned.load_trained_state(trained)
     return tuned
 
 
-def _class(name: str) -> type:
-    import sktransfer
+def _decoded(value: object, what: str) -> object:
+    try:
+        return decode(value)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise _Refused(f"its {what} is not of a known kind: {error}") from error
 
-    return getattr(sktransfer, name)
+
+def _taken(tensors: Tensors, prefix: str) -> Tensors:
+    """Take the tensors with this prefix out, and return them without it."""
+    keys = [key for key in tensors if key.startswith(prefix)]
+    return {key.removeprefix(prefix): tensors.pop(key) for key in keys}
 
 
-def _refused(path: Any, reason: str) -> ValueError:
-    return ValueError(
-        f"{path} is not opened: {reason}. sktransfer.load reads what sktransfer.save of this "
-        "version wrote, and nothing else."
-    )
+def _torch(tensors: Tensors) -> dict:
+    import torch
+
+    return {key: torch.from_numpy(np.array(array)) for key, array in tensors.items()}

@@ -20,7 +20,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from sktransfer._warnings import warn
+from sktransfer._progress import warn
 from sktransfer.images._containers import is_tensor
 from sktransfer.images._images import Images, as_images
 
@@ -35,6 +35,7 @@ __all__ = [
     "Options",
     "StrOptions",
     "check_images",
+    "check_parameters",
     "check_weight",
     "fit_context",
     "image_column_names",
@@ -130,6 +131,11 @@ def is_empty_part(estimator: BaseEstimator, X) -> bool:
     return True
 
 
+def check_parameters(estimator: BaseEstimator) -> None:
+    """Raise scikit-learn's error for a parameter outside the estimator's constraints."""
+    estimator._validate_params()
+
+
 def check_weight(sample_weight, n_samples: int) -> np.ndarray:
     """Return one non-negative float64 weight per row; ``None`` gives ones."""
     rows = np.empty((n_samples, 1))
@@ -204,23 +210,3 @@ def _is_number(value) -> bool:
         return "bytes" not in value and "path" not in value
     is_scalar = np.isscalar(value) or (is_tensor(value) and value.ndim == 0)
     return is_scalar and not isinstance(value, (str, bytes))
-
-
-# REMOVE when embedding and fine-tuning no longer import these three.
-class CallbackSupportMixin:
-    pass
-
-
-def with_callbacks(method):
-    return method
-
-
-class FitProgress:
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def advance(self, n):
-        pass
-
-    def done(self):
-        pass

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import warnings
 
+import numpy as np
 import pytest
 
 import sktransfer
@@ -39,3 +41,12 @@ def test_public_names_load(name):
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = sktransfer.nothing
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="warnings cannot skip frames there")
+def test_a_warning_points_at_the_users_line(tmp_path):
+    extractor = sktransfer.PretrainedFeatureExtractor(memory=False, on_error="nan")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        extractor.fit_transform([np.zeros((40, 40)), tmp_path / "missing.jpg"])
+    assert {warning.filename for warning in caught} == {__file__}

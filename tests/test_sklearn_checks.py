@@ -21,7 +21,7 @@ ESTIMATORS = [
 ]
 
 
-# The battery's numbers are drawn from all over the line: pixels out of 0…1 are expected.
+# The battery's numbers are drawn from the whole real line: pixels outside 0…1 are expected.
 @pytest.mark.filterwarnings("ignore:.*outside 0…:UserWarning")
 @parametrize_with_checks(ESTIMATORS)
 def test_sklearn_estimator(estimator, check):

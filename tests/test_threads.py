@@ -1,12 +1,14 @@
-"""A lock that the child of a fork finds open."""
+"""Locks that a fork leaves open, and torch's random state in threads."""
 
 import multiprocessing
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from sktransfer._threads import ProcessLock
+from sktransfer._threads import ProcessLock, own_random_state
 
 
 def test_it_excludes_other_threads():
@@ -69,3 +71,34 @@ def test_a_child_does_not_wait_for_the_parents_thread():
         child.kill()
         may_end.set()
         holder.join()
+
+
+def test_the_callers_random_state_stays():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    with own_random_state(0):
+        drawn = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_without_a_seed_the_callers_state_is_continued():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    with own_random_state():
+        assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_fits_in_threads_take_turns():
+    def draw(seed):
+        with own_random_state(seed):
+            return torch.cat([torch.rand(1) for _ in range(200)])
+
+    expected = [draw(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for drawn, wanted in zip(pool.map(draw, range(4)), expected, strict=True):
+            assert torch.equal(drawn, wanted)

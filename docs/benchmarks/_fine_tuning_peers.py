@@ -17,7 +17,7 @@ WEIGHTS = {
 
 
 def input_settings(backbone, size=0):
-    """Parameters that load a backbone's weights, for pictures of `size` pixels; 0: its own."""
+    """Parameters that load a backbone's weights, for images of `size` pixels; 0: its own."""
     settings = {"weights": WEIGHTS[backbone]}
     if size:
         settings["preprocessing"] = {"size": size * 8 // 7, "crop": size}
@@ -80,7 +80,7 @@ def module_of(backbone, n_classes=None):
 
 
 def pictures(backbone, paths, targets, is_augmented=False, size=0):
-    """A torch data set that decodes each picture when it is asked for, as tutorials do.
+    """A torch data set that decodes each image when it is asked for, as tutorials do.
 
     Augmented as in PyTorch's transfer-learning tutorial: a random part of it, perhaps mirrored.
     """

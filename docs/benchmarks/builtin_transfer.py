@@ -15,7 +15,7 @@ hangs on that choice.
 * "random": the same network untrained, ``weights=None``; "calibrated": its batch norm given the
   statistics of the set's images first, which is the stronger of the two.
 * HOG: 9 directions, 16-pixel cells, 2x2 blocks on the grey image at 128x128 (1764 columns).
-* Speed: the networks alone, on a batch in memory (128 small pictures, 32 large ones), as the
+* Speed: the networks alone, on a batch in memory (128 small images, 32 large ones), as the
   extractor prepares them (convolution and batch norm folded, channels last, float32), in turn in
   this process; the median of the rounds, and of their ratios.
   "plain" is the module as torch runs it, without folding.

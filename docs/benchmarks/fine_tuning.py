@@ -6,7 +6,7 @@
     ours      FineTuningClassifier(random_state=seed), defaults
     probe     frozen features, StandardScaler, LogisticRegression, C by 3-fold cross-validation
     fastai    vision_learner(...).fine_tune, the body frozen for the first of the epochs
-    skorch    the recipe of skorch's transfer-learning notebook as it stands there: body frozen,
+    skorch    the recipe of skorch's transfer-learning notebook: body frozen,
               new last layer, random crops, SGD with momentum, batches of 4, learning rate 1e-3
               divided by ten every seven epochs, 25 epochs
     skorch-8  the same with no more epochs than the others have
@@ -86,7 +86,7 @@ def fastai(backbone, X, y, X_test, seed, epochs, size):
     labels = dict(zip(X, y, strict=True))
     loaders = ImageDataLoaders.from_lists(
         Path("."), X, [labels[x] for x in X], valid_pct=0.0, item_tfms=Resize(size),
-        # An incomplete batch is dropped: of few pictures small batches lose less.
+        # An incomplete batch is dropped: small batches lose fewer of few images.
         bs=min(32, max(2, len(X) // 4)),
         num_workers=0, batch_tfms=[Normalize.from_stats(*imagenet_stats)],
     )  # fmt: skip
@@ -164,7 +164,7 @@ def main():
     parser.add_argument("--name", default="fine_tuning")
     options = parser.parse_args()
     figures = []
-    # What is imported and compiled once is nobody's time.
+    # Imports are not measured.
     X, y, X_test, _ = read_set(options.sets[0], 4, 0, 2)
     for method in list(options.methods):
         try:

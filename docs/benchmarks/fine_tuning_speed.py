@@ -7,8 +7,8 @@ On photographs of `flowers5`, no store shared between the runs:
 1. head only, 20 epochs, against one extraction pass over the same files;
 2. the last stage, 10 epochs without augmentation, against skorch with the same parameters frozen
    (its data set decodes in each epoch, as tutorials write it, or holds ready tensors), for
-   several draws of the photographs, and against a tempered probe's start; skorch decodes in the
-   first draw alone, as the network is the same;
+   several draws of the photographs; skorch decodes in the first draw only, as the network is
+   the same;
 3. everything trained: images per second in an epoch, against forward, backward and optimizer
    step alone on ready tensors: of the module that is trained, and of the network as its authors
    wrote it.
@@ -20,7 +20,6 @@ import time
 import numpy as np
 from _fine_tuning_peers import WEIGHTS, head_of, module_of, pictures, read_set, skorch_net
 from _report import save
-from sklearn.base import clone
 
 from sktransfer import FineTuningClassifier, PretrainedFeatureExtractor
 
@@ -53,11 +52,6 @@ def last_stage(backbone, X, y, X_test, y_test, seed):
 
     model = estimator(backbone, unfreeze=1, max_epochs=10, augment=None, random_state=seed)
     rows = {"sktransfer": (timed(lambda: model.fit(X, y))[0], model.score(X_test, y_test))}
-    tempered = clone(model).set_params(probe_temperature="auto")
-    rows["probe_temperature='auto'"] = (
-        timed(lambda: tempered.fit(X, y))[0],
-        tempered.score(X_test, y_test),
-    )
     net = model.net_
     trained = sum(p.numel() for p in net.module_.parameters() if p.requires_grad)
     classes, codes = np.unique(y, return_inverse=True)

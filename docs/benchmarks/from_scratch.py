@@ -8,7 +8,7 @@ many of each class as the set has in proportion), the same test part:
 
     fine-tuned    FineTuningClassifier(), its defaults, from V1
     scratch       weights=None: random weights, batch norm's statistics moving, one learning rate
-                  of 1e-3 for all stages, mirrored and shifted pictures, more epochs
+                  of 1e-3 for all stages, mirrored and shifted images, more epochs
     probe         head only: the linear probe on the frozen features of V1
 
 Negative transfer would be a scratch column above the others.

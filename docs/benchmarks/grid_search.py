@@ -28,22 +28,33 @@ COUNTER = "SKTRANSFER_BENCHMARK_COUNTER"  # a file; workers inherit the variable
 CANDIDATES = np.logspace(-4, 0, 10)
 
 
+def count_images():
+    """Write to a file how many images go through a network's first convolution."""
+    import torch
+
+    if hasattr(PretrainedFeatureExtractor, "is_counted"):  # in this process
+        return
+    PretrainedFeatureExtractor.is_counted = True
+
+    def count(module, inputs, output):
+        is_first = isinstance(module, torch.nn.Conv2d) and module.in_channels == 3
+        if is_first and type(inputs[0]) is torch.Tensor and inputs[0].device.type != "meta":
+            with open(os.environ[COUNTER], "ab", buffering=0) as file:
+                file.write(b"." * len(inputs[0]))
+
+    torch.nn.modules.module.register_module_forward_hook(count)
+
+
 class Counted(PretrainedFeatureExtractor):
-    """Writes to a file how many images go through the network, in whichever process."""
+    """Counts the images that go through the network, in whichever process."""
 
-    def _embed(self, *args, **kwargs):
-        from sktransfer.embedding._embed import EmbeddingRun
+    def transform(self, X):
+        count_images()
+        return super().transform(X)
 
-        if not hasattr(EmbeddingRun, "uncounted"):
-            EmbeddingRun.uncounted = EmbeddingRun.forward
-
-            def counting(run, limit, network, good, batch, device=None):
-                with open(os.environ[COUNTER], "ab", buffering=0) as file:
-                    file.write(b"." * len(good))
-                return EmbeddingRun.uncounted(run, limit, network, good, batch, device)
-
-            EmbeddingRun.forward = counting
-        return super()._embed(*args, **kwargs)
+    def fit_transform(self, X, y=None):
+        count_images()
+        return super().fit_transform(X, y)
 
 
 def n_counted():

@@ -177,9 +177,9 @@ def run_alone(name, folder, n_search):
 
     X, y = paths[32 : 32 + n_search], np.arange(n_search) % 2
     if name == "sktransfer":  # so that nothing of the pass above is found in the store
-        from sktransfer.store._store import as_store
+        from sktransfer import embedding_store
 
-        as_store(None).clear()
+        embedding_store().clear()
     model = make_pipeline(transformer, LogisticRegression(max_iter=2000))
     search = GridSearchCV(model, {"logisticregression__C": np.logspace(-4, 0, 10)}, cv=5)
     start = time.perf_counter()

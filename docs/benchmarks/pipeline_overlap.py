@@ -1,4 +1,4 @@
-"""How much of what its parts allow the pass from JPEG files to rows reaches; what cheap tricks do.
+"""Time from JPEG files to rows against the time of its parts; and reduced JPEG decoding.
 
     python docs/benchmarks/pipeline_overlap.py [--images 192] [--large 32] [--rounds 3] [names …]
 
@@ -8,8 +8,7 @@ time for both on these cores; the ratio is that sum over the time from files to 
 measured in turn in each round, without a store. 500×375 and 12-megapixel JPEGs.
 
 Large JPEGs are decoded at a half, a quarter or an eighth of their size: printed is how much
-faster that is and how far the rows move. Last, ``torch.compile`` of the same network: what it
-gains on ready batches, and what its first call costs; ``--no-compile`` leaves it out.
+faster that is and how far the rows move.
 """
 
 import argparse
@@ -100,7 +99,7 @@ def reduced_decoding(name, paths):
     a, b = results["fast"].astype(float), results["full"].astype(float)
     length = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     moved = np.linalg.norm(a - b, axis=1) / length[1]
-    # Against how far two different pictures are apart.
+    # The distance of two different images, to compare with.
     apart = np.linalg.norm(b - np.roll(b, 1, axis=0), axis=1) / length[1]
     return {
         "times_faster": took_full / took_fast,
@@ -111,35 +110,12 @@ def reduced_decoding(name, paths):
     }
 
 
-def compiled(name, paths, rounds):
-    extractor = extractor_of(name, paths)
-    backbone = extractor.backbone_
-    eager = backbone.inference_module("cpu", "float32")
-    batch = torch.randint(0, 256, (BATCH, *backbone.input_size), dtype=torch.uint8)
-    batch = batch.contiguous(memory_format=torch.channels_last)
-    fast = torch.compile(eager)
-    first = seconds(lambda: fast(batch))
-    other_size = seconds(lambda: fast(batch[:5]))
-    expected, got = eager(batch)[0], fast(batch)[0]
-    ratios = []
-    for _ in range(rounds):
-        plain = seconds(lambda: [eager(batch) for _ in range(3)])
-        ratios.append(plain / seconds(lambda: [fast(batch) for _ in range(3)]))
-    return {
-        "times_faster": statistics.median(ratios),
-        "first_call_s": first,
-        "first_call_of_another_batch_size_s": other_size,
-        "relative_difference": ((got - expected).abs().max() / expected.abs().max()).item(),
-    }
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=["resnet18", "builtin"])
     parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--large", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args()
     figures = {}
 
@@ -157,8 +133,6 @@ def main():
             report(f"{name}, 12 megapixels", overlap(name, large, options.rounds))
             report(f"{name}, 12 megapixels, reduced decoding", reduced_decoding(name, large))
             report(f"{name}, 500×375, reduced decoding", reduced_decoding(name, small))
-            if not options.no_compile:
-                report(f"{name}, torch.compile", compiled(name, small, options.rounds))
     save("pipeline_overlap", figures)
 
 

@@ -23,7 +23,7 @@ import joblib
 import numpy as np
 from _report import save
 
-from sktransfer.store._store import DiskStore
+from sktransfer import embedding_store
 
 try:
     import diskcache
@@ -37,7 +37,7 @@ class Ours:
     name = "sktransfer"
 
     def __init__(self, folder):
-        self.store = DiskStore(folder)
+        self.store = embedding_store(folder)
 
     def write(self, keys, rows):
         for start in range(0, len(keys), BATCH):
@@ -166,9 +166,9 @@ def warm_lookup(keys, rows):
     ]
     out = np.empty_like(rows)
     with tempfile.TemporaryDirectory() as folder:
-        store = DiskStore(folder)
+        store = embedding_store(folder)
         store.put_many("resnet50", keys, rows)
-        store.put_file_digests(stats, keys)
+        store.put_file_digests(stats, keys, time.time_ns())
         store.close()
 
         def look_up():

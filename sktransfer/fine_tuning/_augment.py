@@ -1,35 +1,24 @@
-"""Augmentation of whole batches, on the device they lie on."""
+"""Augmentation of training batches, on the device where they are."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
-Augment = Callable[[torch.Tensor], torch.Tensor]
-
-# (smallest part of the picture that is kept, largest change of its proportions,
+# (smallest share of the image that is kept, largest change of its proportions,
 #  change of brightness, contrast and saturation)
 _STRENGTHS = {"light": (0.7, 1.15, 0.0), "strong": (0.35, 4 / 3, 0.3)}
 
 
 class RandomViews:
-    """Mirror, crop and resize, and change the colours of each picture of a batch.
+    """Mirror, crop and resize each image of a batch, and change its colours.
 
-    Parameters
-    ----------
-    strength : {"light", "strong"}
-        ``"light"``: mirrored, and at least seven tenths of the picture. ``"strong"``: at least
-        a third of it, and brightness, contrast and saturation changed by up to 30 %.
-    generator : torch.Generator
-        On the CPU: the same draws on every device.
-
-    Notes
-    -----
-    One affine map per picture, so that a batch costs one bilinear sampling.
+    One affine map per image, so that a batch costs one bilinear sampling. The generator is on
+    the CPU, for the same draws on every device.
     """
 
     def __init__(self, strength: str, generator: torch.Generator):
@@ -37,7 +26,7 @@ class RandomViews:
         self.generator = generator
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return float pixels in 0…255, N×C×H×W; what is no uint8 keeps its range and colours."""
+        """Return float pixels, N×C×H×W, in the range of `pixels`; only uint8 changes colour."""
         x = pixels.float()
         x = F.grid_sample(
             x, self._grid(x), mode="bilinear", padding_mode="reflection", align_corners=False
@@ -76,34 +65,105 @@ class RandomViews:
         return low + (high - low) * torch.rand(n, generator=self.generator)
 
 
-class EachPicture:
-    """A user's own augmentation, called with one picture (C×H×W) after another."""
+class BatchAugment:
+    """Augment a batch's images and, with MixUp or CutMix, mix its targets and weights.
 
-    def __init__(self, function: Callable[[torch.Tensor], Any]):
-        self.function = function
+    ``"light"`` and ``"strong"`` draw from `generator`, all others from torch's global state.
+    """
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        out = []
-        for picture in pixels:
-            changed = torch.as_tensor(self.function(picture))
-            if changed.shape != picture.shape:
-                raise ValueError(
-                    f"augment returned a picture of shape {tuple(changed.shape)} for one of "
-                    f"{tuple(picture.shape)}: it has to keep the shape."
-                )
-            if changed.is_floating_point() and picture.dtype == torch.uint8:
-                raise ValueError(
-                    f"augment returned {changed.dtype} for a uint8 picture: return uint8, "
-                    "0…255; the network's own normalisation comes afterwards."
-                )
-            out.append(changed)
-        return torch.stack(out)
+    def __init__(
+        self,
+        augment: str | Callable | Sequence,
+        kind: str,
+        n_outputs: int,
+        generator: torch.Generator,
+    ):
+        self.n_outputs = n_outputs
+        self.steps: list[tuple[Callable, bool]] = []
+        for step in _flattened(augment):
+            mixes = list(_mixes_in(step))
+            for mix in mixes:
+                _check_mix(mix, kind, n_outputs)
+            own = RandomViews(step, generator) if isinstance(step, str) else step
+            self.steps.append((own, bool(mixes)))
+
+    def __call__(
+        self, x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return images (n, n_columns, …), targets and weights of a batch."""
+        n_columns = x.shape[1]
+        for step, is_mix in self.steps:
+            if is_mix:
+                x, target, weight = self._mixed(step, x, target, weight)
+            else:
+                flat = x.flatten(0, 1)
+                flat = step(flat) if isinstance(step, RandomViews) else _one_by_one(step, flat)
+                x = flat.unflatten(0, (-1, n_columns))
+        return x, target, weight
+
+    def _mixed(
+        self, mix: Callable, x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mix rows; each of the two images of a new one counts with its own row's weight."""
+        if target.ndim == 1:
+            target = F.one_hot(target, self.n_outputs)
+        # A row's image columns are mixed alike, as if they were channels.
+        flat, weighted = mix(x.flatten(1, 2).float(), target * weight[:, None])
+        weight = weighted.sum(1)
+        target = weighted / weight.clamp(min=1e-12)[:, None]
+        return flat.unflatten(1, x.shape[1:3]), target, weight
 
 
-def resolve_augment(augment: Any, generator: torch.Generator) -> Augment | None:
-    """The function of a batch that the parameter ``augment`` stands for."""
-    if augment is None:
-        return None
-    if isinstance(augment, str):
-        return RandomViews(augment, generator)
-    return EachPicture(augment)
+def _flattened(augment: str | Callable | Sequence) -> Iterator[str | Callable]:
+    """The steps of `augment`, also of lists and v2.Compose within it, one after another."""
+    steps = augment.transforms if isinstance(augment, v2.Compose) else augment
+    if isinstance(steps, Sequence) and not isinstance(steps, str):
+        for step in steps:
+            yield from _flattened(step)
+    elif callable(steps) or steps in _STRENGTHS:
+        yield steps
+    else:
+        raise ValueError(
+            f"augment holds {steps!r}: 'light', 'strong', a callable of one image, a transform "
+            "of torchvision.transforms.v2, or a list of these is accepted."
+        )
+
+
+def _mixes_in(step: object) -> Iterator[v2.MixUp | v2.CutMix]:
+    if isinstance(step, (v2.MixUp, v2.CutMix)):
+        yield step
+    elif isinstance(step, v2.RandomChoice):
+        for part in step.transforms:
+            yield from _mixes_in(part)
+
+
+def _check_mix(mix: v2.MixUp | v2.CutMix, kind: str, n_outputs: int) -> None:
+    if kind != "multiclass":
+        targets = "several labels per row" if kind == "multilabel" else "numbers"
+        raise ValueError(
+            f"augment holds {mix}, which mixes classes, but y holds {targets}: leave it out."
+        )
+    if mix.num_classes not in (None, n_outputs):
+        raise ValueError(
+            f"augment holds {mix} with num_classes={mix.num_classes}, but y has {n_outputs} "
+            f"classes: give num_classes={n_outputs}, or leave it out."
+        )
+
+
+def _one_by_one(function: Callable, pixels: torch.Tensor) -> torch.Tensor:
+    """Call a user's function with one image (C×H×W) after another."""
+    out = []
+    for image in pixels:
+        changed = torch.as_tensor(function(image))
+        if changed.shape != image.shape:
+            raise ValueError(
+                f"augment returned an image of shape {tuple(changed.shape)} for one of "
+                f"{tuple(image.shape)}: it has to keep the shape."
+            )
+        if changed.is_floating_point() and image.dtype == torch.uint8:
+            raise ValueError(
+                f"augment returned {changed.dtype} for a uint8 image: return uint8, "
+                "0…255; the network's own normalisation comes afterwards."
+            )
+        out.append(changed)
+    return torch.stack(out)

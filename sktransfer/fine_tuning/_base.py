@@ -1,32 +1,50 @@
-"""What the fine-tuning estimators share: fit, and from images to scores."""
+"""What both fine-tuning estimators share: fit, transform, and scores."""
 
 from __future__ import annotations
 
-import warnings
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._validation import (
     SHARED_CONSTRAINTS,
+    HasMethods,
+    Interval,
+    StrOptions,
     check_images,
     check_weight,
     image_column_names,
     keep_index,
     set_image_tags,
+    warn,
 )
-from sktransfer.fine_tuning._probe import fit_probe, stratified_part
 
-# From so many rows on a tenth of them is worth giving away to choose the epoch by.
+if TYPE_CHECKING:
+    from skorch import NeuralNet
+    from torch import nn
+
+    from sktransfer.embedding._embed import BadRow
+    from sktransfer.fine_tuning._batches import EmbeddingSettings
+    from sktransfer.fine_tuning._callbacks import EpochLog
+    from sktransfer.fine_tuning._rows import Part, TrainingRows
+    from sktransfer.fine_tuning._train import Phase, TrainingSettings, UnfreezePlan
+    from sktransfer.fine_tuning._tuned import TunedNetwork
+    from sktransfer.images._images import Images
+    from sktransfer.networks._backbone import Backbone
+
+# With this many rows a tenth of them is held out to choose the best epoch.
 _N_ROWS_TO_SPLIT = 1000
-# The picture and its four corners; and what "auto" takes of them where it takes any.
-_MAX_PROBE_VIEWS, _CAREFUL_PROBE_VIEWS = 5, 3
+# How far the weights are kept of the way from the start to the end, by the number of rows: what
+# more rows have taught can be trusted further (docs/benchmarks/fine_tuning.md).
+_WISE_FT = (200, 600), (0.5, 0.75)
 
 
 class BaseFineTuning(TransformerMixin, BaseEstimator):
@@ -34,51 +52,39 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     _parameter_constraints: dict = {  # noqa: RUF012
         **SHARED_CONSTRAINTS,
+        "precision": [StrOptions({"float32", "bfloat16"})],
         "layer": [str, None],
         "unfreeze": [
             Interval(Integral, 0, None, closed="left"),
             StrOptions({"all", "gradual"}),
             Mapping,
         ],
-        "batch_norm": [StrOptions({"auto", "fixed", "moving"})],
         "head": [StrOptions({"linear"}), tuple, list, HasMethods(["forward"])],
         "head_init": [StrOptions({"linear_probe", "random"})],
-        "probe_views": [
-            StrOptions({"auto"}),
-            Interval(Integral, 1, _MAX_PROBE_VIEWS, closed="both"),
-        ],
         "dropout": [Interval(Real, 0, 1, closed="left")],
+        "loss": [StrOptions({"auto"}), callable],
         "max_epochs": [Interval(Integral, 0, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "lr": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
         "layer_decay": [Interval(Real, 0, 1, closed="right")],
-        "optimizer": [StrOptions({"adamw", "sgd"}), HasMethods(["make"]), callable],
+        "optimizer": [StrOptions({"adamw", "sgd"}), callable],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
-        "lr_schedule": [StrOptions({"one_cycle", "cosine", "constant"}), callable],
-        "gradient_clip": [Interval(Real, 0, None, closed="neither"), None],
-        "augment": [StrOptions({"light", "strong"}), callable, None],
-        "mixup": [Interval(Real, 0, None, closed="left")],
-        "cutmix": [Interval(Real, 0, None, closed="left")],
-        "l2_sp": [Interval(Real, 0, None, closed="left")],
-        "weight_averaging": [StrOptions({"auto", "wise_ft", "ema", "last"}), None],
+        "augment": [StrOptions({"light", "strong"}), callable, list, tuple, None],
         "early_stopping": [StrOptions({"auto"}), "boolean"],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
-        "tol": [Interval(Real, 0, None, closed="left")],
-        "n_views": [Interval(Integral, 1, 4, closed="both")],
         "random_state": ["random_state"],
-        "warm_start": ["boolean"],
         "callbacks": ["array-like", None],
         "on_error": [StrOptions({"raise", "skip"})],
     }
 
-    backbone_: Any
-    bad_images_: list
-    history_: list[dict[str, Any]]
+    backbone_: Backbone
+    bad_images_: list[BadRow]
+    history_: list[dict[str, float]]
     n_iter_: int
     best_epoch_: int
     _kind: str
-    _blind_scores: np.ndarray
+    _tuned: TunedNetwork
 
     # The "?" of the HTML representation leads to the class's page.
     _doc_link_module = "sktransfer"
@@ -88,12 +94,16 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     # -- what the two do differently --------------------------------------------------------
     @abstractmethod
-    def _read_target(self, y: Any, n_rows: int, *, reset: bool, name: str = "y") -> np.ndarray:
-        """Numbers for the loss; with `reset` notes the classes, or whatever there is."""
+    def _read_target(self, y, n_rows: int, *, reset: bool, name: str = "y") -> np.ndarray:
+        """Read ``y`` as numbers; with `reset` set the classes, or the number of targets."""
 
     @abstractmethod
     def _prepare_target(self, target: np.ndarray, weight: np.ndarray, *, reset: bool) -> np.ndarray:
-        """What the loss gets, once rows are merged; refuses what cannot be trained on."""
+        """Make of merged rows' targets what the loss takes; with `reset` set their statistics."""
+
+    @abstractmethod
+    def _scores_without_image(self) -> np.ndarray:
+        """Scores predicted for an unreadable image."""
 
     @property
     @abstractmethod
@@ -102,159 +112,137 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     def _training_weight(self, target: np.ndarray, weight: np.ndarray) -> np.ndarray:
         return weight
 
-    def _temperature(self, head: Any, data: Any, prepared: np.ndarray, rows: Any) -> float:
-        """What the probe's scores are divided by before stages are trained."""
-        return 1.0
-
     # -- fit --------------------------------------------------------------------------------
-    def _fit(self, X, y, sample_weight=None, X_val=None, y_val=None, *, goes_on=False):
-        """Fit; where that fails the estimator is what it was."""
-        from sktransfer.fine_tuning._undoing import undone_on_failure
-
-        before = dict(vars(self))
-        trained = before.get("_tuned") if goes_on or self.warm_start else None
-        try:
-            with undone_on_failure(trained, keeps_net=goes_on):
-                return self._fit_from(X, y, sample_weight, X_val, y_val, goes_on)
-        except BaseException:
-            self.__dict__ = before
-            raise
-
-    def _fit_from(self, X, y, sample_weight, X_val, y_val, goes_on):
-        """Train from the start, from the last fit's weights, or one more epoch (`goes_on`)."""
-        from sktransfer.embedding._cluster import check_place
-        from sktransfer.fine_tuning._train import as_random_seed, report, train
-        from sktransfer.fine_tuning._training_data import TrainingData
-        from sktransfer.fine_tuning._unfreezing import UnfreezePlan, warn_of_unheard
-
-        old: Any = vars(self).get("_tuned")
-        is_resumed = old is not None and (goes_on or self.warm_start)
-        reset = not (goes_on and old is not None)
-        images = check_images(self, X, reset=reset)
-        target = self._read_target(y, images.n_rows, reset=reset)
-        weight = check_weight(sample_weight, images.n_rows)
-        rng, seed = as_random_seed(self.random_state)
-        device = check_place(self.memory, self.device)
-
-        # No name brings back the weights of a model that was loaded from a file of its own.
-        is_own = is_resumed and old.backbone.has_own_weights and old.backbone.name == self.backbone
-        backbone = old.backbone if is_own or not reset else self._load_backbone()
-        max_epochs = 1 if goes_on else self.max_epochs
-        first_epoch = self.n_iter_ if goes_on and is_resumed else 0
-        stage_names = backbone.stage_names_to_layer
-        plan = UnfreezePlan(self.unfreeze, stage_names, self.max_epochs, first_epoch)
-        # `partial_fit` may reach epochs that this fit does not.
-        lowest = plan.lowest if goes_on else plan.first_stage(max(1, max_epochs))
-        if not (goes_on and is_resumed):
-            warn_of_unheard(backbone, stage_names[lowest:], stacklevel=5)
-        starts_as_probe = self._starts_as_probe and not is_resumed
-        # New pictures in each epoch leave nothing that could be kept.
-        makes_new = self.augment is not None or self.mixup > 0 or self.cutmix > 0
-        entry = 0 if makes_new else lowest
-        n_stages = len(stage_names)
-        begins_with_head = not makes_new and plan.first_stage(1) == n_stages
-        options = {
-            "backbone": backbone,
-            "settings": self._embedding_settings(),
-            # Stages that were trained give others than the backbone does.
-            "wants_embeddings": starts_as_probe
-            or (begins_with_head and not (is_resumed and old.has_own_stages)),
-            "on_error": self.on_error,
-        }
-        data = TrainingData(images, target, weight, **options)
-        self.bad_images_ = data.bad
-        if len(data) == 0:
-            raise ValueError(
-                f"No row is left to train on: {len(data.bad)} of {images.n_rows} could not be "
-                "read, and the others have no weight."
-            )
-        keeps_best = (
-            not goes_on
-            and max_epochs > 0
-            and (
-                (X_val is not None or len(data) >= _N_ROWS_TO_SPLIT)
-                if self.early_stopping == "auto"
-                else bool(self.early_stopping)
-            )
-        )
-        valid_data = self._validation_data(X_val, y_val, options)
-        prepared = self._prepare_target(data.target, data.weight, reset=not is_resumed)
-        train_rows, valid_rows = np.arange(len(data)), np.arange(0)
-        if keeps_best and valid_data is None:
-            codes = prepared if prepared.ndim == 1 else None
-            fraction = self.validation_fraction
-            valid_rows = stratified_part(codes, fraction, rng, len(data))
-            train_rows = np.setdiff1d(train_rows, valid_rows)
-            if not len(valid_rows):
-                keeps_best = False
-                warnings.warn(
-                    f"There is no early stopping: validation_fraction={fraction} of {len(data)} "
-                    "different rows leaves no row to validate on. Give a larger "
-                    "validation_fraction, more rows of each class, or X_val and y_val.",
-                    UserWarning,
-                    stacklevel=5,
-                )
-
-        probe_teaches = starts_as_probe and lowest < n_stages and max_epochs > 0 and not goes_on
-        # Where the network's own weights move and no validation part tells when they have moved
-        # too far, more care is taken of the start, and of staying near it.
-        is_careful = probe_teaches and not (self._has_random_weights or keeps_best)
-        if not is_resumed:
-            tuned = self._new_network(backbone, images.n_columns, lowest, seed)
-            if starts_as_probe:
-                n_views = self.probe_views
-                if n_views == "auto":
-                    is_few = len(train_rows) < _N_ROWS_TO_SPLIT
-                    n_views = _CAREFUL_PROBE_VIEWS if is_careful and is_few else 1
-                self._start_as_probe(tuned, data, prepared, train_rows, rng, n_views)
-        else:
-            head = self._new_head(backbone, images.n_columns, seed)
-            settings = (self._moves_statistics, self.precision)
-            tuned = old.to_go_on(backbone, images.n_columns, lowest, head, *settings)
-        module = tuned.module(whole=entry < n_stages)
-        temperature = 1.0
-        if probe_teaches:
-            temperature = self._temperature(tuned.head, data, prepared, train_rows)
-        parts = [part for part in (data, valid_data) if part is not None]
-        sources = [part.source(module, entry, n_stages, device, tuned.lowest) for part in parts]
-        if min(found for _, _, found in sources) < entry:  # one of them fits in no bound
-            entry = 0
-            sources = [part.source(module, 0, n_stages, device, tuned.lowest) for part in parts]
-        if entry > 0:
-            for part in parts:
-                part.forget_pixels()
-        train_set, valid_set = self._training_sets(
-            data, valid_data, sources, prepared, train_rows, valid_rows,
-            begins_embedded=begins_with_head and entry < n_stages,
-        )  # fmt: skip
-        averaging = None if goes_on else self.weight_averaging
-        if averaging == "auto":
-            averaging = "wise_ft" if is_careful else None
-        result = train(
-            tuned,
-            train_set,
-            valid_set,
-            self._training_settings(
-                module, tuned.lowest, seed + first_epoch, device, keeps_best, goes_on, averaging
-            ),
-            entry=entry,
-            first_stage=plan.first_stage,
-            max_epochs=max_epochs,
-            first_epoch=first_epoch,
-            keeps_net=goes_on and is_resumed,
-            temperature=temperature,
-        )
-        for part in parts:
-            part.report_lost()
-        self.backbone_, self._tuned = backbone, tuned
-        self._n_image_columns = images.n_columns
-        self.n_features_out_ = images.n_columns * backbone.n_features
-        self.history_ = [*(self.history_ if first_epoch else []), *result.history]
-        self.n_iter_, self.best_epoch_ = result.n_iter, result.best_epoch
-        report(result, type(self).__name__, starts_as_probe, tuned.has_own_stages)
+    def _fit(self, X, y, sample_weight=None, X_val=None, y_val=None, *, is_partial=False) -> Self:
+        """Fit a copy and take over its attributes, so that a failed fit changes nothing."""
+        fitted = copy.copy(self)
+        old = vars(self).get("_tuned") if is_partial else None
+        fitted._fit_in_place(X, y, sample_weight, X_val, y_val, old, is_partial)
+        self.__dict__ = fitted.__dict__
         return self
 
-    def _load_backbone(self):
+    def _fit_in_place(
+        self, X, y, sample_weight, X_val, y_val, old: TunedNetwork | None, is_partial: bool
+    ) -> None:
+        from sktransfer.embedding._cluster import check_place
+        from sktransfer.fine_tuning._train import train
+
+        rng, seed = _as_random_seed(self.random_state)
+        device = check_place(self.memory, self.device)
+        max_epochs, first_epoch = self.max_epochs, 0
+        if is_partial:
+            max_epochs, first_epoch = 1, self.n_iter_ if old is not None else 0
+
+        # 1. Data: each image once, embedded where a probe is fitted.
+        data = self._read_data(X, y, sample_weight, X_val, y_val, old, is_partial, rng)
+        plan, n_stages = data.plan, len(data.plan.stage_names)
+
+        # 2. Start: the head is the linear probe, or the network is that of the last epoch.
+        first_stage = (
+            plan.first_trained_stage if is_partial else plan.first_stage(max(1, max_epochs))
+        )
+        fine_tunes_probe = (
+            self._starts_as_probe and first_stage < n_stages and max_epochs > 0 and not is_partial
+        )
+        # Pre-trained weights move, and no validation part shows when they have moved too far.
+        uses_wise_ft = fine_tunes_probe and not (self._has_random_weights or data.keeps_best)
+        if old is not None:
+            tuned = old.copy(first_stage, self.precision)
+        else:
+            tuned = self._new_network(data, first_stage, seed)
+            if self._starts_as_probe:
+                self._start_as_probe(tuned.head, data.train, rng, has_corners=uses_wise_ft)
+
+        # 3. Freeze: the outputs of frozen stages are computed once.
+        phases = self._phases(tuned, data, max_epochs)
+
+        # 4. Train.
+        settings = self._training_settings(
+            tuned,
+            device=device,
+            seed=seed + first_epoch,
+            keeps_best=data.keeps_best,
+            is_continued=is_partial,
+            temperature=self._probe_temperature(tuned.head, data.train)
+            if fine_tunes_probe
+            else 1.0,
+            wise_ft_share=np.interp(len(data.train.rows), *_WISE_FT) if uses_wise_ft else None,
+        )
+        old_net = None if old is None else old.net
+        log = train(tuned, phases, settings, plan.first_stage, first_epoch, old_net)
+
+        # 5. Keep.
+        self._keep(data, tuned, log, first_epoch)
+
+    def _read_data(self, X, y, sample_weight, X_val, y_val, old, is_partial, rng) -> _Data:
+        from sktransfer.fine_tuning._rows import TrainingRows
+        from sktransfer.fine_tuning._train import UnfreezePlan
+
+        images = check_images(self, X, reset=old is None)
+        target = self._read_target(y, images.n_rows, reset=old is None)
+        weight = check_weight(sample_weight, images.n_rows)
+        backbone = self._load_backbone() if old is None else old.backbone
+        stage_names = backbone.stage_names_to_layer
+        first_epoch = 0 if old is None else self.n_iter_
+        plan = UnfreezePlan(self.unfreeze, stage_names, self.max_epochs, first_epoch)
+        begins_with_head = self.augment is None and plan.first_stage(1) == len(stage_names)
+        if old is None:
+            wants_embeddings = begins_with_head or self._starts_as_probe
+        else:  # trained stages embed otherwise than the backbone
+            wants_embeddings = begins_with_head and not old.has_own_stages
+        settings = self._embedding_settings()
+        rows = TrainingRows(images, target, weight, backbone, settings, wants_embeddings)
+        target = self._prepare_target(rows.target, rows.weight, reset=old is None)
+        index = np.arange(len(rows))
+        if X_val is not None or y_val is not None:
+            images, own = self._check_validation(X_val, y_val)
+            weight = np.ones(images.n_rows)
+            valid_rows = TrainingRows(
+                images, own, weight, backbone, settings, wants_embeddings, "validation"
+            )
+            own = self._prepare_target(valid_rows.target, valid_rows.weight, reset=False)
+            valid = self._part(valid_rows, own, np.arange(len(valid_rows)))
+        else:
+            valid = None
+        keeps_best = bool(self.early_stopping)
+        if self.early_stopping == "auto":
+            keeps_best = valid is not None or len(rows) >= _N_ROWS_TO_SPLIT
+        keeps_best = keeps_best and not is_partial and self.max_epochs > 0
+        if keeps_best and valid is None:
+            held_out = self._held_out(target, rng)
+            index = np.setdiff1d(index, held_out)
+            keeps_best = len(held_out) > 0
+            valid = self._part(rows, target, held_out) if keeps_best else None
+        return _Data(backbone, plan, self._part(rows, target, index), valid, keeps_best)
+
+    def _check_validation(self, X_val, y_val) -> tuple[Images, np.ndarray]:
+        if X_val is None or y_val is None:
+            given, missing = ("y_val", "X_val") if X_val is None else ("X_val", "y_val")
+            raise ValueError(f"{given} is given without {missing}: give both, or neither.")
+        images = check_images(self, X_val, reset=False, name="X_val")
+        return images, self._read_target(y_val, images.n_rows, reset=False, name="y_val")
+
+    def _held_out(self, target: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
+        """Rows to validate on; none, with a warning, if there are too few."""
+        from sktransfer.fine_tuning._probe import stratified_part
+
+        fraction, n = self.validation_fraction, len(target)
+        held_out = stratified_part(target if target.ndim == 1 else None, fraction, rng, n)
+        if len(held_out) == 0:
+            warn(
+                f"There is no early stopping: validation_fraction={fraction} of {n} different "
+                "rows leaves no row to validate on. Give a larger validation_fraction, more rows "
+                "of each class, or X_val and y_val."
+            )
+        return held_out
+
+    def _part(self, data: TrainingRows, target: np.ndarray, rows: np.ndarray) -> Part:
+        from sktransfer.fine_tuning._rows import Part
+
+        weight = self._training_weight(target[rows], data.weight[rows])
+        return Part(data, rows, target[rows], weight)
+
+    def _load_backbone(self) -> Backbone:
         from sktransfer._threads import own_random_state
         from sktransfer.networks._backbone import load_backbone
 
@@ -272,147 +260,127 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     def _starts_as_probe(self) -> bool:
         return self.head_init == "linear_probe" and not hasattr(self.head, "forward")
 
-    def _embedding_settings(self):
-        from sktransfer.fine_tuning._training_data import EmbeddingSettings
-
-        return EmbeddingSettings(
-            self.memory, self.device, self.precision, self.n_jobs, self.verbose
-        )
-
-    def _validation_data(self, X_val, y_val, options):
-        from sktransfer.fine_tuning._training_data import TrainingData
-
-        if X_val is None and y_val is None:
-            return None
-        if X_val is None or y_val is None:
-            given, missing = ("y_val", "X_val") if X_val is None else ("X_val", "y_val")
-            raise ValueError(f"{given} is given without {missing}: give both, or neither.")
-        images = check_images(self, X_val, reset=False, name="X_val")
-        target = self._read_target(y_val, images.n_rows, reset=False, name="y_val")
-        weight = np.ones(images.n_rows)
-        data = TrainingData(images, target, weight, **options, what="validation")
-        if len(data) == 0:
-            raise ValueError(f"No row of X_val is left: none of its {images.n_rows} can be read.")
-        return data
-
-    def _new_network(self, backbone, n_columns, lowest, seed):
-        from sktransfer.fine_tuning._tuned_network import TunedNetwork
-
-        return TunedNetwork(
-            backbone,
-            self._new_head(backbone, n_columns, seed),
-            n_columns,
-            lowest,
-            moves_statistics=self._moves_statistics,
-            precision=self.precision,
-        )
-
-    def _new_head(self, backbone, n_columns, seed):
-        from sktransfer._threads import own_random_state
-        from sktransfer.fine_tuning._head import make_head
-
-        with own_random_state(seed):
-            width = n_columns * backbone.n_features
-            return make_head(self.head, width, self._n_outputs, self.dropout)
-
-    @property
-    def _moves_statistics(self) -> bool:
-        # Statistics of random weights say nothing.
-        return self.batch_norm == "moving" or (
-            self.batch_norm == "auto" and self._has_random_weights
-        )
-
     @property
     def _has_random_weights(self) -> bool:
         return self.weights is None and isinstance(self.backbone, str)
 
-    def _start_as_probe(self, tuned, data, prepared, rows, rng, n_views):
-        coef, intercept = fit_probe(
-            data.embed_views(rows, n_views),
-            prepared[rows],
-            self._training_weight(prepared[rows], data.weight[rows]),
-            self._kind,
-            self._n_outputs,
-            rng,
+    def _new_network(self, data: _Data, first_trained_stage: int, seed: int) -> TunedNetwork:
+        from sktransfer._threads import own_random_state
+        from sktransfer.fine_tuning._head import make_head
+        from sktransfer.fine_tuning._tuned import TunedNetwork
+
+        n_columns = data.train.data.n_columns
+        with own_random_state(seed):
+            width = n_columns * data.backbone.n_features
+            head = make_head(self.head, width, self._n_outputs, self.dropout)
+        return TunedNetwork(
+            data.backbone,
+            head,
+            n_columns,
+            first_trained_stage,
+            # Batch statistics of pre-training are kept; those of random weights mean nothing.
+            moves_statistics=self._has_random_weights,
+            precision=self.precision,
         )
-        tuned.head.start_from(coef, intercept)
 
-    def _training_sets(
-        self, data, valid_data, sources, prepared, rows, valid_rows, *, begins_embedded
-    ):
-        """What is trained on, and what is validated on or None; as embeddings at first."""
-        from sktransfer.fine_tuning._rows import TrainingSet
+    def _start_as_probe(self, head: nn.Module, part: Part, rng, has_corners: bool) -> None:
+        from sktransfer.fine_tuning._probe import fit_probe
 
-        parts = [(data, sources[0], prepared, rows)]
-        if valid_data is not None:
-            target = self._prepare_target(valid_data.target, valid_data.weight, reset=False)
-            parts.append((valid_data, sources[1], target, np.arange(len(valid_data))))
-        elif len(valid_rows):
-            parts.append((data, sources[0], prepared, valid_rows))
-        begins_embedded &= all(part.embeddings is not None for part, *_ in parts)
-        sets = []
-        for part, (inputs, positions, _), target, index in parts:
-            weight = self._training_weight(target[index], part.weight[index])
-            sets.append(TrainingSet(inputs, positions[index], target[index], weight))
-            if begins_embedded:
-                sets[-1].give_first(part.embedded(), index)
-        return sets[0], sets[1] if len(sets) > 1 else None
+        views = part.embeddings[:, None]
+        if has_corners and len(part.rows) < _N_ROWS_TO_SPLIT:
+            views = part.data.with_corners(part.rows)
+        probe = fit_probe(views, part.target, part.weight, self._kind, self._n_outputs, rng)
+        head.start_from(*probe)  # type: ignore[operator]
 
-    def _training_settings(
-        self, module, lowest, seed=0, device=None, keeps_best=False, goes_on=False, averaging=None
-    ):
-        from sktransfer.embedding._batches import resolve_device
+    def _probe_temperature(self, head: nn.Module, part: Part) -> float:
+        from sktransfer.fine_tuning._probe import probe_temperature
+
+        if self._kind == "regression":
+            return 1.0
+        return probe_temperature(head, part.embeddings, part.target, part.weight, self._kind)
+
+    def _phases(self, tuned: TunedNetwork, data: _Data, max_epochs: int) -> list[Phase]:
+        """The epochs of the head alone, trained on embeddings, and those of stages."""
+        from sktransfer.fine_tuning._train import Phase
+
+        n_stages, input_stage = len(tuned.stage_names), tuned.first_trained_stage
+        if self.augment is not None or (max_epochs == 0 and input_stage < n_stages):
+            input_stage = 0  # new images in each epoch, or none
+        parts = [data.train] if data.valid is None else [data.train, data.valid]
+        rows = list(dict.fromkeys(part.data for part in parts))
+        module = tuned.module(whole=input_stage < n_stages)
+        phases, n_head = [], 0
+        if self.augment is None and data.train.data.embeddings is not None:
+            first_stages = [data.plan.first_stage(epoch) for epoch in range(1, max_epochs + 1)]
+            n_head = first_stages.count(n_stages)
+            if n_head or input_stage == n_stages:
+                sets = [part.training_set(part.data.embedded()) for part in parts]
+                phases.append(Phase(n_head, n_stages, *sets))
+        if n_head < max_epochs or not phases:
+            if input_stage > 0 and not all(
+                own.keep_frozen_outputs(module, input_stage) for own in rows
+            ):
+                input_stage = 0  # too large to be kept
+            sets = [part.training_set(part.data.inputs(input_stage)) for part in parts]
+            phases.append(Phase(max_epochs - n_head, input_stage, *sets))
+        return phases
+
+    def _training_settings(self, tuned: TunedNetwork, **chosen) -> TrainingSettings:
         from sktransfer.fine_tuning._train import TrainingSettings
 
-        taken_over = (
-            "layer_decay", "optimizer", "weight_decay", "gradient_clip", "augment", "mixup",
-            "cutmix", "l2_sp", "batch_size", "tol", "callbacks", "verbose",
-        )  # fmt: skip
-        return TrainingSettings(
-            **{name: getattr(self, name) for name in taken_over},
-            kind=self._kind,
-            n_outputs=self._n_outputs,
-            lr=module.suggested_lr(lowest) if self.lr == "auto" else self.lr,
-            lr_schedule="constant" if goes_on else self.lr_schedule,
-            label_smoothing=getattr(self, "label_smoothing", 0.0),
-            weight_averaging=averaging,
-            keeps_best=keeps_best,
-            patience=self.n_iter_no_change,
-            device=device or resolve_device(self.device),
-            seed=seed,
-        )
+        module, first = tuned.module(), tuned.first_trained_stage
+        own = self.get_params(deep=False)
+        own = {
+            field.name: own[field.name] for field in fields(TrainingSettings) if field.name in own
+        }
+        own["lr"] = module.auto_lr(first) if self.lr == "auto" else self.lr
+        return TrainingSettings(**own | chosen, kind=self._kind, n_outputs=self._n_outputs)
+
+    def _keep(self, data: _Data, tuned: TunedNetwork, log: EpochLog, first_epoch: int) -> None:
+        from sktransfer.fine_tuning._train import report
+
+        for part in (data.train, data.valid):
+            if part is not None:
+                part.data.report_lost()
+        rows = data.train.data
+        self.backbone_, self._tuned, self.bad_images_ = data.backbone, tuned, rows.bad
+        self._n_image_columns = rows.n_columns
+        self.n_features_out_ = rows.n_columns * data.backbone.n_features
+        self.history_ = [*(self.history_ if first_epoch else []), *log.history]
+        self.n_iter_, self.best_epoch_ = log.epoch, log.kept_epoch
+        start = "linear probe" if self._starts_as_probe else "network as it was"
+        report(log, type(self).__name__, start, tuned.has_own_stages)
 
     # -- from images to scores --------------------------------------------------------------
-    def _embed(self, X) -> tuple[np.ndarray, list]:
-        """Tuned embeddings, NaN where rows are unreadable, and these."""
-        from sktransfer.fine_tuning._training_data import _handle, embed_rows
-        from sktransfer.fine_tuning._views import mean_over_views
+    def _embedding_settings(self) -> EmbeddingSettings:
+        from sktransfer.fine_tuning._batches import EmbeddingSettings
+
+        return EmbeddingSettings(
+            self.memory, self.device, self.precision, self.n_jobs, self.on_error, self.verbose
+        )
+
+    def _embed(self, X) -> tuple[np.ndarray, list[BadRow]]:
+        """Tuned embeddings, NaN in rows of unreadable images, and these images."""
+        from sktransfer.fine_tuning._batches import embed_rows
+        from sktransfer.fine_tuning._rows import report_bad
 
         check_is_fitted(self)
         images = check_images(self, X, reset=False)
         backbone = self._tuned.tuned_backbone()
-        if self.n_views > 1:
-            backbone = mean_over_views(backbone, self.n_views)
         rows, bad = embed_rows(images, backbone, self._embedding_settings())
-        self.bad_images_ = bad  # another thread's call may write its own
-        if assumed := images.take_warnings():
-            warnings.warn(assumed, UserWarning, stacklevel=4)
-        if bad:
-            _handle(bad, images.n_rows, self.on_error, "prediction", stacklevel=5)
-        return rows.reshape(images.n_rows, -1), bad
+        self.bad_images_ = bad
+        report_bad(bad, images, self.on_error, "prediction")
+        return rows, bad
 
     def _scores(self, X) -> np.ndarray:
-        """What the head says, float64 (n_rows, n_outputs)."""
-        from sktransfer.fine_tuning._training_data import check_finite
+        """The head's scores, float64 (n_rows, n_outputs)."""
+        from sktransfer.fine_tuning._rows import check_finite
 
         rows, bad = self._embed(X)
-        unreadable = np.zeros(len(rows), dtype=bool)
-        unreadable[[b.row for b in bad]] = True
-        is_readable = np.flatnonzero(~unreadable)
-        check_finite(rows[is_readable], is_readable)
-        scores = self._tuned.scores(np.where(unreadable[:, None], 0, rows))
-        # Of a picture that nobody can read only the training set's average is known.
-        scores[unreadable] = self._blind_scores
+        is_readable = ~np.isin(np.arange(len(rows)), [b.row for b in bad])
+        check_finite(rows[is_readable], np.flatnonzero(is_readable))
+        scores = self._tuned.scores(np.where(is_readable[:, None], rows, 0))
+        scores[~is_readable] = self._scores_without_image()
         return scores
 
     def transform(self, X):
@@ -425,8 +393,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         Returns
         -------
         columns : ndarray of shape (n_samples, n_features_out_), float32
-            What enters the head. A row of NaN where an image cannot be read and
-            ``on_error="skip"``.
+            The inputs of the head. With ``on_error="skip"`` the rows of unreadable images
+            are NaN.
         """
         rows, _ = self._embed(X)
         return keep_index(self, rows, X)
@@ -437,7 +405,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         input_features : array-like of str or None, default=None
-            Names of the image columns; ``None``: `feature_names_in_`, where there are.
+            Names of the image columns; ``None``: `feature_names_in_`, if `X` had names.
 
         Returns
         -------
@@ -448,29 +416,57 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         width = self.backbone_.n_features
         digits = max(3, len(str(width - 1)))
         stem = f"{self.backbone_.short_name}_tuned"
-        return np.asarray(
-            [f"{f'{name}_' if name else ''}{stem}_{i:0{digits}d}" for name in names
-             for i in range(width)],
-            dtype=object,
-        )  # fmt: skip
+        prefixes = [f"{name}_{stem}" if name else stem for name in names]
+        columns = [f"{prefix}_{i:0{digits}d}" for prefix in prefixes for i in range(width)]
+        return np.asarray(columns, dtype=object)
 
     @property
-    def net_(self):
-        """The skorch net: made again, without the optimizer's state, after unpickling."""
+    def net_(self) -> NeuralNet:
+        """The skorch net. After unpickling it is made again, without the optimizer's state."""
         if "_tuned" not in vars(self):
-            raise AttributeError(f"This {type(self).__name__} is not fitted yet: it has no net_.")
-        if self._tuned.net is None:
-            from sktransfer.fine_tuning._train import made_for, make_net
+            raise AttributeError(
+                f"This {type(self).__name__} is not fitted yet, so it has no net_."
+            )
+        tuned = self._tuned
+        if tuned.net is None:
+            from sktransfer.embedding._batches import resolve_device
+            from sktransfer.fine_tuning._train import make_net
 
-            module = self._tuned.module()
-            module.freeze(min(self._tuned.lowest, len(module.stages)))
-            settings = self._training_settings(module, self._tuned.lowest)
-            self._tuned.net = make_net(module, settings)
-            self._tuned.net_made_for = made_for(settings)
-        return self._tuned.net
+            settings = self._training_settings(tuned, device=resolve_device(self.device), seed=0)
+            tuned.net = make_net(tuned.module(), tuned.first_trained_stage, settings)
+        return tuned.net
 
-    def __sklearn_is_fitted__(self):
+    def __sklearn_is_fitted__(self) -> bool:
         return "_tuned" in vars(self)
 
     def __sklearn_tags__(self):
         return set_image_tags(self, super().__sklearn_tags__())
+
+
+@dataclass
+class _Data:
+    """What is trained on.
+
+    Attributes
+    ----------
+    backbone : Backbone
+    plan : UnfreezePlan
+    train : Part
+    valid : Part or None
+    keeps_best : bool
+        Whether the best epoch on the validation part is kept.
+    """
+
+    backbone: Backbone
+    plan: UnfreezePlan
+    train: Part
+    valid: Part | None
+    keeps_best: bool
+
+
+def _as_random_seed(
+    random_state: int | np.random.RandomState | None,
+) -> tuple[np.random.RandomState, int]:
+    """A RandomState, and a seed for torch, from the parameter ``random_state``."""
+    rng = check_random_state(random_state)
+    return rng, int(rng.randint(np.iinfo(np.int32).max))

@@ -5,293 +5,208 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
+from skorch import NeuralNet
 from skorch.callbacks import Callback
 
-from sktransfer.fine_tuning._losses import validation_score
-from sktransfer.fine_tuning._schedules import Schedule
+from sktransfer.fine_tuning._batches import Batches
+from sktransfer.fine_tuning._head import validation_score
+from sktransfer.fine_tuning._tuned import TunedModule
+
+State = dict[str, torch.Tensor]
 
 
 class Unfreezing(Callback):
-    """Thaws stages when their epoch comes; their parameters join the optimizer then.
+    """Unfreezes stages when their epoch comes.
 
-    Parameters
-    ----------
-    first_stage : callable
-        Epoch, counted from 1 -> position of the lowest trained stage.
-    groups : callable
-        (start, stop) -> optimizer groups of these stages.
+    Before the first of them are trained, the head's scores are divided by `temperature`, and
+    `start` becomes a copy of all weights that will ever be trained, if they are given by
+    `first_trained_stage`.
     """
 
-    def __init__(self, first_stage: Callable[[int], int], groups: Callable[[int, int], list]):
-        self.first_stage, self.groups = first_stage, groups
-        self.epoch = 0
+    def __init__(
+        self,
+        first_stage: Callable[[int], int],
+        temperature: float,
+        first_trained_stage: int | None,
+    ):
+        self.first_stage, self.temperature = first_stage, temperature
+        self.first_trained_stage = first_trained_stage
+        self.start: State = {}
+        self._epoch = 0
 
-    def on_epoch_begin(
-        self, net: Any, dataset_train: Any = None, dataset_valid: Any = None, **kwargs: Any
-    ) -> None:
-        self.epoch += 1
+    def on_epoch_begin(self, net: NeuralNet, **kwargs: object) -> None:
+        self._epoch += 1
         module = net.module_
-        start = min(self.first_stage(self.epoch), len(module.stages))
-        if start < module.n_frozen:
-            for group in self.groups(start, module.n_frozen):
-                # The others' moments stay as they are.
-                net.optimizer_.add_param_group(group)
-            module.freeze(start)
-            module.takes_embeddings = False
-            for rows in (dataset_train, dataset_valid):
-                if rows is not None:  # they gave embeddings as long as the head was alone
-                    rows.go_on()
+        first = min(self.first_stage(self._epoch), len(module.stages))
+        if first < module.n_frozen:
+            module.freeze(first)
+        if module.n_frozen < len(module.stages):
+            if self.temperature != 1:
+                module.head.divide_scores(self.temperature)
+                self.temperature = 1.0
+            if self.first_trained_stage is not None and not self.start:
+                self.start = snapshot(module, self.first_trained_stage)
 
 
-class Tempering(Callback):
-    """Divides the head's scores once, when the first stages are trained.
+class OneCycle(Callback):
+    """Learning rates that rise from 1/25 to 1 in the first quarter and fall to 1e-5 [1]_.
 
-    It stands behind :class:`Unfreezing`.
-
-    Parameters
-    ----------
-    temperature : float
-    """
-
-    def __init__(self, temperature: float):
-        self.temperature = temperature
-
-    def on_epoch_begin(self, net: Any, **kwargs: Any) -> None:
-        module = net.module_
-        if self.temperature != 1 and module.n_frozen < len(module.stages):
-            module.head.divide_scores(self.temperature)
-            self.temperature = 1.0
-
-
-class LearningRates(Callback):
-    """Sets ``group["lr"]`` before each step where the schedule changes it.
-
-    A rate that stays the same is left to whoever else sets it, such as skorch's ``LRScheduler``.
-
-    Parameters
-    ----------
-    schedule : callable
-        Progress of training, 0…1 -> factor.
-    n_steps : int
-        Of the whole training.
-    """
-
-    def __init__(self, schedule: Schedule, n_steps: int):
-        self.schedule, self.n_steps = schedule, n_steps
-        self.step = 0
-
-    def on_batch_begin(self, net: Any, training: bool = False, **kwargs: Any) -> None:
-        if training:
-            factor = float(self.schedule((self.step + 0.5) / self.n_steps))
-            for group in net.optimizer_.param_groups:
-                lr = group["base_lr"] * factor
-                if group.get("scheduled_lr") != lr:
-                    group["lr"] = group["scheduled_lr"] = lr
-            self.step += 1
-
-    def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
-        net.history.record("lr", max(group["lr"] for group in net.optimizer_.param_groups))
-
-
-class GradientRules(Callback):
-    """Pulls trained stages towards their pre-trained weights, and clips gradients.
-
-    Parameters
-    ----------
-    l2_sp : float
-        α of the penalty α/2 ‖w - w₀‖² on the stages' weights [1]_.
-    clip : float or None
-        Largest norm of all gradients together.
-    anchors : dict of int to Tensor
-        ``id`` of a parameter -> its pre-trained value.
+    Both ways are half a cosine; the factors are of each group's own rate.
 
     References
     ----------
-    .. [1] X. Li, Y. Grandvalet, F. Davoine: "Explicit inductive bias for transfer learning with
-       convolutional networks", ICML 2018. https://arxiv.org/abs/1802.01483
+    .. [1] L. N. Smith, N. Topin: "Super-convergence: very fast training of neural networks
+       using large learning rates", 2019. :doi:`10.1117/12.2520589`
     """
 
-    def __init__(self, l2_sp: float, clip: float | None, anchors: dict[int, torch.Tensor]):
-        self.l2_sp, self.clip, self.anchors = l2_sp, clip, anchors
+    def __init__(self, n_steps: int):
+        self.n_steps, self.step = n_steps, 0
 
-    def on_grad_computed(self, net: Any, named_parameters: Any = None, **kwargs: Any) -> None:
-        parameters = [p for p in net.module_.parameters() if p.grad is not None]
-        if self.l2_sp:
-            with torch.no_grad():
-                for parameter in parameters:
-                    anchor = self.anchors.get(id(parameter))
-                    if anchor is not None:
-                        parameter.grad.add_(parameter - anchor, alpha=self.l2_sp)
-        if self.clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+    def on_train_begin(self, net: NeuralNet, **kwargs: object) -> None:
+        self.rates = [group["lr"] for group in net.optimizer_.param_groups]
 
+    def on_batch_begin(self, net: NeuralNet, training: bool = False, **kwargs: object) -> None:
+        if training:
+            factor = self._factor((self.step + 0.5) / self.n_steps)
+            for group, rate in zip(net.optimizer_.param_groups, self.rates, strict=True):
+                group["lr"] = rate * factor
+            self.step += 1
 
-class FiniteLoss(Callback):
-    """Ends a training whose loss is no number any more."""
-
-    def __init__(self, lr: float):
-        self.lr = lr
-
-    def on_batch_end(
-        self, net: Any, training: bool = False, loss: Any = None, **kwargs: Any
-    ) -> None:
-        if training and not math.isfinite(value := float(loss.detach())):
-            n_batches = len(net.history[-1, "batches"])
-            where = f"in epoch {len(net.history)}, batch {n_batches}"
-            raise not_finite(f"The training loss became {value} {where}.", self.lr)
+    @staticmethod
+    def _factor(progress: float) -> float:
+        if progress < 0.25:
+            return _half_cosine(1 / 25, 1.0, progress / 0.25)
+        return _half_cosine(1.0, 1e-5, (progress - 0.25) / 0.75)
 
 
-def not_finite(what: str, lr: float) -> ValueError:
-    """An error that names the likely causes."""
-    return ValueError(
-        f"{what} The likely cause is a learning rate that is "
-        f"too large: lr={lr!r}; try a tenth of it, or gradient_clip=1.0. Other "
-        "causes: precision='float16', whose largest number is 65504 ('bfloat16' is not so "
-        "bound), very large sample weights or targets, an `augment` or `preprocessing` "
-        "function that returns NaN."
-    )
+def _half_cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
 class EpochLog(Callback):
     """Writes one row per epoch, scores the validation part, and keeps the best epoch.
 
-    Parameters
-    ----------
-    kind : str
-    history : list
-        Receives the rows.
-    first_epoch : int
-        Number of the epoch before the first one trained: 0, or where training goes on.
-    valid : Batches or None
-        The validation part.
-    keeps_best : bool
-        Whether to keep the best epoch's weights.
-    patience, tol : int, float
-        Training ends when the score has not grown by more than `tol` for so many epochs.
-    lowest : int
-        Position of the lowest stage that is ever trained.
+    With `keeps_best`, training ends after `patience` epochs without a better score. `history`
+    holds the rows, `epoch` the number of epochs trained.
     """
 
     def __init__(
         self,
         kind: str,
-        history: list[dict[str, Any]],
+        lr: float,
         first_epoch: int,
-        valid: Any,
+        valid: Batches | None,
         keeps_best: bool,
         patience: int,
-        tol: float,
-        lowest: int,
+        first_trained_stage: int,
     ):
-        self.kind, self.history, self.epoch = kind, history, first_epoch
-        self.valid, self.keeps_best = valid, keeps_best
-        self.patience, self.tol, self.lowest = patience, tol, lowest
+        self.kind, self.lr, self.epoch, self.valid = kind, lr, first_epoch, valid
+        self.keeps_best, self.patience = keeps_best, patience
+        self.first_trained_stage = first_trained_stage
+        self.history: list[dict[str, float]] = []
+        self.is_within_epoch = self.is_interrupted = False
         self.best_epoch: int | None = None
-        self.best_score = -math.inf
-        self.best_loss = math.inf
-        self.best_state: dict[str, torch.Tensor] = {}
-        self.start_score = -math.inf
-        self.is_stopped_early = False
-        self._to_beat = -math.inf
-        self._n_without_gain = 0
-        self._batches: list[tuple[Any, ...]] = []
-        self._since = 0.0
+        self.best_state: State = {}
+        self._best, self._n_without_gain, self._since = (-math.inf, -math.inf), 0, 0.0
+        self._batches: list[tuple[np.ndarray, np.ndarray, np.ndarray, float]] = []
 
-    def on_train_begin(self, net: Any, **kwargs: Any) -> None:
-        if self.valid is None:
-            return
-        for batch in self.valid:
-            step = net.validation_step(batch)
-            self.on_batch_end(net, batch=batch, training=False, **step)
-        row = {"epoch": self.epoch, **self._close()}
-        self.start_score = row["valid_score"]
-        self.history.append(row)
-        self._judge(net, row)
+    @property
+    def kept_epoch(self) -> int:
+        """The epoch whose weights are kept."""
+        has_best = self.keeps_best and self.best_epoch is not None
+        return self.best_epoch if has_best else self.epoch  # type: ignore[return-value]
 
-    def on_epoch_begin(self, net: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, net: NeuralNet, **kwargs: object) -> None:
+        if self.valid is not None:
+            for batch in self.valid:
+                self.on_batch_end(net, batch=batch, **net.validation_step(batch))
+            self._close(net, {"epoch": self.epoch})
+
+    def on_epoch_begin(self, net: NeuralNet, **kwargs: object) -> None:
         self._since = time.perf_counter()
+        self.is_within_epoch = True
         self._batches.clear()
 
-    def on_batch_end(
-        self,
-        net: Any,
-        batch: Any = None,
-        training: bool = False,
-        loss: Any = None,
-        y_pred: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_batch_end(self, net, batch, *, training=False, loss, y_pred, **kwargs: object) -> None:  # type: ignore[override]
+        value = float(loss.detach())
+        if training and not math.isfinite(value):
+            where = f"epoch {len(net.history)}, batch {len(net.history[-1, 'batches'])}"
+            raise not_finite(f"The training loss became {value} in {where}.", self.lr)
         if not training:
             scores, weight = y_pred
-            parts = (scores.float(), batch[1], weight)
-            n = len(weight)
-            self._batches.append(
-                (*(part.cpu().numpy() for part in parts), float(loss.detach()) * n, n)
-            )
+            arrays = (part.cpu().numpy() for part in (scores.float(), batch[1], weight))
+            self._batches.append((*arrays, value))  # type: ignore[arg-type]
 
-    def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
-        groups = net.optimizer_.param_groups
+    def on_epoch_end(self, net: NeuralNet, **kwargs: object) -> None:
+        self.epoch += 1
+        self.is_within_epoch = False
+        lr = max(group["lr"] for group in net.optimizer_.param_groups)
+        net.history.record("lr", lr)
         row = {
-            "epoch": self.epoch + 1,
+            "epoch": self.epoch,
             "train_loss": float(net.history[-1, "train_loss"]),
-            "lr": max(group["lr"] for group in groups),
+            "lr": lr,
             "n_unfrozen": net.module_.n_unfrozen,
             "seconds": time.perf_counter() - self._since,
         }
-        if self._batches:
-            row |= self._close()
+        self._close(net, row)
+        if "valid_score" in row:
             net.history.record("valid_score", row["valid_score"])
-        self.history.append(row)
-        self.epoch += 1
-        if self.valid is not None:
-            self._judge(net, row)
-
-    def _close(self) -> dict[str, float]:
-        scores, target, weight = (np.concatenate([b[i] for b in self._batches]) for i in range(3))
-        loss = sum(b[3] for b in self._batches) / sum(b[4] for b in self._batches)
-        self._batches.clear()
-        if not weight.any():  # its pictures have gone
-            return {"valid_loss": math.nan, "valid_score": math.nan}
-        return {
-            "valid_loss": loss,
-            "valid_score": validation_score(self.kind, scores, target, weight),
-        }
-
-    def _judge(self, net: Any, row: dict[str, Any]) -> None:
-        score, loss = row["valid_score"], row["valid_loss"]
-        if math.isnan(score):
-            return
-        if score > self.best_score or (score == self.best_score and loss < self.best_loss):
-            if self.keeps_best:
-                self.best_state = snapshot(net.module_, self.lowest)
-            self.best_score, self.best_loss, self.best_epoch = score, loss, row["epoch"]
-        if score > self._to_beat + self.tol or self._to_beat == -math.inf:
-            self._to_beat, self._n_without_gain = score, 0
-        else:
-            self._n_without_gain += 1
         if self.keeps_best and self._n_without_gain >= self.patience:
-            self.is_stopped_early = True
             raise KeyboardInterrupt  # skorch's way to end a training
 
+    def _close(self, net: NeuralNet, row: dict[str, float]) -> None:
+        """Add an epoch's row, with its validation score where there is one."""
+        self.history.append(row)
+        if not self._batches:
+            return
+        scores, target, weight = (np.concatenate([b[i] for b in self._batches]) for i in range(3))
+        n_rows = [len(b[2]) for b in self._batches]
+        row["valid_loss"] = float(np.average([b[3] for b in self._batches], weights=n_rows))
+        row["valid_score"] = math.nan
+        if not weight.any():  # none of its images is readable any more
+            row["valid_loss"] = math.nan
+            return
+        score = row["valid_score"] = validation_score(self.kind, scores, target, weight)
+        self._n_without_gain = 0 if score > self._best[0] else self._n_without_gain + 1
+        if (score, -row["valid_loss"]) > self._best:
+            self._best, self.best_epoch = (score, -row["valid_loss"]), int(row["epoch"])
+            if self.keeps_best:
+                self.best_state = snapshot(net.module_, self.first_trained_stage)
 
-def snapshot(module: Any, lowest: int) -> dict[str, torch.Tensor]:
-    """Copies of what may be trained: the head and all stages from `lowest` on."""
-    return {
-        name: tensor.detach().clone()
-        for name, tensor in module.state_dict().items()
-        if _may_change(name, lowest)
-    }
+
+def not_finite(what: str, lr: float) -> ValueError:
+    """An error that names the likely causes."""
+    return ValueError(
+        f"{what} The likely cause is a learning rate that is too large: lr={lr!r}; try a tenth of "
+        "it, or callbacks=[skorch.callbacks.GradientNormClipping(1.0)]. Other causes: very large "
+        "sample weights or targets, an `augment`, `loss` or `preprocessing` function that returns "
+        "NaN."
+    )
 
 
-def restore(module: Any, state: dict[str, torch.Tensor]) -> None:
-    """Bring a snapshot back."""
-    module.load_state_dict(state, strict=False)
+def snapshot(module: TunedModule, first_stage: int) -> State:
+    """Copies of the head's weights and of those of all stages from `first_stage` on."""
+    state = {f"head.{name}": tensor for name, tensor in module.head.state_dict().items()}
+    for i in range(first_stage, len(module.stages)):
+        own = module.stages[i].state_dict()
+        state |= {f"stages.{i}.{name}": tensor for name, tensor in own.items()}
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
-def _may_change(name: str, lowest: int) -> bool:
-    part, _, rest = name.partition(".")
-    return part == "head" or (part == "stages" and int(rest.partition(".")[0]) >= lowest)
+@torch.no_grad()
+def interpolate(module: TunedModule, start: State, share: float) -> None:
+    """Move the weights to `share` of the way from `start` to where they are (WiSE-FT) [1]_.
+
+    References
+    ----------
+    .. [1] M. Wortsman, G. Ilharco, J. W. Kim et al.: "Robust fine-tuning of zero-shot models",
+       CVPR 2022. https://arxiv.org/abs/2109.01903
+    """
+    state = module.state_dict()
+    for name, tensor in start.items():
+        if tensor.is_floating_point():
+            state[name].copy_(torch.lerp(tensor, state[name], share))

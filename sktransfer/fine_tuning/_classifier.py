@@ -1,20 +1,18 @@
-"""FineTuningClassifier: unfreeze and train, for labels."""
+"""FineTuningClassifier: fine-tuning for labels."""
 
 from __future__ import annotations
 
-from numbers import Real
-
 import numpy as np
-from sklearn.base import ClassifierMixin, _fit_context
+from sklearn.base import ClassifierMixin
 from sklearn.metrics import accuracy_score
-from sklearn.utils._param_validation import Interval, StrOptions
 
+from sktransfer._validation import StrOptions, fit_context
 from sktransfer.fine_tuning._base import BaseFineTuning
-from sktransfer.fine_tuning._class_weights import balanced_factors, class_weights
-from sktransfer.fine_tuning._docs import documented
 from sktransfer.fine_tuning._targets import (
     are_strings,
+    balanced_factors,
     check_y_given,
+    class_weights,
     codes_of,
     read_classes,
     read_labels,
@@ -23,47 +21,141 @@ from sktransfer.fine_tuning._targets import (
 )
 
 
-@documented(
-    scores="one score per class",
-    probe=":class:`~sklearn.linear_model.LogisticRegression`",
-    blind="the shares of the classes in training",
-    probe_temperature="""
-    probe_temperature : "auto" or float, default=1.0
-        What the scores of the linear probe are divided by before stages are trained; they predict
-        the same labels, less surely. A probe that knows its rows by heart leaves the stages next
-        to no gradient [5]_. ``"auto"``: so much that its loss on them is half of that of guessing
-        by the classes' shares. Stages then move further, which makes for better probabilities,
-        and for better labels where the pictures are like those of pre-training.
-        `partial_fit` divides nothing.
-""",
-    more_parameters="""
-    label_smoothing : float, default=0.0
-        Share of each target that is spread evenly over the classes.
-""",
-    class_weight="""
-    class_weight : dict, "balanced" or None, default=None
-        As in scikit-learn.
-""",
-)
 class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     """Fine-tune a pre-trained network as a classifier.
 
     The network gets a new head, which starts as a logistic regression on the frozen
-    embeddings; then the head and the unfrozen stages are trained together, lower stages with
-    smaller learning rates. skorch does the training inside, see `net_`.
+    embeddings. Then the head and the unfrozen stages are trained together, lower stages with
+    smaller learning rates, by skorch: see `net_`.
 
     Read more in the :ref:`User Guide <fine_tuning>`.
 
     Parameters
     ----------
-    %(parameters)s
+    backbone : str, torch.nn.Module or callable, default="builtin"
+        The network: a torchvision classification builder (``"resnet50"``), ``"timm:NAME"``
+        (extra ``timm``), ``"builtin"`` (small; its weights are part of the package), a module,
+        or a callable without arguments that returns one. A module is copied, not changed.
+    weights : str, Path or None, default="DEFAULT"
+        Name of torchvision's weights (``"IMAGENET1K_V2"``), or a local ``.pt``, ``.pth`` or
+        ``.safetensors`` file. ``None``: random weights, for training from scratch.
+    layer : str or None, default=None
+        The stage after which the head is put. ``None``: the last one.
+    pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
+        How a feature map becomes a row. ``"auto"``: as in the network itself.
+    preprocessing : "auto", dict or callable, default="auto"
+        As in :class:`PretrainedFeatureExtractor`.
+    image_shape : tuple of int or None, default=None
+        Shape of one image, ``(height, width)`` or ``(height, width, channels)``, for flat
+        numeric rows. One entry may be -1.
+    unfreeze : int, "all", "gradual" or mapping, default="all"
+        The stages that are trained beside the head: none (0), the last k, all, or more and
+        more until half of the epochs (``"gradual"``). A mapping has epochs, counted from 1, as
+        keys and numbers of stages or ``"all"`` as values. ``load_backbone(...).stages`` lists a
+        network's stages. The parameters and buffers of frozen stages do not change; without
+        augmentation their outputs are computed once. Batch norms of unfrozen stages keep the
+        statistics of pre-training, except with ``weights=None``.
+    head : "linear", tuple of int or torch.nn.Module, default="linear"
+        A linear layer; with a tuple, plus a perceptron of these hidden sizes; or a module that
+        takes embeddings (n, n_features) and returns scores (n, n_classes).
+    head_init : {"linear_probe", "random"}, default="linear_probe"
+        ``"linear_probe"``: the head starts as scikit-learn's logistic regression on the frozen
+        embeddings, which distorts pre-training less than a random start [1]_; epoch 0 is the
+        linear probe. Before stages are trained, its scores are divided by a temperature that makes
+        the training loss half that of guessing, as the gradient of an over-confident head
+        vanishes [4]_. A module as `head` starts as it is.
+    dropout : float, default=0.0
+        Share of the embedding that is dropped in training.
+    loss : "auto", callable or torch.nn.Module, default="auto"
+        ``"auto"``: cross-entropy; for several labels per row, binary cross-entropy of each.
+        A callable takes scores (n, n_outputs) and targets, and returns one value per row (torch's
+        losses with ``reduction="none"``), as equal images of the same target become one weighted
+        row. A single number is accepted where all rows have the same weight. Targets are
+        class indices (int64), class probabilities (where MixUp or CutMix mixed them), or rows of
+        0 and 1 for several labels (float32). Label smoothing:
+        ``torch.nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")``.
+    max_epochs : int, default=8
+        With 0 the model is the linear probe.
+    batch_size : int, default=32
+        Rows of one training step.
+    lr : "auto" or float, default="auto"
+        Learning rate of the head; ``"auto"``: 3e-4, or 1e-4 if trained stages contain no
+        normalisation (AlexNet, VGG, SqueezeNet). It rises from 1/25 of this in the first quarter
+        of the training and then falls to 1e-5 of it [2]_, unless `callbacks` holds skorch's
+        ``LRScheduler``.
+    layer_decay : float, default=0.7
+        Learning rate of each stage, divided by that of the stage above it.
+    optimizer : {"adamw", "sgd"} or callable, default="adamw"
+        ``"sgd"`` has a momentum of 0.9. A callable takes parameter groups and ``lr``, such as
+        ``functools.partial(torch.optim.SGD, momentum=0.5)`` or ``torch.optim.NAdam``.
+    weight_decay : float, default=0.01
+        Weight decay of the optimizer; none on biases and norms.
+    augment : {"light", "strong"}, callable, list or None, default=None
+        Random changes of training images, new in each epoch. ``"light"`` mirrors and crops,
+        ``"strong"`` crops more and changes colours. A callable takes and returns one uint8 tensor
+        (channels, height, width), as ``torchvision.transforms.v2`` do; draw from torch's random
+        state to be repeatable. ``v2.MixUp`` and ``v2.CutMix`` mix images of a batch and their
+        targets; not for several labels per row. A list holds several of these. Where
+        `preprocessing` is a callable, its float images are changed, but not their colours.
+    early_stopping : "auto" or bool, default="auto"
+        Whether the epoch with the best score on a validation part is kept. Epoch 0 counts: from
+        a linear probe, the model is never worse there than the probe. ``"auto"``: if `X_val` is
+        given or there are at least 1000 training rows.
+    validation_fraction : float, default=0.1
+        Share of the rows that is held out for validation if no `X_val` is given.
+    n_iter_no_change : int, default=10
+        With early stopping, epochs without a better score after which training ends.
+    class_weight : dict, "balanced" or None, default=None
+        As in scikit-learn. For several labels per row ``"balanced"`` or None.
+    random_state : int, RandomState instance or None, default=None
+        Seed of shuffling, dropout, augmentation and the split. The global random states of
+        torch and, for an int, of NumPy are not changed.
+    callbacks : list or None, default=None
+        skorch callbacks, or (name, callback) pairs; copies of them are used.
+    device : str, default="auto"
+        A torch device; ``"auto"``: the first of ``"cuda"``, ``"mps"`` and ``"cpu"`` that exists.
+    precision : {"float32", "bfloat16"}, default="float32"
+        Precision of the network's computations; weights are float32.
+    n_jobs : int or None, default=None
+        Threads for decoding. ``None`` and -1: as many as torch uses in this process.
+    memory : str, Path, joblib.Memory, store, False or None, default=None
+        Where embeddings are kept, as in :class:`PretrainedFeatureExtractor`. Unless ``False``,
+        outputs of frozen stages are kept in this process for later fits, up to 1 GiB.
+    on_error : {"raise", "skip"}, default="raise"
+        ``"raise"``: a ValueError lists all unreadable images, also as its ``bad_images``.
+        ``"skip"``: they are left out of training, with a warning, and `class_priors_` are
+        predicted for them.
+    verbose : int, default=0
+        1 shows progress bars and skorch's table of epochs.
 
     Attributes
     ----------
     classes_ : ndarray of shape (n_classes,)
-        The labels; for several labels per row their column numbers.
-
-    %(attributes)s
+        The labels. For several labels per row: the numbers of the columns of `y`.
+    class_priors_ : ndarray of shape (n_classes,), float64
+        Frequencies of the classes, or of each label, in training: the probabilities that are
+        predicted for an unreadable image.
+    net_ : skorch.NeuralNet
+        The trained net; its ``module_`` is a :class:`torch.nn.Module`.
+    backbone_ : Backbone
+        The pre-trained network.
+    history_ : list of dict
+        A row per epoch, for :class:`pandas.DataFrame`: ``epoch``, ``train_loss``, ``lr`` (the
+        largest), ``n_unfrozen`` (stages), ``seconds``. With a validation part, which is scored from
+        epoch 0 on, also ``valid_loss`` and ``valid_score`` (accuracy).
+    n_iter_ : int
+        Number of epochs trained.
+    best_epoch_ : int
+        The epoch whose weights are kept; 0 is the start.
+    bad_images_ : list of BadRow
+        The images that the last call could not read, with ``row``, ``where`` and ``reason``;
+        after `fit` those of `X`.
+    n_features_in_ : int
+        Number of image columns, or of pixel columns if `image_shape` is given.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the columns in `fit`, if `X` has names.
+    n_features_out_ : int
+        Number of columns that `transform` returns.
 
     See Also
     --------
@@ -72,13 +164,28 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
 
     Notes
     -----
-    %(notes)s
+    Rows of the same images and target are merged into one of their joint weight, and sorted by
+    their content: a weight of 2 is exactly the row twice, the order of `X` has no effect, and no
+    row is on both sides of the validation split.
+
+    If stages are trained from pre-trained weights and a linear probe, and no validation part
+    chooses the epoch, then the final weights are interpolated between the start and the end of
+    training [3]_: half way up to 200 rows, three quarters of the way from 600 rows on. With fewer
+    than 1000 rows the probe is also fitted on two enlarged corners of each image.
+
+    Ctrl-C ends the training; the weights of that moment, or of the best epoch, are kept. A pickle
+    holds what was trained and how to load the rest, see :func:`save`.
 
     References
     ----------
-    %(references)s
-    .. [5] Y. Ren, S. Guo, W. Bae, D. J. Sutherland. "How to prepare your task head for
-       finetuning." ICLR 2023. https://arxiv.org/abs/2302.05779
+    .. [1] A. Kumar et al. "Fine-tuning can distort pretrained features and underperform
+       out-of-distribution." ICLR 2022. :doi:`10.48550/arXiv.2202.10054`
+    .. [2] L. N. Smith, N. Topin. "Super-convergence: very fast training of neural networks
+       using large learning rates." 2019. :doi:`10.1117/12.2520589`
+    .. [3] M. Wortsman et al. "Robust fine-tuning of zero-shot models." CVPR 2022.
+       :doi:`10.1109/CVPR52688.2022.00780`
+    .. [4] Y. Ren, S. Guo, W. Bae, D. J. Sutherland. "How to prepare your task head for
+       finetuning." ICLR 2023. :doi:`10.48550/arXiv.2302.05779`
 
     Examples
     --------
@@ -94,12 +201,11 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
 
     _parameter_constraints: dict = {  # noqa: RUF012
         **BaseFineTuning._parameter_constraints,
-        "probe_temperature": [StrOptions({"auto"}), Interval(Real, 1, None, closed="left")],
-        "label_smoothing": [Interval(Real, 0, 1, closed="left")],
         "class_weight": [dict, StrOptions({"balanced"}), None],
     }
 
     classes_: np.ndarray
+    class_priors_: np.ndarray
 
     def __init__(
         self,
@@ -111,34 +217,22 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         preprocessing="auto",
         image_shape=None,
         unfreeze="all",
-        batch_norm="auto",
         head="linear",
         head_init="linear_probe",
-        probe_views="auto",
-        probe_temperature=1.0,
         dropout=0.0,
+        loss="auto",
         max_epochs=8,
         batch_size=32,
         lr="auto",
         layer_decay=0.7,
         optimizer="adamw",
         weight_decay=0.01,
-        lr_schedule="one_cycle",
-        gradient_clip=None,
         augment=None,
-        mixup=0.0,
-        cutmix=0.0,
-        label_smoothing=0.0,
-        l2_sp=0.0,
-        weight_averaging="auto",
         early_stopping="auto",
         validation_fraction=0.1,
         n_iter_no_change=10,
-        tol=0.0,
         class_weight=None,
-        n_views=1,
         random_state=None,
-        warm_start=False,
         callbacks=None,
         device="auto",
         precision="float32",
@@ -154,34 +248,22 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         self.preprocessing = preprocessing
         self.image_shape = image_shape
         self.unfreeze = unfreeze
-        self.batch_norm = batch_norm
         self.head = head
         self.head_init = head_init
-        self.probe_views = probe_views
-        self.probe_temperature = probe_temperature
         self.dropout = dropout
+        self.loss = loss
         self.max_epochs = max_epochs
         self.batch_size = batch_size
         self.lr = lr
         self.layer_decay = layer_decay
         self.optimizer = optimizer
         self.weight_decay = weight_decay
-        self.lr_schedule = lr_schedule
-        self.gradient_clip = gradient_clip
         self.augment = augment
-        self.mixup = mixup
-        self.cutmix = cutmix
-        self.label_smoothing = label_smoothing
-        self.l2_sp = l2_sp
-        self.weight_averaging = weight_averaging
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
-        self.tol = tol
         self.class_weight = class_weight
-        self.n_views = n_views
         self.random_state = random_state
-        self.warm_start = warm_start
         self.callbacks = callbacks
         self.device = device
         self.precision = precision
@@ -190,7 +272,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         self.on_error = on_error
         self.verbose = verbose
 
-    @_fit_context(prefer_skip_nested_validation=True)
+    @fit_context(prefer_skip_nested_validation=True)
     def fit(self, X, y, sample_weight=None, X_val=None, y_val=None):
         """Fine-tune the network.
 
@@ -203,7 +285,8 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         sample_weight : array-like of shape (n_samples,), default=None
             A weight of 2 is the row twice.
         X_val, y_val : default=None
-            A validation part, by which the best epoch is chosen.
+            A validation part, like `X` and `y`, on which the best epoch is chosen.
+
 
         Returns
         -------
@@ -211,17 +294,20 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         """
         return self._fit(X, y, sample_weight, X_val, y_val)
 
-    @_fit_context(prefer_skip_nested_validation=True)
+    @fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X, y, classes=None, sample_weight=None):
-        """Train one more epoch, with a constant learning rate.
+        """Train one more epoch, at constant learning rates.
+
+        It trains a copy of the network and of the optimizer's state: if it fails, the model is
+        as before. Nothing is held out, averaged or stopped early.
 
         Parameters
         ----------
         X, y, sample_weight
             As in `fit`.
         classes : array-like of shape (n_classes,), default=None
-            All classes there will be, in the first call; for several labels per row they can
-            only be the numbers of the columns of `y`.
+            In the first call: all classes that later calls may have. For several labels per row
+            they can only be the numbers of the columns of `y`.
 
         Returns
         -------
@@ -229,7 +315,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         """
         self._classes_given = None if classes is None else read_classes(classes)
         try:
-            return self._fit(X, y, sample_weight, goes_on=True)
+            return self._fit(X, y, sample_weight, is_partial=True)
         finally:
             del self._classes_given
 
@@ -263,7 +349,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         return np.exp(self._log_proba(self._scores(X)))
 
     def predict_log_proba(self, X):
-        """Return logarithms of the probabilities, finite also where these are too small.
+        """Return logarithms of the probabilities; finite even if a probability is rounded to 0.
 
         Parameters
         ----------
@@ -326,7 +412,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         check_y_given(y, type(self).__name__, name)
         labels, is_multilabel = read_labels(y, n_rows, name)
         if reset:
-            self._settle_classes(labels, "multilabel" if is_multilabel else "multiclass")
+            self._set_classes(labels, "multilabel" if is_multilabel else "multiclass")
         elif is_multilabel != (self._kind == "multilabel") or (
             is_multilabel and labels.shape[1] != len(self.classes_)
         ):
@@ -343,8 +429,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         self._check_class_weight()
         return labels if is_multilabel else codes_of(labels, self.classes_, name)
 
-    def _settle_classes(self, labels, kind):
-        """Note what is told apart from now on."""
+    def _set_classes(self, labels, kind):
         given = vars(self).get("_classes_given")
         if kind == "multilabel":
             classes = np.arange(labels.shape[1])
@@ -361,13 +446,6 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
                     f"{'y' if given is None else '`classes`'} holds one class only: "
                     f"{shown(classes[0])!r}."
                 )
-        goes_on = self.warm_start and "_tuned" in vars(self)
-        if goes_on and (kind != self._kind or not np.array_equal(classes, self.classes_)):
-            raise ValueError(
-                "warm_start can only be used where `self.classes_` remains the same as in the "
-                f"last fit. Previously got {self._kind} targets of the classes {self.classes_}, "
-                f"y has {kind} ones of {classes}."
-            )
         self.classes_, self._kind = classes, kind
 
     def _check_class_weight(self):
@@ -383,23 +461,17 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     def _prepare_target(self, target, weight, *, reset):
         if self._kind == "multilabel":
             if reset:
-                share = (weight @ target + 0.5) / (weight.sum() + 1)
-                self._blind_scores = np.log(share / (1 - share))
+                self.class_priors_ = (weight @ target + 0.5) / (weight.sum() + 1)
             return target.astype(np.float32)
         if reset:
-            counts = np.bincount(target, weights=weight, minlength=len(self.classes_))
-            self._blind_scores = np.log((counts + 1e-3) / (counts + 1e-3).sum())
+            counts = np.bincount(target, weights=weight, minlength=len(self.classes_)) + 1e-3
+            self.class_priors_ = counts / counts.sum()
         return target
 
-    def _temperature(self, head, data, prepared, rows):
-        from sktransfer.fine_tuning._tempering import N_ROWS, auto_temperature
-
-        if self.probe_temperature != "auto":
-            return float(self.probe_temperature)
-        rows = rows[:N_ROWS]
-        weight = self._training_weight(prepared[rows], data.weight[rows])
-        embeddings = data.embeddings[rows]
-        return auto_temperature(head, embeddings, prepared[rows], weight, self._kind)
+    def _scores_without_image(self):
+        if self._kind == "multilabel":
+            return np.log(self.class_priors_ / (1 - self.class_priors_))
+        return np.log(self.class_priors_)
 
     def _training_weight(self, target, weight):
         if self.class_weight is None:
@@ -415,7 +487,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
             alone = [shown(label) for label in self.classes_[np.unique(target)]]
             raise ValueError(
                 f"class_weight={self.class_weight!r} leaves nothing to train on or to validate "
-                f"on: those rows are all of the classes {alone}, which weigh 0. Add rows of other "
+                f"on: all rows are of the classes {alone}, whose weight is 0. Add rows of other "
                 "classes, or leave these out."
             )
         return weight * factors
@@ -423,6 +495,6 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True
-        # scikit-learn's tests draw points, not pictures: little can be seen in 1×2 pixels.
+        # The data of scikit-learn's tests are not images: a network sees little in 1×2 pixels.
         tags.classifier_tags.poor_score = True
         return tags

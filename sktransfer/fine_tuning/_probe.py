@@ -1,31 +1,65 @@
-"""The linear probe: what the head starts from, fitted on frozen embeddings by scikit-learn."""
+"""The linear probe that the head starts as: fitted by scikit-learn on frozen embeddings."""
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
+import torch
+from scipy.optimize import brentq
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
+from torch import nn
+from torch.nn import functional as F
 
 from sktransfer._threads import one_at_a_time
+from sktransfer.fine_tuning._head import WeightedLoss
+from sktransfer.networks._backbone import Backbone
 
-# Strengths that are tried on a held-out quarter; without enough rows for one the second is taken.
+# Strengths that are tried on a held-out quarter; _C_FEW_ROWS where there are too few rows for one.
 _C = (0.001, 0.01, 0.1, 1.0)
 _C_FEW_ROWS = 0.1
 _ALPHAS = tuple(10.0**p for p in range(-1, 6))
 _MAX_ITER = 300
+# Of the temperature: the loss to reach as a share of that of guessing, the largest value, and the
+# number of rows it is computed from.
+_LOSS_SHARE, _MAX_TEMPERATURE, _TEMPERATURE_ROWS = 0.5, 1e4, 10_000
+# Enlarged corners of an image: the share of its sides, and where they are, down and to the right.
+# Nothing is mirrored, as a "b" is not a "d".
+_CORNER = 0.85
+_CORNERS = ((0.0, 0.0), (1.0, 1.0))
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    # The filters are those of all threads.
-    with one_at_a_time, warnings.catch_warnings():
-        # Fine-tuning needs no better convergence than _MAX_ITER steps give.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        yield
+class CornerViews(Backbone):
+    """A backbone that embeds enlarged corners of each image, one after another."""
+
+    def __init__(self, backbone: Backbone):
+        vars(self).update(vars(backbone))
+        self._whole = backbone
+        self.feature_groups = list(backbone.feature_groups) * len(_CORNERS)
+        self.n_features = backbone.n_features * len(_CORNERS)
+        self.group_fingerprints = [
+            f"{fingerprint}-corner{k}"
+            for k in range(len(_CORNERS))
+            for fingerprint in backbone.group_fingerprints
+        ]
+
+    def inference_module(self, device="cpu", precision="float32"):
+        return partial(_embed_corners, self._whole.inference_module(device, precision))
+
+
+def _embed_corners(network: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    return [part for corner in _CORNERS for part in network(_enlarged(x, *corner))]
+
+
+def _enlarged(x: torch.Tensor, down: float, right: float) -> torch.Tensor:
+    height, width = x.shape[-2:]
+    h, w = max(1, round(_CORNER * height)), max(1, round(_CORNER * width))
+    top, left = int(down * (height - h)), int(right * (width - w))
+    part = x[..., top : top + h, left : left + w].float()
+    large = F.interpolate(part, (height, width), mode="bilinear", align_corners=False)
+    return large.round().to(x.dtype) if x.dtype == torch.uint8 else large
 
 
 def fit_probe(
@@ -43,17 +77,11 @@ def fit_probe(
     Parameters
     ----------
     rows : ndarray of shape (n, n_views, n_features)
-        Of n rows that have several views the first tells how strongly to regularise; fitted
-        is on all, each with its part of the row's weight.
+        The first view chooses the strength of the regularisation; the model is fitted on all,
+        each with its part of the row's weight.
     target : ndarray of shape (n,) or (n, n_outputs)
-        Class codes (``"multiclass"``), 0 and 1 (``"multilabel"``), or numbers
-        (``"regression"``).
-    weight : ndarray of shape (n,)
-    kind : {"multiclass", "multilabel", "regression"}
-    n_outputs : int
-        Classes, labels or targets. A class without rows gets a score that is never the best.
-    rng : RandomState
-        Chooses the rows on which the strength of the regularisation is chosen.
+        Class codes, 0 and 1 of several labels, or numbers, by `kind`. A class without rows gets
+        scores that are never the best.
 
     Returns
     -------
@@ -90,7 +118,7 @@ def _moments(rows: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarr
     share = weight / weight.sum()
     mean = share @ rows
     scale = np.sqrt(share @ (rows - mean.astype(rows.dtype)) ** 2)
-    # A column that is all but constant here would otherwise be blown up once the network moves.
+    # Otherwise a nearly constant column would become huge once the network's weights change.
     positive = scale[scale > 1e-12]
     floor = 0.01 * np.median(positive) if len(positive) else 1.0
     return mean, np.maximum(scale, floor)
@@ -185,36 +213,64 @@ def _solve(
     if start is not None:
         model.coef_, model.intercept_ = start.coef_.copy(), start.intercept_.copy()
         model.classes_ = start.classes_
-    with _quietly():
+    # The warnings' filters are those of all threads.
+    with one_at_a_time, warnings.catch_warnings():
+        # Fine-tuning needs no better convergence than _MAX_ITER steps give.
+        warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(z, codes, sample_weight=weight)
 
 
 def stratified_part(
-    codes: np.ndarray | None, fraction: float, rng: np.random.RandomState, n: int | None = None
+    codes: np.ndarray | None, fraction: float, rng: np.random.RandomState, n: int = 0
 ) -> np.ndarray:
-    """Choose about `fraction` of the rows, of each class alike and never all of one.
+    """Choose about `fraction` of the rows, ascending, of each class and never all of one.
 
-    Parameters
-    ----------
-    codes : ndarray of int of shape (n,) or None
-        None: the rows have no classes; `n` says how many there are.
-    fraction : float
-    rng : RandomState
-
-    Returns
-    -------
-    part : ndarray of int, ascending
+    Without `codes` there are `n` rows of no class.
     """
     if codes is None:
-        n = int(n or 0)
         n_part = min(n - 1, max(1, round(fraction * n))) if n > 1 else 0
         return np.sort(rng.permutation(n)[:n_part])
     part, carried = [], 0.0
     for code in np.unique(codes):
         members = np.flatnonzero(codes == code)
-        # What one class's share was rounded down by goes to the next ones.
+        # What a class's part lost by rounding is added to that of the next class.
         wanted = fraction * len(members) + carried
         n_part = min(len(members) - 1, round(wanted))
         carried = wanted - n_part
         part.append(rng.permutation(members)[:n_part])
     return np.sort(np.concatenate(part)).astype(int)
+
+
+@torch.no_grad()
+def probe_temperature(
+    head: nn.Module, rows: np.ndarray, target: np.ndarray, weight: np.ndarray, kind: str
+) -> float:
+    """The temperature T ≥ 1 at which the loss of softmax(scores / T) is half that of guessing.
+
+    A probe of few rows and many columns fits them perfectly. The gradient that reaches the stages,
+    softmax(scores) - y, vanishes then; softened scores keep it [1]_. Guessing means predicting the
+    training class frequencies.
+
+    References
+    ----------
+    .. [1] Y. Ren, S. Guo, W. Bae, D. J. Sutherland: "How to prepare your task head for
+       finetuning", ICLR 2023. https://arxiv.org/abs/2302.05779
+    """
+    rows, target, weight = (array[:_TEMPERATURE_ROWS] for array in (rows, target, weight))
+    loss, shares = WeightedLoss(kind), torch.from_numpy(weight / weight.mean())
+    scores, y = head.eval()(torch.from_numpy(rows)).double(), torch.from_numpy(target)
+    if kind == "multiclass":
+        counts = np.bincount(target, weights=weight, minlength=scores.shape[1])
+        guess = torch.from_numpy((counts / weight.sum()).clip(1e-12)).log()
+    else:
+        y = y.double()
+        guess = torch.from_numpy((weight @ target / weight.sum()).clip(1e-12, 1 - 1e-12)).logit()
+    wanted = _LOSS_SHARE * float(loss((guess.expand(len(y), -1), shares), y))
+
+    def excess(log_temperature: float) -> float:
+        return float(loss((scores / np.exp(log_temperature), shares), y)) - wanted
+
+    if excess(0.0) >= 0:
+        return 1.0
+    highest = float(np.log(_MAX_TEMPERATURE))
+    return float(np.exp(brentq(excess, 0.0, highest) if excess(highest) > 0 else highest))

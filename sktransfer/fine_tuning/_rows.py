@@ -1,78 +1,162 @@
-"""The rows a network is trained on: each picture once, decoded once, frozen parts computed once."""
+"""From images and targets to training rows: each once, checked, and embedded."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
+from sktransfer._validation import warn
+from sktransfer.embedding._batches import n_decoding_threads
 from sktransfer.embedding._embed import BadRow
+from sktransfer.fine_tuning._batches import (
+    EmbeddingSettings,
+    FrozenStages,
+    Kept,
+    Pixels,
+    TrainingSet,
+    embed_rows,
+    frozen_outputs,
+)
+from sktransfer.fine_tuning._probe import CornerViews
+from sktransfer.fine_tuning._tuned import TunedModule
 from sktransfer.images._images import BadImage, Images
+from sktransfer.networks._backbone import Backbone
+from sktransfer.store._store import as_store
 
-# What is kept of a training set (pixels, or what the frozen stages make of them): in memory up
-# to the first bound, on disk up to the second or half of what is free there, else made again in
-# each epoch.
-MAX_MEMORY_BYTES = 2 * 2**30
-MAX_DISK_BYTES = 64 * 2**30
+_N_REPORTED = 10
 
 
-def digest_rows(
-    images: Images, store: Any, n_threads: int
-) -> tuple[list[bytes | None], list[BadRow]]:
-    """One key per row, made of its pictures' digests; None where one cannot be read."""
-    taken_at = time.time_ns()
-    stats = [images.stat(i) for i in range(len(images))]
-    digests = store.get_file_digests(stats)
-    unknown = [i for i, digest in enumerate(digests) if digest is None]
-    bad: list[BadRow] = []
+class TrainingRows:
+    """Rows of `X` for training or validation, each image and target once.
 
-    def read(i: int) -> bytes | BadRow:
-        try:
-            return images.digest(i)
-        except BadImage as error:
-            return BadRow(images.row(i), images.where(i), str(error))
+    `images`, `target`, `weight` and, where wanted, `embeddings` (n_rows, n_columns · n_features)
+    are of the rows that have a weight and can be read; `bad` lists the unreadable images.
+    """
 
-    with ThreadPoolExecutor(n_threads) as pool:
-        for i, found in zip(unknown, pool.map(read, unknown), strict=True):
-            if isinstance(found, BadRow):
-                bad.append(found)
-            else:
-                digests[i] = found
-    fresh = [i for i in unknown if digests[i] is not None and stats[i] is not None]
-    store.put_file_digests([stats[i] for i in fresh], [digests[i] for i in fresh], taken_at)
-    c = images.n_columns
-    keys = []
-    for row in range(images.n_rows):
-        parts = digests[row * c : (row + 1) * c]
-        keys.append(None if None in parts else b"".join(parts))
-    return keys, bad
+    def __init__(
+        self,
+        images: Images,
+        target: np.ndarray,
+        weight: np.ndarray,
+        backbone: Backbone,
+        settings: EmbeddingSettings,
+        wants_embeddings: bool,
+        what: str = "training",
+    ):
+        self._backbone, self._settings, self._what = backbone, settings, what
+        self.n_columns, self._n_rows = images.n_columns, images.n_rows
+        self._outputs: Kept | None = None
+        keys, bad = _keys_of(images, settings)
+        bad = [b for b in bad if weight[b.row] != 0]
+        index, weight = merge_rows(keys, target, weight)
+        self.images = _rows_of(images, index)
+        embeddings, pixels = None, None
+        if wants_embeddings and len(index):
+            flat, more = embed_rows(self.images, backbone, settings)
+            embeddings = flat.reshape(len(index), -1)
+        else:
+            pixels = self._new_pixels()
+            more = pixels.read_all()
+        bad += more
+        self.bad = sorted(bad, key=lambda b: b.row)
+        report_bad(self.bad, images, settings.on_error, what)
+        is_good = ~np.isin(index, [b.row for b in self.bad])
+        self._index = index[is_good]
+        if len(self) == 0:
+            verb = "train" if what == "training" else "validate"
+            raise ValueError(
+                f"No row is left to {verb} on: {len({b.row for b in self.bad})} of {images.n_rows} "
+                "could not be read, and the others have no weight."
+            )
+        self.images = _rows_of(images, self._index)
+        self.target, self.weight = target[self._index], weight[is_good]
+        self._pixels = pixels if is_good.all() else None
+        self.embeddings = None if embeddings is None else embeddings[is_good]
+        if self.embeddings is not None:
+            check_finite(self.embeddings, self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def with_corners(self, rows: np.ndarray) -> np.ndarray:
+        """Embeddings of some rows and their corners, (n, n_views, n_columns · n_features).
+
+        A corner of an image that is no longer readable is replaced by the whole image.
+        """
+        assert self.embeddings is not None
+        images = _rows_of(self.images, rows, self.n_columns)
+        flat, _ = embed_rows(images, CornerViews(self._backbone), self._settings)
+        own = self.embeddings[rows].reshape(len(rows), self.n_columns, 1, -1)
+        corners = flat.reshape(len(rows), self.n_columns, -1, own.shape[-1])
+        views = np.concatenate([own, np.where(np.isnan(corners), own, corners)], axis=2)
+        # Of each view, the embeddings of a row's image columns follow one another.
+        return views.swapaxes(1, 2).reshape(len(rows), views.shape[2], -1)
+
+    def embedded(self) -> Kept:
+        """The embeddings as inputs, (n_columns, n_features) each."""
+        assert self.embeddings is not None
+        return Kept(self.embeddings.reshape(len(self), self.n_columns, -1))
+
+    def keep_frozen_outputs(self, module: TunedModule, stop: int) -> bool:
+        """Compute the outputs of the stages before `stop`; False if they are too large."""
+        sample, self._pixels = self._new_pixels().take(np.zeros(1, dtype=int)), None
+        frozen = FrozenStages(self._backbone, module, stop, sample.flatten(0, 1)[:1])
+        self._outputs = frozen_outputs(self.images, self.n_columns, frozen, self._settings)
+        return self._outputs is not None
+
+    def inputs(self, input_stage: int) -> Pixels | Kept:
+        """The inputs of a stage: pixels, or the outputs of the stages before it."""
+        if input_stage > 0 and self._outputs is not None:
+            return self._outputs
+        self._pixels, self._outputs = self._pixels or self._new_pixels(), None
+        return self._pixels
+
+    def report_lost(self) -> None:
+        """Warn of images that were readable at the start and not later on."""
+        sources = [source for source in (self._pixels, self._outputs) if source is not None]
+        found = {bad.where: bad for source in sources for bad in source.bad}
+        if lost := [bad for bad in found.values() if bad not in self.bad]:
+            self.bad += lost
+            _report(lost, self._n_rows, "skip", f"the rest of {self._what}")
+
+    def _new_pixels(self) -> Pixels:
+        return Pixels(self.images, self.n_columns, self._backbone.preprocessing, self._settings)
+
+
+class Part(NamedTuple):
+    """Some rows of `data`, to train or to validate on, with what the loss takes of them."""
+
+    data: TrainingRows
+    rows: np.ndarray
+    target: np.ndarray
+    weight: np.ndarray
+
+    @property
+    def embeddings(self) -> np.ndarray:
+        assert self.data.embeddings is not None
+        return self.data.embeddings[self.rows]
+
+    def training_set(self, source: Pixels | Kept) -> TrainingSet:
+        return TrainingSet(source, self.rows, self.target, self.weight)
 
 
 def merge_rows(
     keys: Sequence[bytes | None], target: np.ndarray, weight: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Merge equal rows and bring the rest into an order of their own.
+    """Merge rows of the same images and target into one of their joint weight.
 
-    Rows of the same pictures and the same target become one row of their joint weight, so that a
-    weight of two is the row twice, and no row lies on both sides of a validation split. Rows
-    without weight go. The order follows from the digests: the given one does not matter.
+    So a weight of two is the row twice, and no row is on both sides of a validation split. Rows
+    of no weight are left out. The rows are sorted by their digests: the order of `X` has no
+    effect.
 
-    Returns
-    -------
-    index : ndarray of int
-        The first of each set of equal rows.
-    weight : ndarray of float
+    Returned are the first of each set of equal rows, and the joint weights.
     """
     first: dict[bytes, int] = {}
     total: dict[bytes, float] = {}
-    target = np.ascontiguousarray(target)
     for i, key in enumerate(keys):
         if key is None or weight[i] == 0:
             continue
@@ -84,278 +168,76 @@ def merge_rows(
     return index, np.array([total[full] for full in order], dtype=float)
 
 
-def rows_of(images: Images, index: np.ndarray) -> Images:
-    """A view of the pictures of some rows; its pictures are numbered row by row."""
-    c = images.n_columns
-    return images[(index[:, None] * c + np.arange(c)).reshape(-1)]
+def _keys_of(
+    images: Images, settings: EmbeddingSettings
+) -> tuple[list[bytes | None], list[BadRow]]:
+    """The digests of each row's images, joined; None where one cannot be read."""
+    store = as_store(settings.memory)
+    taken_at = time.time_ns()
+    stats = [images.stat(i) for i in range(len(images))]
+    digests = store.get_file_digests(stats)
+    unknown = [i for i, digest in enumerate(digests) if digest is None]
+    bad: list[BadRow] = []
 
-
-class Pixels:
-    """Decoded, resized and cropped pictures, kept within the bounds above.
-
-    Parameters
-    ----------
-    images : Images
-        Of length n_rows · n_columns.
-    n_columns : int
-    preprocessing : Preprocessing or CallablePreprocessing
-    n_threads : int
-        For decoding.
-    on_error : {"raise", "skip"}
-        What :meth:`take` does with a picture that cannot be read: an error, or zeros in its place.
-
-    Attributes
-    ----------
-    bad : list of BadRow
-        Those that could not be read so far.
-    is_bad : ndarray of bool of shape (n_rows,)
-        Their rows.
-    """
-
-    def __init__(
-        self,
-        images: Images,
-        n_columns: int,
-        preprocessing: Any,
-        n_threads: int,
-        on_error: str = "raise",
-    ):
-        self._images, self.n_columns, self._preprocessing = images, n_columns, preprocessing
-        self._n_threads, self._on_error = n_threads, on_error
-        self.bad: list[BadRow] = []
-        self.is_bad = np.zeros(len(self), dtype=bool)
-        self._blank: np.ndarray | None = None  # of the others' shape, once there is one
-        self._kept: np.ndarray | None = None
-        self._fits = True
-        self._is_ready = np.zeros(len(images), dtype=bool)
-
-    def __len__(self) -> int:
-        return len(self._images) // self.n_columns
-
-    @property
-    def is_kept_in_memory(self) -> bool:
-        return self._kept is not None and not isinstance(self._kept, np.memmap)
-
-    def read_all(self) -> None:
-        """Decode every picture once; afterwards `bad` tells which cannot be."""
-        for start in range(0, len(self), 256):
-            self._read(np.arange(start, min(start + 256, len(self))))
-
-    def forget(self) -> None:
-        """Let go of what is kept."""
-        self._kept = None
-        self._is_ready[:] = False
-
-    def take(self, index: np.ndarray) -> torch.Tensor:
-        """The pictures of some rows: (n, n_columns, channels, height, width)."""
-        pictures = self._read(index)
-        if self._blank is None:
-            raise ValueError(
-                f"None of the {len(self)} rows' pictures that were asked for first can be read any "
-                f"more, though they could at the start of this fit. {self.bad[-1]}."
-            )
-        if self._on_error == "raise" and self.is_bad[index].any():
-            raise ValueError(
-                f"{self.bad[-1]}. It could be read at the start of this fit: fit again when nobody "
-                'changes the pictures, or set on_error="skip" to leave such rows out.'
-            )
-        return pictures
-
-    def _read(self, index: np.ndarray) -> torch.Tensor:
-        c = self.n_columns
-        wanted = (np.asarray(index)[:, None] * c + np.arange(c)).reshape(-1)
-        missing = [int(i) for i in wanted if not self._is_ready[i]]
-        if missing:
-            with ThreadPoolExecutor(self._n_threads) as pool:
-                found = dict(zip(missing, pool.map(self._decode, missing), strict=True))
-            self.is_bad[[i // c for i, pixels in found.items() if pixels is None]] = True
-            sample = next((p for p in found.values() if p is not None), None)
-            if sample is not None:
-                self._blank = np.zeros_like(sample)
-                if self._kept is None and self._fits:
-                    self._kept = allocate((len(self._images), *sample.shape), sample.dtype)
-                    self._fits = self._kept is not None
-            blank = np.zeros((1, 1, 3), np.uint8) if self._blank is None else self._blank
-            decoded = {i: blank if p is None else p for i, p in found.items()}
-            if self._kept is not None:
-                for i, pixels in decoded.items():
-                    self._kept[i] = pixels
-                    self._is_ready[i] = True
-        if self._kept is not None:
-            stacked = np.asarray(self._kept[wanted])
-        else:
-            stacked = np.stack([decoded[int(i)] for i in wanted])
-        tensor = torch.from_numpy(stacked)
-        if tensor.dtype == torch.uint8:
-            tensor = tensor.permute(0, 3, 1, 2)  # channels-last in memory, as convolutions like it
-        return tensor.unflatten(0, (-1, c))
-
-    def _decode(self, i: int) -> np.ndarray | None:
+    def read(i: int) -> bytes | None:
         try:
-            picture = self._images.picture(i, self._preprocessing.min_size)
+            return images.digest(i)
         except BadImage as error:
-            row = self._images.row(i)
-            if all(bad.row != row for bad in self.bad):
-                self.bad.append(BadRow(row, self._images.where(i), str(error)))
+            bad.append(BadRow(images.row(i), images.where(i), str(error)))
             return None
-        return np.asarray(self._preprocessing.resize_crop(picture))
+
+    with ThreadPoolExecutor(n_decoding_threads(settings.n_jobs)) as pool:
+        for i, digest in zip(unknown, pool.map(read, unknown), strict=True):
+            digests[i] = digest
+    fresh = [(stats[i], digests[i]) for i in unknown]
+    files = [(stat, digest) for stat, digest in fresh if digest is not None]
+    store.put_file_digests([f[0] for f in files], [f[1] for f in files], taken_at)
+    n_columns = images.n_columns
+    rows = [digests[i : i + n_columns] for i in range(0, len(images), n_columns)]
+    return [b"".join(row) if all(row) else None for row in rows], bad  # type: ignore[arg-type]
 
 
-class Kept:
-    """Rows of numbers that are there already: embeddings, or what frozen stages gave.
-
-    Parameters
-    ----------
-    rows : ndarray, or list of ndarrays of one shape
-    """
-
-    def __init__(self, rows: Any):
-        self.rows = rows
-        self.is_bad = np.zeros(len(rows), dtype=bool)
-        self.is_kept_in_memory = not isinstance(rows, np.memmap)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, index: np.ndarray) -> torch.Tensor:
-        if isinstance(self.rows, list):
-            return torch.from_numpy(np.stack([self.rows[i] for i in index]))
-        return torch.from_numpy(np.asarray(self.rows[index]))
+def _rows_of(images: Images, index: np.ndarray, n_columns: int | None = None) -> Images:
+    """A view of the images of some rows, row after row."""
+    n_columns = images.n_columns if n_columns is None else n_columns
+    return images[(index[:, None] * n_columns + np.arange(n_columns)).reshape(-1)]
 
 
-def allocate(shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
-    """An array in memory, in a temporary file that ends with it, or None: it fits in neither.
-
-    The file's place is taken at once: to write where a disk has become full ends the process.
-    """
-    n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    if n_bytes <= MAX_MEMORY_BYTES:
-        return np.empty(shape, dtype=dtype)
-    try:
-        free = shutil.disk_usage(tempfile.gettempdir()).free
-        if n_bytes > min(MAX_DISK_BYTES, free // 2):
-            return None
-        with tempfile.TemporaryFile(prefix="sktransfer-") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, n_bytes)
-            return np.memmap(file, dtype=dtype, mode="r+", shape=shape)  # type: ignore[call-overload]
-    except OSError:  # no folder for it, or no place in it
-        return None
+def check_finite(rows: np.ndarray, index: np.ndarray) -> None:
+    """Raise ValueError for embeddings with NaN or infinity; `index` holds their rows in ``X``."""
+    is_finite = np.isfinite(rows).all(axis=1)
+    if not is_finite.all():
+        where = index[~is_finite]
+        raise ValueError(
+            f"The network returns NaN or infinity for {len(where)} of {len(rows)} rows, the first "
+            f"of them row {where[0]}. Either it fails on these images (for example a module or "
+            "`preprocessing` that divides by an image's standard deviation), or it was trained "
+            "at too large an lr."
+        )
 
 
-class TrainingSet(torch.utils.data.Dataset):
-    """Inputs, targets and weights of rows; skorch's data set.
-
-    Parameters
-    ----------
-    source : Pixels or Kept
-    index : ndarray of int
-        Which of its rows.
-    target : ndarray
-        Of these rows.
-    weight : ndarray of float
-        Brought to a mean of 1.
-    """
-
-    def __init__(self, source: Any, index: np.ndarray, target: np.ndarray, weight: np.ndarray):
-        self.source, self.index = source, index
-        self._later: tuple[Any, np.ndarray] | None = None
-        self.target = torch.from_numpy(np.ascontiguousarray(target))
-        mean = weight.mean() if len(weight) else 1.0
-        self.weight = torch.from_numpy(weight / mean).float()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # a net that is pickled while it is trained takes none of its rows along
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, i: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        x, target, weight = self.take(np.array([i]))
-        return {"x": x[0], "weight": weight[0]}, target[0]
-
-    def give_first(self, source: Any, index: np.ndarray) -> None:
-        """Give rows of another source until :meth:`go_on` is called."""
-        self._later = self.source, self.index
-        self.source, self.index = source, index
-
-    @property
-    def is_embedded(self) -> bool:
-        """Whether it gives other rows for now."""
-        return self._later is not None
-
-    def go_on(self) -> None:
-        """Give rows of the own source from now on."""
-        if self._later is not None:
-            (self.source, self.index), self._later = self._later, None
-
-    def take(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Inputs, targets and weights of some rows."""
-        where = torch.from_numpy(rows)
-        x = self.source.take(self.index[rows])
-        # A picture that could not be read again weighs nothing.
-        is_read = torch.from_numpy(~self.source.is_bad[self.index[rows]])
-        return x, self.target[where], self.weight[where] * is_read
+def report_bad(bad: list[BadRow], images: Images, on_error: str, what: str) -> None:
+    """Raise or warn of unreadable images, and warn of what was assumed about the others."""
+    if bad:
+        _report(bad, images.n_rows, on_error, what)
+    if assumed := images.take_warnings():
+        warn(assumed)
 
 
-class Batches:
-    """skorch's iterator over a :class:`TrainingSet`.
-
-    Parameters
-    ----------
-    dataset : TrainingSet
-        Or any other, should somebody call the net itself: its rows come in order.
-    batch_size : int
-        At most; the rows are dealt out evenly, so that no batch is a rest of one row.
-    device : torch.device
-    generator : torch.Generator or None
-        Shuffles; None: the rows come in order.
-    change : callable or None
-        What augmentation, mixup and cutmix make of a batch, on the device.
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        batch_size: int,
-        device: torch.device | str = "cpu",
-        generator: torch.Generator | None = None,
-        change: Any = None,
-    ):
-        self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
-        self.generator, self.change = generator, change
-
-    def __len__(self) -> int:
-        return -(-len(self.dataset) // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Any, torch.Tensor]]:
-        if not isinstance(self.dataset, TrainingSet):
-            yield from torch.utils.data.DataLoader(self.dataset, self.batch_size)
-            return
-        n = len(self.dataset)
-        order = np.arange(n)
-        if self.generator is not None:
-            order = torch.randperm(n, generator=self.generator).numpy()
-        batches = np.array_split(order, len(self))
-        source = self.dataset.source
-        with ThreadPoolExecutor(1) as pool:
-            # The next batch is fetched while this one is trained on.
-            is_at_hand = getattr(source, "is_kept_in_memory", True)
-            ahead = 0 if is_at_hand and self.device.type == "cpu" else 1
-            waiting = [pool.submit(self._fetch, batch) for batch in batches[:ahead]]
-            for i, batch in enumerate(batches):
-                if waiting:
-                    if i + 1 < len(batches):
-                        waiting.append(pool.submit(self._fetch, batches[i + 1]))
-                    x, target, weight = waiting.pop(0).result()
-                else:
-                    x, target, weight = self._fetch(batch)
-                x = x.to(self.device, non_blocking=self.device.type == "cuda")
-                target, weight = target.to(self.device), weight.to(self.device)
-                if self.change is not None:
-                    x, target, weight = self.change(x, target, weight)
-                yield {"x": x, "weight": weight}, target
-
-    def _fetch(self, batch: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x, target, weight = self.dataset.take(batch)
-        return (x.pin_memory() if self.device.type == "cuda" else x), target, weight
+def _report(bad: list[BadRow], n_rows: int, on_error: str, what: str) -> None:
+    lines = [f"  {row}" for row in bad[:_N_REPORTED]]
+    if len(bad) > _N_REPORTED:
+        lines.append(f"  … and {len(bad) - _N_REPORTED} more")
+    listed = "\n".join(lines)
+    if on_error == "raise":
+        error = ValueError(
+            f"{len(bad)} of {n_rows} rows cannot be used for {what}, as an image could not be "
+            f'read:\n{listed}\nCorrect or drop these rows, or set on_error="skip" to leave them '
+            "out."
+        )
+        error.bad_images = bad  # type: ignore[attr-defined]
+        raise error
+    warn(
+        f"{len(bad)} of {n_rows} rows are left out of {what}, as an image could not be read:\n"
+        f"{listed}"
+    )

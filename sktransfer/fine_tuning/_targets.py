@@ -1,16 +1,17 @@
-"""What ``y`` may be, and the numbers a network is trained on."""
+"""From ``y`` and ``class_weight`` to the numbers that a network is trained on."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_consistent_length, column_or_1d
 
 
-def check_y_given(y: Any, class_name: str, name: str = "y") -> None:
-    """Refuse a missing ``y`` in scikit-learn's words, and what has no rows."""
+def check_y_given(y: object, class_name: str, name: str = "y") -> None:
+    """Raise ValueError for a missing ``y``, in scikit-learn's words, or one without rows."""
     if y is None:
         raise ValueError(
             f"This {class_name} estimator requires y to be passed, but the target y is None."
@@ -18,14 +19,14 @@ def check_y_given(y: Any, class_name: str, name: str = "y") -> None:
     _check_has_rows(y, name)
 
 
-def read_labels(y: Any, n_rows: int, name: str = "y") -> tuple[np.ndarray, bool]:
+def read_labels(y: npt.ArrayLike, n_rows: int, name: str = "y") -> tuple[np.ndarray, bool]:
     """Labels as an array, and whether they are an indicator matrix of several labels.
 
     Raises
     ------
     ValueError
-        For continuous targets, missing labels, labels of a wrong number or several outputs that
-        are no indicator matrix.
+        For continuous targets, missing labels, a wrong number of labels, or several columns that
+        do not hold 0 and 1.
     """
     labels = _as_array(y)
     _check_none_missing(labels, name)
@@ -33,42 +34,36 @@ def read_labels(y: Any, n_rows: int, name: str = "y") -> tuple[np.ndarray, bool]
         # A data frame of several dtypes is an array of objects.
         if labels.dtype.kind not in "biufO" or not np.isin(labels, (0, 1)).all():
             raise ValueError(
-                f"{name} has shape {labels.shape} and is no indicator matrix of 0 and 1. Unknown "
-                "label type: give one label per row, or a 0/1 column per label."
+                f"{name} has shape {labels.shape} and is not an indicator matrix of 0 and 1. "
+                "Unknown label type: give one label per row, or a 0/1 column per label."
             )
-        check_length(labels, n_rows, name)
+        check_consistent_length(np.empty(n_rows), labels)
         return labels.astype(np.int64), True
     labels = column_or_1d(labels, warn=True)
-    check_length(labels, n_rows, name)
+    check_consistent_length(np.empty(n_rows), labels)
     _check_discrete(labels, name)
     return labels, False
 
 
-def read_classes(classes: Any) -> np.ndarray:
-    """What is given as the classes of all calls, in order."""
+def read_classes(classes: npt.ArrayLike) -> np.ndarray:
+    """The parameter ``classes`` of partial_fit, sorted."""
     _check_has_rows(classes, "classes")
     labels = _as_array(classes).ravel()
     _check_none_missing(labels, "classes")
     return sorted_classes(labels, "classes")
 
 
-def read_numbers(y: Any, n_rows: int, name: str = "y") -> np.ndarray:
+def read_numbers(y: npt.ArrayLike, n_rows: int, name: str = "y") -> np.ndarray:
     """Regression targets, float64: (n,) or (n, n_targets)."""
     target = check_array(y, ensure_2d=False, dtype="numeric", input_name=name)
     if target.ndim == 2 and target.shape[1] == 1:
         target = column_or_1d(target, warn=True)
-    check_length(target, n_rows, name)
+    check_consistent_length(np.empty(n_rows), target)
     return np.asarray(target, dtype=np.float64)
 
 
-def check_length(y: np.ndarray, n_rows: int, name: str) -> None:
-    """One target per row of images."""
-    if len(y) != n_rows:
-        check_consistent_length(np.empty(n_rows), y)
-
-
 def sorted_classes(labels: np.ndarray, name: str = "y") -> np.ndarray:
-    """The classes in order, for labels of any one type."""
+    """The different labels in order; all must be of one type that can be sorted."""
     if labels.dtype.kind != "O":
         return np.unique(labels)
     try:
@@ -101,13 +96,13 @@ def are_strings(labels: np.ndarray) -> bool:
     return all(isinstance(label, str) for label in labels.flat)
 
 
-def shown(label: Any) -> Any:
-    """A label as it is written, without NumPy's type around it."""
-    is_time = isinstance(label, (np.datetime64, np.timedelta64))  # of them it makes numbers
+def shown(label: object) -> object:
+    """A label for messages, without NumPy's type around it."""
+    is_time = isinstance(label, (np.datetime64, np.timedelta64))  # `item` makes them numbers
     return str(label) if is_time else label.item() if isinstance(label, np.generic) else label
 
 
-def _check_has_rows(y: Any, name: str) -> None:
+def _check_has_rows(y: object, name: str) -> None:
     ndim = y.ndim if hasattr(y, "ndim") else np.asarray(y).ndim
     if ndim == 0:  # a generator, a set, a dict, a string, a number
         raise ValueError(
@@ -116,13 +111,13 @@ def _check_has_rows(y: Any, name: str) -> None:
         )
 
 
-def _as_array(y: Any) -> np.ndarray:
-    """An array whose labels are those of `y`, each of its own type."""
+def _as_array(y: npt.ArrayLike) -> np.ndarray:
+    """The labels of `y` as an array, each of its own type."""
     if hasattr(y, "toarray"):  # scipy sparse indicator
         return y.toarray()
     labels = np.asarray(y)
     if isinstance(y, (list, tuple)) and labels.dtype.kind == "U":
-        # NumPy makes strings of numbers, and of NaN, that stand among strings.
+        # NumPy turns numbers and NaN among strings into strings.
         objects = np.asarray(y, dtype=object)
         return labels if are_strings(objects) else objects
     return labels
@@ -147,15 +142,15 @@ def _check_none_missing(labels: np.ndarray, name: str) -> None:
         )
 
 
-def _is_missing(label: Any) -> bool:
-    # Of pandas' NA nobody can say whether it is itself.
+def _is_missing(label: object) -> bool:
+    # pandas' NA compares as NA, not as a boolean.
     return label is None or type(label).__name__ == "NAType" or bool(label != label)
 
 
 def _check_discrete(labels: np.ndarray, name: str) -> None:
-    """Refuse numbers with fractions and infinity, in scikit-learn's words.
+    """Raise ValueError for numbers with fractions and infinity, in scikit-learn's words.
 
-    Objects that scikit-learn knows no name for (dates, periods, numbers as objects) are labels.
+    Objects of types that scikit-learn does not know (dates, periods) are accepted as labels.
     """
     if labels.dtype.kind == "O" and not are_strings(labels):
         labels = np.array([x for x in labels if isinstance(x, (float, np.floating))], dtype=float)
@@ -165,8 +160,37 @@ def _check_discrete(labels: np.ndarray, name: str) -> None:
         check_classification_targets(labels)
 
 
-def _comparable(labels: np.ndarray, others: np.ndarray) -> list[Any]:
-    """Python's own labels; of two arrays of times the ticks of one unit."""
+def _comparable(labels: np.ndarray, others: np.ndarray) -> list:
+    """Labels as Python objects; times of two arrays as numbers in one unit."""
     if labels.dtype.kind in "mM" and labels.dtype.kind == others.dtype.kind:
         return labels.astype(np.promote_types(labels.dtype, others.dtype)).astype(int).tolist()
     return labels.tolist()
+
+
+def class_weights(class_weight: Mapping, classes: np.ndarray) -> np.ndarray:
+    """The weight of each class, 1 where `class_weight` names none.
+
+    As scikit-learn's compute_class_weight, which accepts no objects as labels but strings.
+    """
+    missing = [shown(label) for label in classes if label not in class_weight]
+    if missing and len(classes) - len(missing) != len(class_weight):
+        raise ValueError(f"The classes, {missing}, are not in class_weight")
+    weights = np.array([class_weight.get(label, 1) for label in classes], dtype=np.float64)
+    if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+        raise ValueError(
+            f"class_weight={class_weight!r} gives the classes {[shown(c) for c in classes[:20]]} "
+            f"the weights {weights[:20].tolist()}: none may be negative, NaN or infinite, and not "
+            "all zero."
+        )
+    return weights
+
+
+def balanced_factors(codes: np.ndarray, weight: np.ndarray, n_classes: int) -> np.ndarray:
+    """Each row's factor for "balanced": n / (n_present_classes · n_of_its_class).
+
+    As in scikit-learn, with weights counted as rows.
+    """
+    counts = np.bincount(codes, weights=weight, minlength=n_classes)
+    is_present = counts > 0
+    factors = counts.sum() / (is_present.sum() * np.where(is_present, counts, 1.0))
+    return factors[codes]

@@ -1,416 +1,375 @@
-"""One training: skorch's loop around the tuned module, and what it leaves behind."""
+"""One training: what is trained when, and skorch's loop around the tuned module."""
 
 from __future__ import annotations
 
 import copy
-import dis
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from numbers import Integral
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
 from skorch.callbacks import Callback, LRScheduler
 from skorch.helper import predefined_split
 
 from sktransfer._threads import own_random_state, repeatable_kernels
+from sktransfer._validation import warn
+from sktransfer.fine_tuning._batches import Batches, TrainingSet
 from sktransfer.fine_tuning._callbacks import (
     EpochLog,
-    FiniteLoss,
-    GradientRules,
-    LearningRates,
-    Tempering,
+    OneCycle,
     Unfreezing,
+    interpolate,
     not_finite,
-    restore,
 )
-from sktransfer.fine_tuning._changes import BatchChange
-from sktransfer.fine_tuning._gradient_scaling import GradientScaling
-from sktransfer.fine_tuning._losses import WeightedLoss
-from sktransfer.fine_tuning._optimizers import (
-    Optimizer,
-    as_optimizer,
-    make_optimizer,
-    parameter_groups,
-)
-from sktransfer.fine_tuning._rows import Batches, TrainingSet
-from sktransfer.fine_tuning._schedules import resolve_schedule
-from sktransfer.fine_tuning._tuned_network import TunedNetwork
-from sktransfer.fine_tuning._weight_average import WeightAverage
+from sktransfer.fine_tuning._head import Loss, WeightedLoss
+from sktransfer.fine_tuning._tuned import TunedModule, TunedNetwork
 
-_OURS = (
-    "weight_average", "unfreezing", "tempering", "learning_rates", "gradient_scaling",
-    "gradient_rules", "finite_loss", "epoch_log",
-)  # fmt: skip
+Groups = list[dict]
 
 
 @dataclass
 class TrainingSettings:
-    """How to train; the names are the estimators' own."""
+    """How to train: some of the estimator's parameters, and what was chosen for this training.
+
+    Parameters
+    ----------
+    kind : {"multiclass", "multilabel", "regression"}
+    n_outputs : int
+    lr : float
+        Of the head.
+    keeps_best : bool
+        Whether the best epoch on the validation part is kept.
+    is_continued : bool
+        Whether this is an epoch of ``partial_fit``: at constant learning rates.
+    temperature : float
+        What the head's scores are divided by before the first stages are trained.
+    wise_ft_share : float or None
+        How far the weights are kept of the way from the start to the end of the training.
+    """
 
     kind: str
     n_outputs: int
-    lr: float
-    layer_decay: float
-    optimizer: Any
-    weight_decay: float
-    lr_schedule: Any
-    gradient_clip: float | None
-    augment: Any
-    mixup: float
-    cutmix: float
-    label_smoothing: float
-    l2_sp: float
-    weight_averaging: str | None
-    batch_size: int
-    keeps_best: bool
-    patience: int
-    tol: float
-    callbacks: Any
     device: torch.device
     seed: int
+    lr: float
+    layer_decay: float
+    optimizer: str | Callable[..., torch.optim.Optimizer]
+    weight_decay: float
+    loss: Loss
+    augment: str | Callable | Sequence | None
+    batch_size: int
+    n_iter_no_change: int
+    callbacks: Sequence | None
     verbose: int
+    keeps_best: bool = False
+    is_continued: bool = False
+    temperature: float = 1.0
+    wise_ft_share: float | None = None
 
 
-@dataclass
-class TrainingResult:
-    """What came of it.
+class UnfreezePlan:
+    """The parameter ``unfreeze``, read for one network.
 
-    Attributes
+    Stages are counted from the head downwards: 1 is the last stage below the head. A stage that
+    only pools (``"pool"``) is not counted; it is trained with the one below it.
+
+    Parameters
     ----------
-    history : list of dict
-        One row per epoch; epoch 0, before the first step, where there is a validation part.
-    best_epoch : int
-        The epoch whose weights the network has now.
-    n_iter : int
-        Epochs trained.
-    is_interrupted : bool
-        Whether Ctrl-C ended it.
-    start_score, best_score : float or None
-        On the validation part, at epoch 0 and at the best epoch.
+    unfreeze : int, "all", "gradual" or mapping of epoch to int or "all"
+        Epochs count from 1.
+    stage_names : sequence of str
+        The stages below the head, in the order in which they run.
+    max_epochs : int
+    first_epoch : int, default=0
+        Number of epochs trained before.
+
+    Examples
+    --------
+    >>> from sktransfer.fine_tuning._train import UnfreezePlan
+    >>> plan = UnfreezePlan({1: 0, 3: 2}, ["stem", "layer1", "layer2", "pool"], max_epochs=5)
+    >>> [plan.first_stage(epoch) for epoch in range(1, 6)]
+    [4, 4, 1, 1, 1]
     """
 
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best_epoch: int = 0
-    n_iter: int = 0
-    is_interrupted: bool = False
-    start_score: float | None = None
-    best_score: float | None = None
+    def __init__(
+        self,
+        unfreeze: int | str | Mapping,
+        stage_names: Sequence[str],
+        max_epochs: int,
+        first_epoch: int = 0,
+    ):
+        self.stage_names, self.first_epoch = list(stage_names), first_epoch
+        self._counted = [i for i, name in enumerate(self.stage_names) if name != "pool"]
+        self._steps = self._read(unfreeze, max_epochs)
+
+    @property
+    def first_trained_stage(self) -> int:
+        """Position of the lowest stage that is ever trained; ``len(stage_names)``: none."""
+        return min(self._position(k) for _, k in self._steps)
+
+    def first_stage(self, epoch: int) -> int:
+        """Position of the lowest stage trained in this training's `epoch`, counted from 1."""
+        k = [k for start, k in self._steps if epoch + self.first_epoch >= start][-1]
+        return self._position(k)
+
+    def _position(self, k: int) -> int:
+        return len(self.stage_names) if k == 0 else self._counted[-k]
+
+    def _read(self, unfreeze: int | str | Mapping, max_epochs: int) -> list[tuple[int, int]]:
+        """Pairs of an epoch and the number of stages trained from it on."""
+        n = len(self._counted)
+        if isinstance(unfreeze, str) and unfreeze == "gradual":
+            # The head alone, then more and more stages until all are trained at half time.
+            half = max(1, max_epochs // 2)
+            return [(1 + e, min(n, round(n * e / half))) for e in range(half + 1)]
+        if not isinstance(unfreeze, Mapping):
+            return [(1, self._count(unfreeze, "unfreeze"))]
+        steps = [(1, 0)]
+        for epoch, value in sorted(unfreeze.items()):
+            if not isinstance(epoch, Integral) or isinstance(epoch, bool) or epoch < 1:
+                raise ValueError(
+                    f"unfreeze={unfreeze!r}: the keys are epochs and count from 1; got {epoch!r}."
+                )
+            steps.append((int(epoch), self._count(value, f"unfreeze[{epoch}]")))
+            if steps[-1][1] < steps[-2][1]:
+                raise ValueError(
+                    f"unfreeze={unfreeze!r} freezes stages again in epoch {epoch}: the numbers "
+                    "of stages must not fall."
+                )
+        return steps
+
+    def _count(self, value: object, name: str) -> int:
+        n = len(self._counted)
+        if isinstance(value, str) and value == "all":
+            return n
+        if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 0:
+            raise ValueError(
+                f"{name}={value!r} is not accepted: give a number of stages from 0 to {n}, "
+                "or 'all'."
+            )
+        if int(value) > n:
+            names = [self.stage_names[i] for i in self._counted]
+            raise ValueError(
+                f"{name}={value!r}, but this network has {n} stages below its head: {names}. "
+                f"Give at most {n}, or 'all'."
+            )
+        return int(value)
+
+
+class Phase(NamedTuple):
+    """Epochs whose rows hold the inputs of the stage at the position `input_stage`."""
+
+    n_epochs: int
+    input_stage: int
+    train_set: TrainingSet
+    valid_set: TrainingSet | None = None
 
 
 def train(
     tuned: TunedNetwork,
-    train_set: TrainingSet,
-    valid_set: TrainingSet | None,
+    phases: list[Phase],
     settings: TrainingSettings,
-    *,
-    entry: int,
     first_stage: Callable[[int], int],
-    max_epochs: int,
     first_epoch: int = 0,
-    keeps_net: bool = False,
-    temperature: float = 1.0,
-) -> TrainingResult:
-    """Train in place.
+    old_net: NeuralNet | None = None,
+) -> EpochLog:
+    """Train `tuned` in place.
 
-    Parameters
-    ----------
-    tuned : TunedNetwork
-    train_set, valid_set : TrainingSet
-        Both may give embeddings until the first stages join the head.
-    settings : TrainingSettings
-    entry : int
-        Position of the stage whose inputs the rows hold.
-    first_stage : callable
-        Epoch -> position of the lowest stage trained in it.
-    max_epochs : int
-    first_epoch : int, default=0
-        Epochs trained before.
-    keeps_net : bool, default=False
-        Whether to go on with the net that is there, its optimizer, callbacks and history
-        (``partial_fit``), if those are the optimizer and the callbacks that are asked for.
-    temperature : float, default=1.0
-        What the head's scores are divided by before the first stages are trained.
+    `first_stage` tells the lowest stage trained in an epoch, counted from 1. `first_epoch` epochs
+    were trained before with `old_net`, whose optimizer's state is continued.
     """
-    module = tuned.module(whole=entry < len(tuned.stage_names))
-    module.entry = entry if module.stages else 0
-    start = min(first_stage(1), len(module.stages))
-    _check_callbacks(settings, joins_later=tuned.lowest < start)
-    module.takes_embeddings = train_set.is_embedded
-    n_batches = -(-len(train_set) // settings.batch_size)
+    module, first = tuned.module(), tuned.first_trained_stage
     with (
-        own_random_state(settings.seed, settings.device),  # drop-out draws from it
+        own_random_state(settings.seed, settings.device),  # dropout draws from it
         repeatable_kernels(settings.device),
     ):
-        shuffler, changer = (torch.Generator() for _ in range(2))
-        shuffler.manual_seed(settings.seed)
-        changer.manual_seed(settings.seed + 1)
-        change = None
-        if settings.augment is not None or settings.mixup or settings.cutmix:
-            change = BatchChange(
-                settings.augment, settings.mixup, settings.cutmix,
-                settings.n_outputs if settings.kind == "multiclass" else None, changer,
-            )  # fmt: skip
-        valid = None
-        if valid_set is not None and len(valid_set):
-            valid = Batches(valid_set, max(settings.batch_size, 64), settings.device)
-        result = TrainingResult()
-        log = EpochLog(
-            settings.kind, result.history, first_epoch, valid, settings.keeps_best,
-            settings.patience, settings.tol, tuned.lowest,
-        )  # fmt: skip
         module.to(settings.device)
         for parameter in module.stages.parameters():
             if parameter.ndim == 4:  # as the batches are
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        asked = made_for(settings)
-        net = tuned.net if keeps_net and tuned.net_made_for == asked else None
-        if net is not None and (net.device != str(settings.device) or start > module.n_frozen):
-            net = None  # its optimizer is on the other device, or holds what is frozen now
-        if net is None:
-            module.freeze(start)
-        average: Callback | None = None
-        if settings.weight_averaging is not None:
-            average = WeightAverage(
-                settings.weight_averaging, tuned.lowest, max_epochs, n_batches, len(train_set)
-            )
-        is_half = bool(module.stages) and module.precision == "float16"
-        callbacks = [
-            ("weight_average", average or Callback()),
-            ("unfreezing", Unfreezing(
-                first_stage, partial(_stage_groups, module=module, settings=settings))),
-            ("tempering", Tempering(temperature)),
-            ("learning_rates", LearningRates(
-                resolve_schedule(settings.lr_schedule), max(1, max_epochs * n_batches))),
-            ("gradient_scaling", GradientScaling(settings.device) if is_half else Callback()),
-            ("gradient_rules", GradientRules(
-                settings.l2_sp, settings.gradient_clip, _anchors(tuned, module, settings))),
-            ("finite_loss", FiniteLoss(settings.lr)),
-            ("epoch_log", log),
-        ]  # fmt: skip
-        iterators = {
-            "iterator_train__device": settings.device,
-            "iterator_train__generator": shuffler,
-            "iterator_train__change": change,
-            "iterator_valid__device": settings.device,
-            "train_split": None if valid is None else predefined_split(valid_set),
-        }
-        if net is None:
-            net = make_net(module, settings, callbacks, iterators)
-        else:
-            fresh = dict(callbacks)
-            net.callbacks_ = [(name, fresh.get(name, cb)) for name, cb in net.callbacks_]
-            vars(net).update(iterators, batch_size=settings.batch_size)
-            net.criterion_.label_smoothing = settings.label_smoothing
-            _change_groups(net.optimizer_, _all_groups(module, settings, 0))
-        tuned.net, tuned.net_made_for = net, asked
-        try:
-            result.is_interrupted = _run(net, train_set, max_epochs)
-        except Exception as error:
-            if valid is None and "valid_" in str(error):
-                error.add_note(
-                    "There is no validation part that a callback could watch: give X_val and "
-                    "y_val, or early_stopping=True.",
-                )
-            raise
-        finally:
-            tuned.has_changed()
-            module.eval()
-            module.entry, module.takes_embeddings = 0, False
-            net.train_split = None  # the rows need not outlive the training
-    result.n_iter = log.epoch
-    result.best_epoch = log.epoch
-    if settings.keeps_best and log.best_epoch is not None:
-        result.best_epoch = log.best_epoch
-        restore(module, log.best_state)
-        log.best_state = {}
-    # The last step's weights have seen no loss.
+        module.freeze(min(first_stage(1), len(module.stages)))
+        share = settings.wise_ft_share
+        unfreezing = Unfreezing(first_stage, settings.temperature, None if share is None else first)
+        valid, patience = None, settings.n_iter_no_change
+        if phases[0].valid_set is not None:
+            n_at_once = max(settings.batch_size, 64)
+            valid = Batches(phases[0].valid_set, n_at_once, settings.device)
+        log = EpochLog(
+            settings.kind, settings.lr, first_epoch, valid, settings.keeps_best, patience, first
+        )
+        callbacks: list[Callback] = [unfreezing, log]
+        if not settings.is_continued and not _has_scheduler(settings.callbacks or []):
+            n_batches = -(-len(phases[0].train_set) // settings.batch_size)
+            n_steps = n_batches * sum(phase.n_epochs for phase in phases)
+            callbacks.insert(1, OneCycle(max(1, n_steps)))
+        net = make_net(module, first, settings, callbacks)
+        if old_net is not None:
+            _continue(net, old_net)
+        tuned.net = net
+        _run(net, phases, log)
+        module.load_state_dict(log.best_state, strict=False)
+        if share is not None:
+            interpolate(module, unfreezing.start, share)
+        log.best_state, unfreezing.start = {}, {}
+    # No loss was computed with the weights after the last step.
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
-            raise not_finite(f"The trained weights {name} are no finite numbers.", settings.lr)
-    if log.valid is not None:
-        result.start_score, result.best_score = log.start_score, log.best_score
-        log.valid = None
-    return result
+            raise not_finite(f"The trained weights {name} became NaN or infinite.", settings.lr)
+    return log
+
+
+def _run(net: NeuralNet, phases: list[Phase], log: EpochLog) -> None:
+    """Run skorch's loop until the last epoch, or until a KeyboardInterrupt."""
+    module, first_set = net.module_, phases[0].train_set
+    module.input_stage = phases[0].input_stage
+    try:
+        net.notify("on_train_begin", X=first_set, y=None)
+        for n_epochs, input_stage, train_set, valid_set in phases:
+            module.input_stage = input_stage
+            net.train_split = None if valid_set is None else predefined_split(valid_set)
+            net.fit_loop(train_set, epochs=n_epochs)
+    except KeyboardInterrupt:
+        # Callbacks raise it, too, to end a training; by custom after an epoch.
+        log.is_interrupted = log.is_within_epoch
+    except Exception as error:
+        if log.valid is None and "valid_" in str(error):
+            error.add_note(
+                "There is no validation part that a callback could watch: give X_val and "
+                "y_val, or early_stopping=True."
+            )
+        raise
+    finally:
+        net.notify("on_train_end", X=first_set, y=None)
+        module.eval()
+        module.input_stage = 0
+        net.train_split, log.valid = None, None  # the net does not keep the rows
 
 
 def make_net(
-    module: Any,
+    module: TunedModule,
+    first_trained_stage: int,
     settings: TrainingSettings,
-    callbacks: list | None = None,
-    iterators: dict[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> NeuralNet:
-    """skorch's net around the module, initialised."""
-    kinds = {"multiclass": NeuralNetClassifier, "regression": NeuralNetRegressor}
-    # Places are kept for ours, should training go on later.
-    own: list[Any] = list(callbacks or [(name, Callback()) for name in _OURS])
-    # The user's stay as they are, so that the estimator can be cloned.
-    memo: dict[int, Any] = {}  # one, as callbacks may hold each other
-    own += [_own_copy(callback, memo) for callback in settings.callbacks or []]
+    """Make skorch's net around the module, initialised."""
+    augment = None
+    if settings.augment is not None:
+        from sktransfer.fine_tuning._augment import BatchAugment
 
-    arguments: dict[str, Any] = {
-        "criterion": WeightedLoss(settings.kind, settings.label_smoothing),
-        "optimizer": partial(_optimizer_of, module=module, settings=settings),
+        draws = torch.Generator().manual_seed(settings.seed + 1)
+        augment = BatchAugment(settings.augment, settings.kind, settings.n_outputs, draws)
+    kinds = {"multiclass": NeuralNetClassifier, "regression": NeuralNetRegressor}
+    arguments: dict[str, object] = {
+        "criterion": WeightedLoss(settings.kind, settings.loss),
+        "optimizer": partial(
+            _make_optimizer, groups=_groups(module, first_trained_stage, settings), of=settings
+        ),
         "lr": settings.lr,
         "batch_size": settings.batch_size,
         "iterator_train": Batches,
+        "iterator_train__device": settings.device,
+        "iterator_train__generator": torch.Generator().manual_seed(settings.seed),
+        "iterator_train__augment": augment,
         "iterator_valid": Batches,
+        "iterator_valid__device": settings.device,
         "train_split": None,
-        "callbacks": own,
+        "callbacks": [*callbacks, *_own_callbacks(settings.callbacks or [])],
         "verbose": settings.verbose,
         "device": str(settings.device),
-        **(iterators or {}),
     }
     if settings.kind == "multiclass":
         arguments["classes"] = list(range(settings.n_outputs))
         arguments["callbacks__valid_acc"] = None  # ours is weighted
-        arguments["predict_nonlinearity"] = _softmax
+        arguments["predict_nonlinearity"] = partial(torch.softmax, dim=-1)
     elif settings.kind == "multilabel":
         arguments["predict_nonlinearity"] = torch.sigmoid
-    net = kinds.get(settings.kind, NeuralNet)(module, **arguments)
-    return net.initialize()
+    return kinds.get(settings.kind, NeuralNet)(module, **arguments).initialize()
 
 
-def _own_copy(callback: Any, memo: dict[int, Any]) -> Any:
-    """A callback, or its pair with a name, to be written to; a writer or a run stays shared."""
-    if isinstance(callback, tuple):
-        return (*callback[:-1], _own_copy(callback[-1], memo))
-    try:
-        return copy.deepcopy(callback, memo)
-    except TypeError:  # it holds a lock, an open file or a connection
-        return copy.copy(callback)
+def _groups(module: TunedModule, first_stage: int, settings: TrainingSettings) -> Groups:
+    """Parameter groups of the head and of the stages from `first_stage` on, the head first.
+
+    A stage's rate is ``lr · layer_decay ** distance``, distance 1 for the stage below the head.
+    Biases and the parameters of norms have a single dimension and do not decay.
+    """
+    head = [p for p in module.head.parameters() if p.requires_grad]
+    groups = []
+    for name, distance, parameters in [("head", 0, head), *module.groups(first_stage)]:
+        for is_weight in (True, False):
+            if own := [p for p in parameters if (p.ndim > 1) == is_weight]:
+                groups.append(
+                    {
+                        "params": own,
+                        "lr": settings.lr * settings.layer_decay**distance,
+                        "weight_decay": settings.weight_decay if is_weight else 0.0,
+                        "stage": name,
+                    }
+                )
+    return groups
 
 
-def made_for(settings: TrainingSettings) -> tuple[Any, list[Any]]:
-    """What a net is made for: where it is no longer the same, the net is made anew."""
-    optimizer = as_optimizer(settings.optimizer)
-    if isinstance(optimizer, Optimizer):
-        optimizer = optimizer.get_params()
-    return optimizer, list(settings.callbacks or [])
+def _make_optimizer(
+    _: object, *, groups: Groups, of: TrainingSettings, **kwargs: object
+) -> torch.optim.Optimizer:
+    if of.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=of.lr)
+    if of.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=of.lr, momentum=0.9)
+    assert callable(of.optimizer)
+    return of.optimizer(groups, lr=of.lr)
 
 
-def _check_callbacks(settings: TrainingSettings, joins_later: bool) -> None:
-    for callback in settings.callbacks or []:
-        kept = callback[-1] if isinstance(callback, tuple) and callback else callback
+def _continue(net: NeuralNet, old: NeuralNet) -> None:
+    """Copy the history and the optimizer's state of the epochs before."""
+    net.history_ = copy.deepcopy(old.history_)
+    optimizer, before = net.optimizer_, old.optimizer_
+    if type(optimizer) is type(before):
+        state = optimizer.state_dict()
+        n_parameters = sum(len(group["params"]) for group in optimizer.param_groups)
+        # The head comes first and lower stages last: more or fewer of these change no number.
+        moments = before.state_dict()["state"].items()
+        state["state"] = {i: copy.deepcopy(own) for i, own in moments if i < n_parameters}
+        optimizer.load_state_dict(state)
+
+
+def _has_scheduler(callbacks: Sequence) -> bool:
+    parts = [part for c in callbacks for part in (c if isinstance(c, tuple) else (c,))]
+    return any(part is LRScheduler or isinstance(part, LRScheduler) for part in parts)
+
+
+def _own_callbacks(callbacks: Sequence) -> list:
+    """Copies of the user's callbacks, so that the estimator can be cloned."""
+    own, memo = [], dict[int, object]()  # one memo, as callbacks may refer to each other
+    for callback in callbacks:
+        *name, kept = callback if isinstance(callback, tuple) and callback else (callback,)
         if not hasattr(kept, "on_train_begin"):
             raise TypeError(
                 f"callbacks holds {callback!r}: skorch's callbacks are accepted, or pairs of a "
                 "name and one."
             )
-        if not (kept is LRScheduler or isinstance(kept, LRScheduler)):
-            continue
-        if settings.lr_schedule != "constant":
-            raise ValueError(
-                f"callbacks holds {kept!r}, and lr_schedule={settings.lr_schedule!r} would undo at "
-                "each step what it sets: give lr_schedule='constant' with it, or leave it out."
-            )
-        if joins_later:
-            raise ValueError(
-                f"callbacks holds {kept!r}, which knows no stage that joins in a later epoch: give "
-                "an `unfreeze` that stays the same with it, or a function as lr_schedule instead."
-            )
+        try:
+            copied = copy.deepcopy(kept, memo)
+        except TypeError:  # it holds a lock, an open file or a connection
+            copied = copy.copy(kept)
+        own.append((*name, copied) if name else copied)
+    return own
 
 
-def _softmax(scores: torch.Tensor) -> torch.Tensor:
-    return scores.softmax(-1)
-
-
-def _run(net: NeuralNet, train_set: TrainingSet, max_epochs: int) -> bool:
-    """Run skorch's loop; True if Ctrl-C ended it."""
-    is_interrupted = False
-    try:
-        net.notify("on_train_begin", X=train_set, y=None)
-        net.fit_loop(train_set, epochs=max_epochs)
-    except KeyboardInterrupt as interrupt:
-        is_interrupted = not _raised_by_callback(interrupt)
-    finally:
-        net.notify("on_train_end", X=train_set, y=None)
-    return is_interrupted
-
-
-def _raised_by_callback(interrupt: KeyboardInterrupt) -> bool:
-    """Whether a callback ended the training; its way to do so is Ctrl-C's exception."""
-    trace = interrupt.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None or not isinstance(trace.tb_frame.f_locals.get("self"), Callback):
-        return False
-    # Ctrl-C may hit a callback anywhere; its own `raise` is one instruction.
-    code = trace.tb_frame.f_code.co_code
-    return code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-
-
-def _stage_groups(
-    start: int, stop: int, module: Any, settings: TrainingSettings
-) -> list[dict[str, Any]]:
-    """Optimizer groups of the stages from `start` to `stop`, each with its learning rate."""
-    made = []
-    for name, distance, parameters in module.groups(start, stop):
-        lr = settings.lr * settings.layer_decay**distance
-        made += parameter_groups(name, parameters, lr, settings.weight_decay)
-    return made
-
-
-def _all_groups(module: Any, settings: TrainingSettings, start: int) -> list[dict[str, Any]]:
-    """Groups of the head and of the stages from `start` on."""
-    own = [p for p in module.head.parameters() if p.requires_grad]
-    head = parameter_groups("head", own, settings.lr, settings.weight_decay)
-    return head + _stage_groups(start, len(module.stages), module, settings)
-
-
-def _optimizer_of(_: Any, *, module: Any, settings: TrainingSettings, **kwargs: Any) -> Any:
-    groups = _all_groups(module, settings, module.n_frozen)
-    return make_optimizer(settings.optimizer, groups, settings.lr)
-
-
-def _change_groups(optimizer: Any, wanted: list[dict[str, Any]]) -> None:
-    """Learning rates and decay of `wanted` for an optimizer's groups; their state stays."""
-    by_parameter = {id(group["params"][0]): group for group in wanted}
-    for group in optimizer.param_groups:
-        new = by_parameter[id(group["params"][0])]
-        group["base_lr"], group["weight_decay"] = new["base_lr"], new["weight_decay"]
-
-
-def _anchors(
-    tuned: TunedNetwork, module: Any, settings: TrainingSettings
-) -> dict[int, torch.Tensor]:
-    """The pre-trained value of each parameter that is pulled towards it."""
-    if not settings.l2_sp or not module.stages:
-        return {}
-    return {
-        key: value.to(settings.device, copy=True)
-        for key, value in tuned.pretrained_values().items()
-    }
-
-
-def report(result: TrainingResult, class_name: str, probe_started: bool, trains_more: bool) -> None:
-    """Warn of what the user should know about how the training ended."""
-    if result.is_interrupted:
-        warnings.warn(
-            f"The training of {class_name} was interrupted after {result.n_iter} epochs; the "
-            f"weights of epoch {result.best_epoch} are kept, and the estimator is fitted.",
-            UserWarning,
-            stacklevel=6,
+def report(log: EpochLog, class_name: str, start: str, trains_stages: bool) -> None:
+    """Warn of an interruption, and of a training that did not improve on its start."""
+    if log.is_interrupted:
+        warn(
+            f"The training of {class_name} was interrupted after {log.epoch} epochs; the "
+            f"weights of epoch {log.kept_epoch} are kept, and the estimator is fitted."
         )
-    elif result.best_epoch == 0 and result.n_iter and result.start_score is not None:
-        start = "linear probe" if probe_started else "network as it was"
-        what = "Fine-tuning" if trains_more else "Training the head"
-        warnings.warn(
+    elif log.kept_epoch == 0 and log.epoch:
+        what = "Fine-tuning" if trains_stages else "Training the head"
+        warn(
             f"{what} did not improve on the {start} (validation score "
-            f"{result.start_score:.3f}, best of {result.n_iter} epochs no better): the {start} "
-            "(epoch 0) is kept. More data, a smaller lr, fewer unfrozen stages or a stronger "
-            "layer_decay may help; or the frozen features are the better model here.",
-            UserWarning,
-            stacklevel=6,
+            f"{log.history[0]['valid_score']:.3f}, best of {log.epoch} epochs no better): "
+            f"the {start} (epoch 0) is kept. More data, a smaller lr, fewer unfrozen stages or a "
+            "stronger layer_decay may help; or the frozen features are the better model here."
         )
-
-
-def as_random_seed(random_state: Any) -> tuple[np.random.RandomState, int]:
-    """A RandomState and a seed for torch from the parameter ``random_state``."""
-    from sklearn.utils import check_random_state
-
-    rng = check_random_state(random_state)
-    return rng, int(rng.randint(np.iinfo(np.int32).max))

@@ -1,60 +1,59 @@
-"""``load_backbone``: the network behind a name, as a thing that embeds pictures."""
+"""A pre-trained network by name, as a function from images to feature columns."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from os import PathLike
 
 import torch
 from torch import nn
 
-from sktransfer.networks._compiling import CompiledNetwork
+from sktransfer.networks._graph import Stages
 from sktransfer.networks._inference import Network, get_network
-from sktransfer.networks._own import ModuleSource
+from sktransfer.networks._own import ModuleSource, resolve_source
 from sktransfer.networks._pooling import POOLINGS, Pooling, layout_of, pooled_width, resolve_pooling
 from sktransfer.networks._preprocessing import AnyPreprocessing, resolve_preprocessing
 from sktransfer.networks._source import GivenSource, Source
-from sktransfer.networks._sources import resolve_source
-from sktransfer.networks._stages import Stage, Stages, split_stages
+from sktransfer.networks._stages import split_stages
 
-# Part of every fingerprint: a change of how embeddings are computed changes it.
+# Part of every fingerprint; a change of how embeddings are computed changes it.
 _FORMAT = "sktransfer-embedding-1"
 _EMBEDDING = "embedding"
 
 
 def load_backbone(
-    backbone: Any = "builtin",
+    backbone: str | nn.Module | Callable[[], nn.Module] | Source = "builtin",
     *,
-    weights: Any = "DEFAULT",
+    weights: str | PathLike | None = "DEFAULT",
     layer: str | Sequence[str | None] | None = None,
     pooling: str = "auto",
-    preprocessing: Any = "auto",
+    preprocessing: str | dict | Callable = "auto",
 ) -> Backbone:
     """Load a pre-trained network by name.
 
     Parameters
     ----------
     backbone : str, torch.nn.Module or callable, default="builtin"
-        A torchvision classification builder by its own name (``"resnet50"``), ``"timm:NAME"``
-        (extra ``timm``), ``"builtin"`` (its weights ship in the package), a module, or a
-        callable without arguments that returns one. A module is copied as it is now. Its
-        ``forward`` takes one batch of pictures and returns one tensor.
+        Name of a torchvision classification builder (``"resnet50"``), ``"timm:NAME"`` (extra
+        ``timm``), ``"builtin"`` (its weights ship in the package), a module, or a callable
+        without arguments that returns one. A module is copied in its present state. Its
+        ``forward`` takes one batch of images and returns one tensor.
     weights : str, path-like or None, default="DEFAULT"
-        Published weights by name (``"IMAGENET1K_V2"``); a local ``.pt``, ``.pth`` or
+        Name of published weights (``"IMAGENET1K_V2"``); path of a local ``.pt``, ``.pth`` or
         ``.safetensors`` file with a state dict, whose head may have any width; or None for
         random weights, the same ones every time.
     layer : str, list of str or None, default=None
         None: what enters the classification head. Or the name of a stage, a sub-module or an
-        operation (``"layer3"``, ``"layer3.0.conv1"``), or a list of them, whose pooled outputs
-        are joined in that order; None in a list stands for the embedding.
+        operation (``"layer3"``, ``"layer3.0.conv1"``, ``"layer3.0.add"``), or a list of them,
+        whose pooled outputs are joined in that order; None in a list is the embedding.
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
-        How a map becomes a vector. ``"auto"``: as the network does for its embedding; of an
-        inner layer the mean over the map, or the class token where the network classifies
-        from one. With ``layer=None`` any other kind is applied to the last map.
-        ``"gem"``: the generalised mean with p = 3.
+        How a map becomes a vector. ``"auto"``: for the embedding, as the network itself does;
+        for an inner layer, the mean over the map, or the class token where the network
+        classifies from one. With ``layer=None`` any other kind is applied to the last map.
+        ``"gem"`` is the generalised mean with p = 3.
     preprocessing : "auto", dict or callable, default="auto"
         ``"auto"``: what the weights were trained with; for a module 256 pixels, cropped to
         224, with ImageNet's mean and standard deviation. A dict overrides parts of it:
@@ -75,8 +74,8 @@ def load_backbone(
 
     See Also
     --------
-    list_backbones : What can be named.
-    PretrainedFeatureExtractor : The transformer around it.
+    list_backbones : Names that are accepted.
+    PretrainedFeatureExtractor : A transformer that uses a backbone.
 
     Examples
     --------
@@ -96,17 +95,16 @@ def load_backbone(
         source, layer, pooling, resolve_preprocessing(preprocessing, source.preprocessing)
     )
     if source.is_user_file:
-        _ = loaded.network.module  # whether the user's file fits is better said now than later
+        _ = loaded.network.module  # find out now whether the file fits
     return loaded
 
 
 class Backbone:
     """A pre-trained network, cut at the asked layers and pooled to one row per image.
 
-    Made by :func:`load_backbone`. It holds no weights itself: the network lives in a table of
-    this process, is loaded when it is first needed and is shared by all that ask for the same.
-    A pickle holds what brings the weights back and the digest they must have; for a user's own
-    module it holds the module.
+    Made by :func:`load_backbone`. It holds no weights: each process loads a network once, when
+    it is first needed, and all backbones share it. A pickle holds the name of the weights and
+    their digest, or the module itself if the user gave one.
 
     Attributes
     ----------
@@ -115,18 +113,18 @@ class Backbone:
     short_name : str
         The name in feature names.
     feature_groups : list of (str, int)
-        Each asked layer with its number of columns, in order.
+        Each layer with its number of columns, in order.
     n_features : int
         Number of columns in all.
     preprocessing : Preprocessing or CallablePreprocessing
-        ``resize_crop`` and ``min_size`` are what happens to images before they get here.
+        Its ``resize_crop`` and ``min_size`` prepare the images.
     input_size : tuple of 3 ints
         Channels, height and width of the network's input.
     fingerprint : str
         Changes with anything that changes the embedding: weights, architecture, layer,
         pooling, preprocessing. Equal in every process.
     group_fingerprints : list of str
-        The same of each layer alone, so that rows kept for it serve other combinations.
+        The fingerprint of each layer alone, so that its rows serve other combinations.
     """
 
     def __init__(
@@ -141,8 +139,9 @@ class Backbone:
         self.short_name = re.sub(r"\W+", "_", source.name.removeprefix("timm:")).strip("_")
         self.layer, self.pooling, self.preprocessing = layer, pooling, preprocessing
         self.input_size: tuple[int, int, int] = preprocessing.input_size
-        self._plan_size = self._reference_size()
-        plan = self.network.plan
+        # The size at which stages are found does not depend on the crop asked for.
+        is_own = isinstance(source, ModuleSource)
+        self._plan_size = self.input_size if is_own else source.preprocessing.input_size
         layers = [layer] if layer is None or isinstance(layer, str) else list(layer)
         if not layers:
             raise ValueError("layer=[] names no layer: give at least one, or None.")
@@ -151,28 +150,36 @@ class Backbone:
         self.feature_groups: list[tuple[str, int]] = []
         self.group_fingerprints: list[str] = []
         for asked in layers:
-            key = self._resolve(asked)
-            shape = plan.shape(key, self.input_size)
-            label = _EMBEDDING if asked is None else asked
-            layout = layout_of(shape, plan.is_channels_last(key, self.input_size))
-            if layout is None:
-                raise ValueError(
-                    f"layer {label!r} of {self.name} gives values of shape {shape[1:]} per image, "
-                    "which is neither a vector, a map nor a sequence of tokens."
-                )
-            token, n_prefix = plan.tokens(key)
-            kind = resolve_pooling(pooling, layout, f"layer {label!r} of {self.name}", token)
-            if layout == "vector":
-                kind = "avg"
-            self._keys.append(key)
-            self._poolings.append((kind, layout, token or 0, n_prefix))
-            self.feature_groups.append((label, pooled_width(kind, layout, shape)))
-            parts = [_FORMAT, *source.key, *_flat(self._poolings[-1]), key]
-            parts += [str(self.input_size), preprocessing.identity]
-            self.group_fingerprints.append(_digest(parts))
+            self._add_layer(asked)
         self.n_features = sum(width for _, width in self.feature_groups)
         self.fingerprint = (
             self.group_fingerprints[0] if len(layers) == 1 else _digest(self.group_fingerprints)
+        )
+
+    def _add_layer(self, asked: str | None) -> None:
+        plan, label = self.network.plan, _EMBEDDING if asked is None else asked
+        if asked is None:
+            key = plan.embedding_key if self.pooling == "auto" else plan.last_map_key
+        elif isinstance(asked, str):
+            key = plan.resolve(asked)
+        else:
+            raise TypeError(f"layer {asked!r} is not a name: a string, None or a list is accepted.")
+        shape = plan.shape(key, self.input_size)
+        layout = layout_of(shape, plan.is_channels_last(key, self.input_size))
+        if layout is None:
+            raise ValueError(
+                f"layer {label!r} of {self.name} gives values of shape {shape[1:]} per image, "
+                "which is neither a vector, a map nor a sequence of tokens."
+            )
+        token, n_prefix = plan.tokens(key)
+        kind = resolve_pooling(self.pooling, layout, f"layer {label!r} of {self.name}", token)
+        pooling = (kind, layout, token or 0, n_prefix)
+        self._keys.append(key)
+        self._poolings.append(pooling)
+        self.feature_groups.append((label, pooled_width(kind, layout, shape)))
+        parts = [_FORMAT, *self._source.key, *pooling, key]
+        self.group_fingerprints.append(
+            _digest([*parts, self.input_size, self.preprocessing.identity])
         )
 
     def __repr__(self) -> str:
@@ -181,29 +188,29 @@ class Backbone:
 
     @property
     def network(self) -> Network:
-        """The shared network, loaded again if it was let go."""
+        """The shared network; it is loaded again if it was evicted."""
         return get_network(self._source, self._plan_size)
 
     @property
     def stages(self) -> Stages:
-        """The network's stages, with the weights, shared and frozen: see :meth:`copy_stages`."""
+        """The network's stages with their weights, shared and frozen."""
         _ = self.network.module
-        return Stages([Stage(name, part) for name, part in self.network.plan.pieces()])
+        return self.network.plan.stages()
 
     @property
     def stage_names(self) -> list[str]:
-        """Names of the stages, known without weights."""
+        """Names of the stages; no weights are loaded for them."""
         return self.network.plan.names
 
     @property
-    def key_report(self) -> Any:
-        """Keys of a weights file and of the network's head that did not meet, or None."""
+    def key_report(self) -> object:
+        """Keys that a weights file and the network's head do not share, or None."""
         _ = self.network.module
         return getattr(self._source, "key_report", None)
 
     @property
     def stage_names_to_layer(self) -> list[str]:
-        """Names of the stages that make the embedding, or the one layer that was asked for."""
+        """Names of the stages up to the embedding or to the one layer asked for."""
         plan, key, names = self.network.plan, self._keys[0], self.stage_names
         if key == plan.embedding_key:
             return names[:-1] if plan.head_layers() and len(names) > 1 else names
@@ -216,41 +223,35 @@ class Backbone:
 
     @property
     def has_own_weights(self) -> bool:
-        """Whether these came from a file that stands alone, so that no name brings them back."""
+        """Whether the weights come from a saved model, so that no name brings them back."""
         return isinstance(self._source, GivenSource)
 
     @property
     def cut(self) -> tuple:
-        """All that the embedding follows from but the weights."""
+        """All that determines the embedding except the weights."""
         return self.name, self._keys, self._poolings, self.preprocessing.identity
 
     def make_pooling(self) -> Pooling:
-        """What turns the one asked layer's values into rows."""
+        """What turns the values of the first layer into rows."""
         return Pooling(*self._poolings[0])
 
     def copy_network(self) -> tuple[nn.Module, Stages]:
         """An independent copy of the network, and its stages, which call the copy's layers."""
         module = copy.deepcopy(self.network.module)
-        return module, split_stages(module, self._plan_size)
+        is_foreign = self._source.is_foreign
+        return module, split_stages(module, self._plan_size, is_foreign=is_foreign)
 
     def with_weights(self, module: nn.Module, digest: str) -> Backbone:
-        """The same cut of `module`, a copy of the network with weights known by `digest`."""
+        """The same cut of `module`, a copy of the network whose weights have this digest."""
         other = copy.copy(self)
         other._source = GivenSource(self.name, self._source.preprocessing, module, digest)
+        other._source.is_foreign = self._source.is_foreign
         other.fingerprint = f"tuned-{digest}"
         other.group_fingerprints = [other.fingerprint]
         return other
 
-    def copy_stages(self) -> Stages:
-        """Stages of an independent copy of the network, ready to be trained."""
-        module = copy.deepcopy(self.network.module).requires_grad_(True)
-        return split_stages(module.train(), self._plan_size)
-
     def inference_module(
-        self,
-        device: torch.device | str = "cpu",
-        precision: str = "float32",
-        packed_for: tuple | None = None,
+        self, device: torch.device | str = "cpu", precision: str = "float32"
     ) -> nn.Module:
         """The network for inference: batch norms folded, channels last, frozen.
 
@@ -258,9 +259,6 @@ class Backbone:
         ----------
         device : torch.device or str, default="cpu"
         precision : {"float32", "bfloat16", "float16"}, default="float32"
-        packed_for : tuple of int or None, default=None
-            On a CPU: height, width and number of torch threads of all batches to come. The
-            convolutions' weights are packed for that at the first one.
 
         Returns
         -------
@@ -271,56 +269,20 @@ class Backbone:
             several threads.
         """
         return self.network.embedding_network(
-            self._keys,
-            self._poolings,
-            self.preprocessing,
-            torch.device(device),
-            precision,
-            packed_for=packed_for,
-        )
-
-    def compiled_module(
-        self, device: torch.device | str = "cpu", precision: str = "float32"
-    ) -> CompiledNetwork:
-        """What :meth:`inference_module` returns, compiled at its first batch."""
-        return self.network.embedding_network(
-            self._keys,
-            self._poolings,
-            self.preprocessing,
-            torch.device(device),
-            precision,
-            is_compiled=True,
+            self._keys, self._poolings, self.preprocessing, torch.device(device), precision
         )
 
     def embed_batch(self, pixels: torch.Tensor, precision: str = "float32") -> list[torch.Tensor]:
-        """Embed a batch where it lies; see :meth:`inference_module`."""
+        """Embed a batch on its own device; see :meth:`inference_module`."""
         return self.inference_module(pixels.device, precision)(pixels)
 
-    def _resolve(self, asked: str | None) -> str:
-        plan = self.network.plan
-        if asked is None:
-            return plan.embedding_key if self.pooling == "auto" else plan.last_map_key
-        if not isinstance(asked, str):
-            raise TypeError(f"layer {asked!r} is not a name: a string, None or a list is accepted.")
-        return plan.resolve(asked)
 
-    def _reference_size(self) -> tuple[int, int, int]:
-        """The input size by which stages are told apart, whatever the crop asked for."""
-        if isinstance(self._source, ModuleSource):
-            return self.input_size
-        return self._source.preprocessing.input_size
-
-
-def with_cached_layers(layer: Any, cache_layers: Any) -> Any:
+def with_cached_layers(layer: str | list | None, cache_layers: list | None) -> str | list | None:
     """The layers to load: those asked for, then those that are for the store alone."""
     asked = [layer] if layer is None or isinstance(layer, str) else list(layer)
-    extra = [name for name in ([] if cache_layers is None else cache_layers) if name not in asked]
+    extra = [name for name in cache_layers or [] if name not in asked]
     return [*asked, *extra] if extra else layer
 
 
-def _flat(values: Sequence[Any]) -> list[str]:
-    return [str(value) for value in values]
-
-
-def _digest(parts: Sequence[Any]) -> str:
+def _digest(parts: Iterable[object]) -> str:
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()

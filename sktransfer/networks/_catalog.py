@@ -1,4 +1,4 @@
-"""``list_backbones``: what can be named, and what it costs."""
+"""``list_backbones``: the networks that have a name, and what they cost."""
 
 from __future__ import annotations
 
@@ -6,64 +6,32 @@ import functools
 import html
 from dataclasses import astuple, dataclass, fields
 from fnmatch import fnmatch
-from typing import Any
+from typing import TYPE_CHECKING
 
-# Columns that a torchvision builder gives -> its names. Looked up here because building all
-# eighty takes seconds; a builder that is not here is measured.
-_WIDTHS = {
-    400: "regnet_x_400mf",
-    440: "regnet_y_400mf",
-    512: "maxvit_t resnet18 resnet34 squeezenet1_0 squeezenet1_1",
-    672: "regnet_x_800mf",
-    768: "convnext_small convnext_tiny swin_s swin_t swin_v2_s swin_v2_t vit_b_16 vit_b_32",
-    784: "regnet_y_800mf",
-    888: "regnet_y_1_6gf",
-    912: "regnet_x_1_6gf",
-    1008: "regnet_x_3_2gf",
-    1024: "convnext_base densenet121 googlenet mobilenet_v3_small shufflenet_v2_x0_5 "
-    "shufflenet_v2_x1_0 shufflenet_v2_x1_5 swin_b swin_v2_b vit_l_16 vit_l_32",
-    1280: "efficientnet_b0 efficientnet_b1 efficientnet_v2_l efficientnet_v2_m efficientnet_v2_s "
-    "mnasnet0_5 mnasnet0_75 mnasnet1_0 mnasnet1_3 mobilenet_v2 mobilenet_v3_large vit_h_14",
-    1408: "efficientnet_b2",
-    1512: "regnet_y_3_2gf",
-    1536: "convnext_large efficientnet_b3",
-    1664: "densenet169",
-    1792: "efficientnet_b4",
-    1920: "densenet201 regnet_x_8gf",
-    2016: "regnet_y_8gf",
-    2048: "efficientnet_b5 inception_v3 regnet_x_16gf resnet101 resnet152 resnet50 "
-    "resnext101_32x8d resnext101_64x4d resnext50_32x4d shufflenet_v2_x2_0 wide_resnet101_2 "
-    "wide_resnet50_2",
-    2208: "densenet161",
-    2304: "efficientnet_b6",
-    2520: "regnet_x_32gf",
-    2560: "efficientnet_b7",
-    3024: "regnet_y_16gf",
-    3712: "regnet_y_32gf",
-    4096: "alexnet vgg11 vgg11_bn vgg13 vgg13_bn vgg16 vgg16_bn vgg19 vgg19_bn",
-    7392: "regnet_y_128gf",
-}
-_WIDTH_OF = {name: width for width, names in _WIDTHS.items() for name in names.split()}
-# A timm network takes a tenth of a second to measure; beyond this many only names are listed.
-_MAX_MEASURED = 24
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Knowing a network's columns takes building it, a tenth of a second to a second: done where a
+# pattern leaves at most this many.
+_MAX_BUILT = 24
 
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """One network that can be named.
+    """One network that has a name.
 
     Attributes
     ----------
     name : str
-        What ``backbone=`` takes.
+        The value of the parameter `backbone`.
     input_size : int or None
-        Height and width of the pictures it gets, in pixels.
+        Height and width of its input, in pixels.
     n_features : int or None
         Columns of its embedding.
     parameters : float or None
         Millions of parameters, head included.
     multiply_adds : float or None
-        Billions of multiply-adds for one picture.
+        Billions of multiply-adds for one image.
     weights : tuple of str
         Published weights, the default first.
     """
@@ -78,33 +46,31 @@ class BackboneInfo:
 
 _COLUMNS = [field.name for field in fields(BackboneInfo)]
 _HEADINGS = ["name", "input (px)", "columns", "parameters (M)", "multiply-adds (G)", "weights"]
+_FORMATS = ["{}", "{}", "{}", "{:.1f}", "{:.2f}", "{}"]
 
 
 class BackboneTable(list[BackboneInfo]):
-    """A list of :class:`BackboneInfo` that prints as a table, in a notebook too."""
+    """A list of :class:`BackboneInfo` that prints as a table, in a notebook too.
 
-    def __getitem__(self, index: Any) -> Any:
+    ``table["resnet50"]`` is the row of that name, a slice is a table.
+    """
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
         if isinstance(index, str):
             return next(row for row in self if row.name == index)
         got = super().__getitem__(index)
         return BackboneTable(got) if isinstance(index, slice) else got
 
     def _cells(self) -> list[list[str]]:
+        rows = [[*astuple(row)[:-1], ", ".join(row.weights)] for row in self]
         return [
-            [
-                row.name,
-                "" if row.input_size is None else str(row.input_size),
-                "" if row.n_features is None else str(row.n_features),
-                "" if row.parameters is None else f"{row.parameters:.1f}",
-                "" if row.multiply_adds is None else f"{row.multiply_adds:.2f}",
-                ", ".join(row.weights),
-            ]
-            for row in self
+            ["" if v is None else f.format(v) for f, v in zip(_FORMATS, row, strict=True)]
+            for row in rows
         ]
 
     def __repr__(self) -> str:
         lines = [_HEADINGS, *self._cells()]
-        widths = [max(len(line[k]) for line in lines) for k in range(len(_HEADINGS))]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join(
                 cell.rjust(width) if 0 < k < 5 else cell.ljust(width)
@@ -123,10 +89,9 @@ class BackboneTable(list[BackboneInfo]):
             return f"<tr>{inner}</tr>"
 
         body = "".join(row(cells, "td") for cells in self._cells())
-        head = row(_HEADINGS, "th")
-        return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
+        return f"<table><thead>{row(_HEADINGS, 'th')}</thead><tbody>{body}</tbody></table>"
 
-    def to_pandas(self) -> Any:
+    def to_pandas(self) -> pd.DataFrame:
         """Return the table as a pandas DataFrame."""
         import pandas as pd
 
@@ -134,7 +99,7 @@ class BackboneTable(list[BackboneInfo]):
 
 
 def list_backbones(pattern: str | None = None, *, timm: bool = False) -> BackboneTable:
-    """List the networks that can be named.
+    """List the networks that have a name.
 
     Parameters
     ----------
@@ -142,7 +107,7 @@ def list_backbones(pattern: str | None = None, *, timm: bool = False) -> Backbon
         With ``*`` and ``?`` as in file names (``"resnet*"``, ``"timm:vit_*"``), or a part of
         the name (``"mobile"``).
     timm : bool, default=False
-        Whether timm's networks are listed as well; needs the extra ``timm``. A pattern that
+        Whether to list timm's networks as well; needs the extra ``timm``. A pattern that
         begins with ``"timm:"`` asks for them, too.
 
     Returns
@@ -150,12 +115,20 @@ def list_backbones(pattern: str | None = None, *, timm: bool = False) -> Backbon
     table : BackboneTable
         A list of rows with ``name``, ``input_size`` (pixels), ``n_features``, ``parameters``
         (millions), ``multiply_adds`` (billions) and ``weights``. It prints as a table, shows
-        as one in a notebook and has ``to_pandas()``. No weights are loaded. Of timm's networks
-        size and cost are measured where the pattern leaves at most 24 of them.
+        as one in a notebook and has ``to_pandas()``. No weights are loaded. The networks are
+        built to fill in ``n_features``, and ``parameters`` of timm's, where `pattern` leaves
+        at most 24 of them; otherwise these are None.
+
+    Raises
+    ------
+    TypeError
+        If `pattern` is not a string.
+    ImportError
+        If timm's networks are asked for and timm is not installed.
 
     See Also
     --------
-    load_backbone : The network behind a name.
+    load_backbone : Load a network by its name.
 
     Examples
     --------
@@ -166,87 +139,53 @@ def list_backbones(pattern: str | None = None, *, timm: bool = False) -> Backbon
     """
     if pattern is not None and not isinstance(pattern, str):
         raise TypeError(f"pattern={pattern!r} is not a string such as 'resnet*'.")
-    rows = [_of_torchvision(name) for name in _matching(_own_names(), pattern)]
+    from sktransfer.networks._published import import_timm, torchvision_names
+
+    names = ["builtin", *torchvision_names()]
     if timm or (pattern or "").startswith("timm:"):
-        rows += _of_timm(pattern)
-    return BackboneTable(rows)
+        names += [f"timm:{name}" for name in import_timm().list_models()]
+    names = [name for name in names if pattern is None or _matches(name, pattern)]
+    return BackboneTable(_info(name, len(names) <= _MAX_BUILT) for name in names)
 
 
-def _matching(names: list[str], pattern: str | None) -> list[str]:
-    if pattern is None:
-        return names
+def _matches(name: str, pattern: str) -> bool:
     if any(sign in pattern for sign in "*?["):
-        return [name for name in names if fnmatch(name, pattern)]
-    return [name for name in names if pattern.lower() in name.lower()]
-
-
-def _own_names() -> list[str]:
-    from sktransfer.networks._published import torchvision_names
-
-    return ["builtin", *torchvision_names()]
+        return fnmatch(name, pattern)
+    return pattern.lower() in name.lower()
 
 
 @functools.cache
-def _of_torchvision(name: str) -> BackboneInfo:
-    if name == "builtin":
-        from sktransfer.networks.builtin import DEFAULT, VERSIONS
-
-        size, width, parameters, multiply_adds = _measure(name)
-        published = (DEFAULT, *(version for version in VERSIONS if version != DEFAULT))
-        return BackboneInfo(name, size, width, parameters, multiply_adds, published)
+def _info(name: str, is_built: bool) -> BackboneInfo:
     from torchvision.models import get_model_weights
 
-    members: Any = get_model_weights(name)
-    default = members.DEFAULT
-    width = _WIDTH_OF.get(name) or _measure(name)[1]
-    others = (member.name for member in members if member is not default)
-    return BackboneInfo(
-        name,
-        default.transforms().crop_size[0],
-        width,
-        default.meta["num_params"] / 1e6,
-        default.meta["_ops"],
-        (default.name, *others),
-    )
+    from sktransfer.networks._published import import_timm
+    from sktransfer.networks.builtin import DEFAULT, VERSIONS
+
+    if name == "builtin":
+        version, names = VERSIONS[DEFAULT], sorted(VERSIONS, key=lambda other: other != DEFAULT)
+        cost = version.parameters, version.multiply_adds
+        return BackboneInfo(name, version.size[0], version.n_features, *cost, tuple(names))
+    n_features, parameters = _measure(name) if is_built else (None, None)
+    if name.startswith("timm:"):
+        config = import_timm().get_pretrained_cfg(name.removeprefix("timm:"))
+        size = max(config.input_size[1:]) if config else None
+        weights = ("DEFAULT",) if config and config.has_weights else ()
+        return BackboneInfo(name, size, n_features, parameters, None, weights)
+    members = get_model_weights(name)
+    default = members["DEFAULT"]
+    weights = (default.name, *(w.name for w in members if w is not default))
+    cost = default.meta["num_params"] / 1e6, default.meta["_ops"]
+    return BackboneInfo(name, default.transforms().crop_size[0], n_features, *cost, weights)
 
 
-def _of_timm(pattern: str | None) -> list[BackboneInfo]:
-    from sktransfer.networks._timm_source import import_timm
-
-    timm = import_timm()
-    names = _matching([f"timm:{name}" for name in timm.list_models()], pattern)
-    published = {f"timm:{name}" for name in timm.list_models(pretrained=True)}
-    published |= {name.partition(".")[0] for name in published}
-    rows = []
-    for name in names:
-        config = timm.get_pretrained_cfg(name.removeprefix("timm:"))
-        size = None if config is None else max(config.input_size[1:])
-        weights = ("DEFAULT",) if name in published else ()
-        measured = (size, None, None, None)
-        if len(names) <= _MAX_MEASURED:
-            measured = _measure(name)
-        rows.append(BackboneInfo(name, *measured, weights))
-    return rows
-
-
-@functools.cache
-def _measure(name: str) -> tuple[Any, Any, Any, Any]:
-    """Input size, width, parameters and multiply-adds, on torch's meta device."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from sktransfer.networks._sources import resolve_source
-    from sktransfer.networks._stages import plan_stages
-    from sktransfer.networks._tracing import meta_copy
+def _measure(name: str) -> tuple[int | None, float]:
+    """Return the number of columns, None if it takes no images, and millions of parameters."""
+    from sktransfer.networks._backbone import load_backbone
+    from sktransfer.networks._own import resolve_source
 
     source = resolve_source(name, None)
-    module = source.build()
-    size = source.preprocessing.input_size
-    plan = plan_stages(module, size, name)
-    shape = plan.shape(plan.embedding_key, size)
-    width = shape[-1] if plan.is_channels_last(plan.embedding_key, size) else shape[1]
-    n_parameters = sum(p.numel() for p in module.parameters())
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        meta_copy(module)(torch.empty((1, *size), device="meta"))
-    # The counter takes a multiplication and an addition for two.
-    return max(size[1:]), width, n_parameters / 1e6, counter.get_total_flops() / 2e9
+    parameters = sum(p.numel() for p in source.build().parameters()) / 1e6
+    try:
+        return load_backbone(source).n_features, parameters
+    except ValueError:
+        return None, parameters

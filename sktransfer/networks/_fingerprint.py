@@ -1,254 +1,155 @@
-"""Digests of code and of what objects carry, equal in every process.
+"""Digests of what modules and functions do, equal in every process.
 
-Of the standard library, torch and the like the names tell enough; everybody else's functions and
-methods are told by their bytecode, with the globals, defaults and closures they read, and modules
-of the user's own by their source. Nothing here depends on an ``id()``, an address in a ``repr`` or
-the order of a set.
+Attributes count by their values, the user's own classes and functions by their compiled code and
+the globals that it reads, installed packages by name. Compiled code rather than source text, as
+it is what runs after an edit of the file, and notebooks have it. What has no digest gets one that
+nothing else has, so that embeddings made with it are not shared.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
-import threading
 import types
 import uuid
-import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
-from torch.utils.hooks import RemovableHandle
 
-from sktransfer.networks._own_code import (
-    imports,
-    is_installed,
-    is_library,
-    read_globals,
-    sources_behind,
-)
+from sktransfer.networks._weights import state_digest
 
-_ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), type(...)})
-# A lock carries nothing that a result could depend on; a handle holds a counter of the process.
-_BY_TYPE_ALONE = (type(threading.Lock()), type(threading.RLock()), RemovableHandle)
-# What every module has: tensors and parts are told apart elsewhere, hooks one by one.
-_BOOKKEEPING = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
-_MAX_DEPTH = 64
+_ATOMS = (int, float, complex, bool, str, bytes, type(None), type(...))
+_WRAPPED = {
+    staticmethod: "__func__",
+    classmethod: "__func__",
+    property: "fget",
+    functools.cached_property: "func",
+}
+# What every module has. Its tensors have a digest of their own; hooks are looked at by themselves.
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
-def unique(value: Any) -> bytes:
-    """For what cannot be digested: equal to nothing, not even to itself."""
-    return uuid.uuid4().bytes
+def architecture_digest(module: nn.Module) -> str:
+    """Digest of all in a module but the values of its parameters and buffers.
 
-
-def digest_of(value: Any, on_unknown: Callable[[Any], bytes] = unique) -> str:
-    """Digest of a value with all that it carries and the code it runs.
-
-    Parameters
-    ----------
-    value : object
-    on_unknown : callable, default=unique
-        Gets what cannot be digested and returns a digest for it, or raises.
+    Train and eval mode give the same one. An attribute `fingerprint`, a string, is used instead.
     """
-    return _Digester(on_unknown).finish(value)
+    own = getattr(module, "fingerprint", None)
+    return own if isinstance(own, str) else _Digester(module).modules(module)
 
 
-def architecture_digest(module: nn.Module, *others: Any) -> str:
-    """Digest of all that sets a module apart but the values of its parameters and buffers.
-
-    Whether it is in train or eval mode makes no difference.
-    """
-    digester = _Digester(unique)
-    digester.known.update({id(part): path for path, part in module.named_modules()})
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    digester.known.update({id(tensor): name for name, tensor in tensors})
-    return digester.finish([digester.parts(module), *others])
+def function_digest(function: Callable) -> str:
+    """Digest of a function or a callable object, or its attribute `fingerprint`, a string."""
+    own = getattr(function, "fingerprint", None)
+    return own if isinstance(own, str) else _Digester().of(function)
 
 
 class _Digester:
-    """One digest in the making; it remembers what it has met, so that circles end."""
+    def __init__(self, module: nn.Module | None = None) -> None:
+        # What was met before counts by its name from then on, so that circles end. The objects
+        # are kept, as an id may be used again.
+        parts = [] if module is None else module.named_modules()
+        self._met: dict[int, tuple[object, str]] = {id(p): (p, name) for name, p in parts}
 
-    def __init__(self, on_unknown: Callable[[Any], bytes]):
-        self._on_unknown = on_unknown
-        self.known: dict[int, str] = {}  # parts and tensors of the module, by id
-        self._done: dict[int, tuple[Any, bytes]] = {}  # holds the value: an id may be used again
-        self._open: dict[int, int] = {}
-        self._classes: dict[type, None] = {}
-        self._names = {"forward"}  # all attributes that any code met so far might read
-
-    def finish(self, value: Any) -> str:
-        """Digest of `value` and of the methods that may run for it."""
-        got = self.of(value)
-        methods: dict[tuple[type, str], bytes] = {}
-        while todo := [
-            (kind, name)
-            for kind in self._classes
-            for name, attribute in vars(kind).items()
-            if (kind, name) not in methods and self._may_be_read(kind, name, attribute)
-        ]:
-            for kind, name in todo:
-                methods[kind, name] = _hash(_name_of(kind), name, self.of(vars(kind)[name]))
-        return _hash(got, *sorted(methods.values())).hex()
-
-    def of(self, value: Any) -> bytes:
+    def of(self, value: object) -> str:
         if type(value) in _ATOMS:
             return _hash(type(value).__name__, repr(value))
-        key = id(value)
-        if key in self._done:
-            return self._done[key][1]
-        if key in self._open:
-            return _hash("circle", len(self._open) - self._open[key])
-        if len(self._open) >= _MAX_DEPTH:
-            return self._on_unknown(value)
-        self._open[key] = len(self._open)
+        if isinstance(value, (tuple, frozenset, types.CodeType)):
+            return self._digest(value)
+        if id(value) in self._met:
+            return _hash("met", self._met[id(value)][1])
+        self._met[id(value)] = value, f"#{len(self._met)}"
         try:
-            got = self._structure(value)
-        finally:
-            del self._open[key]
-        self._done[key] = value, got
-        return got
+            return self._digest(value)
+        except Exception:  # it cannot be pickled
+            return uuid.uuid4().hex
 
-    def _structure(self, value: Any) -> bytes:
-        if id(value) in self.known:
-            return _hash("own", self.known[id(value)])
+    def modules(self, module: nn.Module) -> str:
+        """Digest the classes, attributes and forward hooks of a module's parts."""
+        digests = []
+        for name, part in module.named_modules():
+            own = vars(part)
+            hooks = [list(own[k].values()) for k in sorted(own) if k.startswith("_forward_")]
+            carried = {k: own[k] for k in sorted(own) if k not in _MODULE_ATTRIBUTES}
+            digests += [name, *map(self.of, (type(part), hooks, carried))]
+        return _hash("modules", *digests)
+
+    def _digest(self, value: object) -> str:
         if isinstance(value, nn.Module):
-            tensors = [*value.named_parameters(), *value.named_buffers()]
-            return _hash("module", self.of(self.parts(value)), self.of(tensors))
+            return _hash(self.modules(value), state_digest(value))
         if isinstance(value, torch.Tensor):
-            return self._tensor(value)
-        if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-            return _hash("array", value.dtype, value.shape, value.tobytes())
+            flat = value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+            return _hash("tensor", value.dtype, tuple(value.shape), flat.numpy().tobytes())
+        if isinstance(value, fx.Graph):
+            return _hash("graph", value)
+        if isinstance(value, types.CodeType):
+            return _hash("code", value.co_code, *value.co_names, *map(self.of, value.co_consts))
         if isinstance(value, types.FunctionType):
-            return self._function(value)
+            return _hash("function", *self._function(value))
         if isinstance(value, types.MethodType):
             return _hash("method", self.of(value.__func__), self.of(value.__self__))
-        if isinstance(value, types.CodeType):
-            self._names.update(value.co_names)
-            constants = map(self.of, value.co_consts)
-            return _hash("code", value.co_code, *value.co_names, *constants)
-        if isinstance(value, types.ModuleType):
-            return _hash("package", value.__name__, self.of(sources_behind([value.__name__])))
         if isinstance(value, type):
-            made = [vars(c).get(n) for c in _own_bases(value) for n in ("__init__", "__new__")]
-            return _hash("class", self._kind(value), *map(self.of, made))
-        if isinstance(value, (staticmethod, classmethod)):
-            return _hash(type(value).__name__, self.of(value.__func__))
-        if isinstance(value, property):
-            return _hash("property", self.of(value.fget))
-        if type(value) in (list, tuple):
+            return _hash("class", *(part for base in value.__mro__ for part in self._class(base)))
+        if attribute := _WRAPPED.get(type(value)):
+            return self.of(getattr(value, attribute))
+        if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
             return _hash(type(value).__name__, *map(self.of, value))
-        if type(value) is dict:
+        if isinstance(value, dict) and type(value) is dict:
             return _hash("dict", *(self.of(part) for item in value.items() for part in item))
         if isinstance(value, (set, frozenset)):
             return _hash("set", *sorted(map(self.of, value)))
-        if isinstance(value, weakref.ref):
-            return _hash("reference", self.of(value()))
-        if isinstance(value, _BY_TYPE_ALONE):
-            return _hash("type", _name_of(type(value)))
-        if isinstance(value, fx.Graph):
-            return _hash("graph", str(value))
-        return self._instance(value)
+        reduced = value.__reduce_ex__(4)
+        if isinstance(reduced, str):  # a global, such as a function under functools.lru_cache
+            name = f"{getattr(value, '__module__', '')}.{reduced}"
+            return _hash("global", name, self.of(getattr(value, "__wrapped__", None)))
+        parts = (list(part) if isinstance(part, Iterator) else part for part in reduced)
+        return _hash("object", self.of(type(value)), *map(self.of, parts))
 
-    def parts(self, module: nn.Module) -> list[bytes]:
-        """A digest for each part of a module, without the values of parameters and buffers."""
-        return [self._part(path, part) for path, part in module.named_modules()]
+    def _function(self, function: types.FunctionType) -> Iterator[str]:
+        if not _is_own(function) and "<" not in function.__qualname__:  # <locals>, <lambda>
+            yield _name(function)
+            return
+        yield self.of(function.__code__)
+        yield self.of(list(_globals_read(function.__code__, function.__globals__)))
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        yield self.of([function.__defaults__, function.__kwdefaults__, cells, vars(function)])
 
-    def _part(self, path: str, part: nn.Module) -> bytes:
-        own = vars(part)
-        tables = [
-            [(name, value is None) for name, value in own[table].items()]
-            for table in ("_parameters", "_buffers", "_modules")
-        ]
-        hooks = [
-            (hook, key in own[f"{table}_with_kwargs"], key in own["_forward_hooks_always_called"])
-            for table in ("_forward_pre_hooks", "_forward_hooks")
-            for key, hook in own[table].items()
-        ]
-        n_before = len(own["_forward_pre_hooks"])  # the rest of them run behind
-        # What a graph module's nodes are annotated with comes and goes with copies.
-        skipped = _BOOKKEEPING | {"meta"} if isinstance(part, fx.GraphModule) else _BOOKKEEPING
-        carried = [(name, own[name]) for name in sorted(own) if name not in skipped]
-        details = (tables, n_before, hooks, carried)
-        return _hash(path, self._kind(type(part)), *map(self.of, details))
-
-    def _tensor(self, value: torch.Tensor) -> bytes:
-        try:
-            flat = value.detach().to("cpu").contiguous().reshape(-1)
-            data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-        except Exception:  # on the meta device, sparse, quantised
-            return self._on_unknown(value)
-        return _hash("tensor", value.dtype, tuple(value.shape), data)
-
-    def _function(self, function: types.FunctionType) -> bytes:
-        name = _name_of(function)
-        home = sys.modules.get(function.__module__)
-        if is_library(function.__module__) and (
-            getattr(home, function.__qualname__, None) is function
-        ):
-            return _hash("function", name)
-        parts: list[Any] = [function.__defaults__, function.__kwdefaults__]
-        for variable, cell in zip(
-            function.__code__.co_freevars, function.__closure__ or (), strict=True
-        ):
-            try:
-                held = cell.cell_contents
-            except ValueError:  # not assigned yet
-                continue
-            # super() holds the class, and makes none.
-            parts.append(self._kind(held) if variable == "__class__" else held)
-        if not is_library(function.__module__):
-            carried = {k: v for k, v in vars(function).items() if k != "__wrapped__"}
-            parts += [function.__code__, carried]
-            if not is_installed(home):
-                parts.append(list(read_globals(function)))
-                package = function.__globals__.get("__package__") or ""
-                if sources := sources_behind(imports(function.__code__, package)):
-                    parts.append(sources)
-        return _hash("function", name, *map(self.of, parts))
-
-    def _instance(self, value: Any) -> bytes:
-        try:
-            reduced = value.__reduce_ex__(4)
-        except Exception:
-            return self._on_unknown(value)
-        if isinstance(reduced, str):  # found again by this name
-            inner = getattr(value, "__wrapped__", None)
-            return _hash("global", getattr(value, "__module__", None), reduced, self.of(inner))
-        make, arguments, *state = reduced
-        kind = self._kind(type(value))
-        arguments = [part for part in arguments if part is not type(value)]
-        state = [list(part) if isinstance(part, Iterator) else part for part in state]
-        return _hash("instance", kind, *map(self.of, (make, arguments, *state)))
-
-    def _kind(self, kind: type) -> bytes:
-        """What a value's type is; which of its methods count is known at the end."""
-        self._classes.update(dict.fromkeys(_own_bases(kind)))
-        return _hash("type", *map(_name_of, kind.__mro__))
-
-    def _may_be_read(self, kind: type, name: str, attribute: Any) -> bool:
-        if name.startswith("__") and name.endswith("__"):
-            # Operators; how an instance came about shows in what it carries.
-            is_function = isinstance(attribute, types.FunctionType)
-            return is_function and name not in ("__init__", "__init_subclass__")
-        if name in self._names or ("getattr" in self._names and name != "_abc_impl"):
-            return True
-        libraries = [c for c in kind.__mro__ if c is not object and is_library(c.__module__)]
-        return any(hasattr(base, name) for base in libraries)  # it calls what replaces its own
+    def _class(self, kind: type) -> Iterator[str]:
+        yield _name(kind) if not _is_own(kind) else kind.__qualname__
+        for name, value in sorted(vars(kind).items() if _is_own(kind) else ()):
+            is_method = isinstance(value, (types.FunctionType, *_WRAPPED))
+            if is_method or not (name.startswith("__") or name == "_abc_impl"):
+                yield from (name, self.of(value))
 
 
-def _hash(*parts: Any) -> bytes:
+def _globals_read(code: types.CodeType, names: dict[str, object]) -> Iterator[tuple[str, object]]:
+    """Find all globals that code may read, but for what it takes from other files' modules."""
+    for name in code.co_names:
+        if name in names and not isinstance(names[name], types.ModuleType):
+            yield name, names[name]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _globals_read(constant, names)
+
+
+def _is_own(thing: type | types.FunctionType) -> bool:
+    """Whether the user wrote it, rather than a package that is installed."""
+    top = f"{thing.__module__}".partition(".")[0]
+    if top == "__main__" or top in sys.stdlib_module_names or top == "sktransfer":
+        return top == "__main__"
+    file = getattr(sys.modules.get(top), "__file__", None) or ""
+    return not ("site-packages" in file or "dist-packages" in file)
+
+
+def _name(thing: type | types.FunctionType) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def _hash(*parts: object) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part if isinstance(part, bytes) else str(part).encode()
         digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.digest()
-
-
-def _name_of(thing: Any) -> str:
-    return f"{thing.__module__}.{thing.__qualname__}"
-
-
-def _own_bases(kind: type) -> list[type]:
-    return [base for base in kind.__mro__ if not is_library(base.__module__)]
+    return digest.hexdigest()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from sktransfer.networks._graph import is_patched
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -72,7 +74,7 @@ class EmbeddingNetwork(nn.Module):
 def inference_copy(
     network: fx.GraphModule, device: torch.device, dtype: torch.dtype, *, channels_last: bool
 ) -> fx.GraphModule:
-    """A copy of `network` for inference alone; what it does not change it shares.
+    """A copy of `network` for inference alone.
 
     Parameters
     ----------
@@ -83,23 +85,12 @@ def inference_copy(
     channels_last : bool
         Whether convolutions keep their weights as N×H×W×C.
     """
-    copied = fx.GraphModule(network, copy.deepcopy(network.graph))
-    _fold_batch_norms(copied)
-    done: dict[int, Any] = {}
-    for node in copied.graph.nodes:
-        if node.op == "call_module":
-            layer = copied.get_submodule(str(node.target))
-            if id(layer) not in done:
-                done[id(layer)] = _converted(layer, device, dtype, channels_last)
-            copied.set_submodule(str(node.target), done[id(layer)])
-        elif node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            holder = copied.get_submodule(owner)
-            value = getattr(holder, name)
-            if isinstance(value, torch.Tensor):
-                _put_tensor(holder, name, _converted_tensor(value, device, dtype))
-    copied.eval()
-    return copied
+    folded = fx.GraphModule(network, copy.deepcopy(network.graph))
+    _fold_batch_norms(folded)
+    copied = copy.deepcopy(folded).to(device=device, dtype=dtype)
+    if channels_last:
+        copied = copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copied.eval().requires_grad_(False)
 
 
 def _fold_batch_norms(network: fx.GraphModule) -> None:
@@ -108,26 +99,26 @@ def _fold_batch_norms(network: fx.GraphModule) -> None:
     y = γ (W x + b - μ) / √(σ² + ε) + β is a convolution with W' = γ W / √(σ² + ε) and
     b' = β + γ (b - μ) / √(σ² + ε).
     """
-    n_calls: dict[str, int] = {}
-    for node in network.graph.nodes:
-        if node.op == "call_module":
-            n_calls[str(node.target)] = n_calls.get(str(node.target), 0) + 1
     layers = dict(network.named_modules(remove_duplicate=False))
-    shared = _objects_in_several_places(network)
+    calls = [layers[str(n.target)] for n in network.graph.nodes if n.op == "call_module"]
+    n_calls = Counter(map(id, calls))
     for node in list(network.graph.nodes):
-        if node.op != "call_module" or not isinstance(norm := layers[str(node.target)], _NORMS):
-            continue
         before = node.args[0] if node.args else None
-        if (
-            not isinstance(before, fx.Node)
-            or before.op != "call_module"
-            or type(conv := layers[str(before.target)]) not in _CONVS
-            or len(before.users) != 1
-            or n_calls[str(before.target)] != 1
-            or id(conv) in shared
-            or norm.running_mean is None
-            or norm.running_var is None
-            or norm.training
+        if not (
+            node.op == "call_module"
+            and isinstance(before, fx.Node)
+            and before.op == "call_module"
+            and len(before.users) == 1
+        ):
+            continue
+        conv, norm = layers[str(before.target)], layers[str(node.target)]
+        if not (
+            isinstance(norm, _NORMS)
+            and type(conv) in _CONVS
+            and n_calls[id(conv)] == 1
+            and norm.running_mean is not None
+            and not is_patched(conv)
+            and not is_patched(norm)
         ):
             continue
         with torch.no_grad():
@@ -147,39 +138,3 @@ def _after_norm(norm: nn.Module) -> nn.Module | None:
     """What a layer that is more than a batch norm (timm's) does behind it."""
     rest = [child for child in norm.children() if not isinstance(child, (nn.Identity, *_NORMS))]
     return nn.Sequential(*rest) if rest else None
-
-
-def _objects_in_several_places(network: fx.GraphModule) -> set[int]:
-    seen: set[int] = set()
-    twice: set[int] = set()
-    for _, module in network.named_modules(remove_duplicate=False):
-        (twice if id(module) in seen else seen).add(id(module))
-    return twice
-
-
-def _converted(
-    layer: nn.Module, device: torch.device, dtype: torch.dtype, channels_last: bool
-) -> nn.Module:
-    tensors = [*layer.parameters(), *layer.buffers()]
-    is_conv = channels_last and any(t.ndim == 4 for t in tensors)
-    fits = all(t.device == device and t.dtype == dtype for t in tensors if t.is_floating_point())
-    if fits and not is_conv:
-        return layer
-    layer = copy.deepcopy(layer).to(device=device, dtype=dtype)
-    if is_conv:
-        layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return layer.requires_grad_(False)
-
-
-def _converted_tensor(
-    value: torch.Tensor, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
-    moved = value.detach().to(device, dtype if value.is_floating_point() else value.dtype)
-    return nn.Parameter(moved, requires_grad=False) if isinstance(value, nn.Parameter) else moved
-
-
-def _put_tensor(holder: nn.Module, name: str, value: torch.Tensor) -> None:
-    if name in holder._buffers:
-        holder._buffers[name] = value
-    else:
-        setattr(holder, name, value)

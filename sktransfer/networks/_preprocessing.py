@@ -1,30 +1,26 @@
-"""From a decoded image to the pixels a network takes: resize, crop, and what to normalise by."""
+"""From a decoded image to the network's input: resize, crop, and what to normalise by."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
-from typing import Any
+from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
-from sktransfer.networks._fingerprint import digest_of
+from sktransfer.networks._fingerprint import function_digest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # Images up to this many times as long as wide are resized whole.
 _MAX_STRETCH = 16
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+_METHODS = {method.name.lower(): method for method in Image.Resampling}
 
 
 @dataclass(frozen=True)
@@ -60,50 +56,29 @@ class Preprocessing:
     fast_decode: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("size", "crop"):
-            value = getattr(self, name)
-            pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-            if len(pair) != 2 or not all(
-                isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v > 0 for v in pair
-            ):
-                raise ValueError(
-                    f"preprocessing {name!r} is {value!r}: give a positive number of pixels, or a "
-                    "pair (height, width)."
-                )
-            is_single = isinstance(value, (int, np.integer)) and name == "size"
-            object.__setattr__(self, name, int(value) if is_single else tuple(map(int, pair)))
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            values = np.atleast_1d(np.asarray(value, dtype=float))
-            if values.ndim != 1 or len(values) not in (1, 3) or not np.isfinite(values).all():
-                raise ValueError(
-                    f"preprocessing {name!r} is {value!r}: give 3 numbers (red, green, blue, for "
-                    "pixels in 0…1), or 1 for a network of grey images."
-                )
-            object.__setattr__(self, name, tuple(values.tolist()))
+        size, crop = _pixels("size", self.size), _pixels("crop", self.crop)
+        values = {
+            "size": size,
+            "crop": crop if isinstance(crop, tuple) else (crop, crop),
+            "mean": _channels("mean", self.mean),
+            "std": _channels("std", self.std),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
         if len(self.mean) != len(self.std):
             raise ValueError(
-                f"preprocessing 'mean' has {len(self.mean)} values, 'std' "
-                f"{len(self.std)}: give as many of each."
-            )
-        if min(self.std) <= 0:
-            raise ValueError(
-                f"preprocessing 'std' is {self.std!r}: it divides, so it must be positive."
+                f"preprocessing 'mean' has {len(self.mean)} values, 'std' {len(self.std)}: give as "
+                "many of each."
             )
         if max(map(abs, self.mean)) > 2:
-            raise ValueError(
-                f"preprocessing 'mean' is {self.mean!r}: it is of pixels in 0…1, not 0…255; "
-                "divide it, and 'std', by 255."
-            )
-        if self.interpolation not in _FILTERS:
-            raise ValueError(
-                f"preprocessing 'interpolation' is {self.interpolation!r}: one of "
-                f"{sorted(_FILTERS)} is accepted."
-            )
+            raise _refused("mean", self.mean, "give it, and 'std', for pixels in 0…1, not 0…255.")
+        if min(self.std) <= 0:
+            raise _refused("std", self.std, "it divides, so it must be positive.")
+        if self.interpolation not in _METHODS:
+            accepted = f"one of {sorted(_METHODS)} is accepted."
+            raise _refused("interpolation", self.interpolation, accepted)
         if not isinstance(self.fast_decode, (bool, np.bool_)):
-            raise ValueError(
-                f"preprocessing 'fast_decode' is {self.fast_decode!r}: True or False is accepted."
-            )
+            raise _refused("fast_decode", self.fast_decode, "True or False is accepted.")
 
     @property
     def crop_size(self) -> tuple[int, int]:
@@ -127,7 +102,7 @@ class Preprocessing:
 
     @property
     def identity(self) -> str:
-        """What sets this preprocessing apart, for fingerprints."""
+        """Its part of fingerprints."""
         return repr(sorted(asdict(self).items()))
 
     def resize_crop(self, image: np.ndarray | Image.Image) -> np.ndarray:
@@ -141,37 +116,40 @@ class Preprocessing:
         -------
         pixels : ndarray of shape (crop height, crop width, channels), uint8
         """
-        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        width, height = picture.size
-        new_h, new_w = self._resized(height, width)
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        if len(self.mean) == 1:
+            image = image.convert("L")
+        new_h, new_w = self._resized(image.height, image.width)
         crop_h, crop_w = self.crop_size
         # Part of the resized image that the crop keeps, as torchvision's center_crop rounds.
         top, left = _offset(new_h, crop_h), _offset(new_w, crop_w)
         kept_h, kept_w = min(new_h, crop_h), min(new_w, crop_w)
-        if len(self.mean) == 1:
-            picture = picture.convert("L")
-        kind = _FILTERS[self.interpolation]
-        kept = (slice(top, top + kept_h), slice(left, left + kept_w))
-        if (new_h, new_w) == (height, width):
-            pixels = np.asarray(picture)[kept]
-        elif max(new_h, new_w) <= _MAX_STRETCH * min(new_h, new_w):
-            pixels = np.asarray(picture.resize((new_w, new_h), kind))[kept]
+        pixels = self._resize(image, (new_h, new_w), (top, left, kept_h, kept_w))
+        if (kept_h, kept_w) == (crop_h, crop_w):
+            return np.ascontiguousarray(pixels)
+        padded = np.zeros((crop_h, crop_w, pixels.shape[2]), dtype=np.uint8)
+        pad_h, pad_w = (crop_h - kept_h) // 2, (crop_w - kept_w) // 2
+        padded[pad_h : pad_h + kept_h, pad_w : pad_w + kept_w] = pixels
+        return padded
+
+    def _resize(
+        self, image: Image.Image, shape: tuple[int, int], kept: tuple[int, int, int, int]
+    ) -> np.ndarray:
+        """Resize to `shape` and keep (top, left, height, width) of the result."""
+        (new_h, new_w), (top, left, kept_h, kept_w) = shape, kept
+        method = _METHODS[self.interpolation]
+        if max(shape) <= _MAX_STRETCH * min(shape) or shape == image.size[::-1]:
+            if shape != image.size[::-1]:
+                image = image.resize((new_w, new_h), method)
+            pixels = np.asarray(image)[top : top + kept_h, left : left + kept_w]
         else:
             # 1 × 100,000 pixels would become 256 × 25,600,000: only the kept part is computed.
             # Pillow holds the box in single precision, so that a value may differ by one.
-            y, x = height / new_h, width / new_w
-            right, bottom = min((left + kept_w) * x, width), min((top + kept_h) * y, height)
-            pixels = np.asarray(
-                picture.resize((kept_w, kept_h), kind, box=(left * x, top * y, right, bottom))
-            )
-        if pixels.ndim == 2:
-            pixels = pixels[:, :, None]
-        if (kept_h, kept_w) != (crop_h, crop_w):
-            padded = np.zeros((crop_h, crop_w, pixels.shape[2]), dtype=np.uint8)
-            pad_h, pad_w = (crop_h - kept_h) // 2, (crop_w - kept_w) // 2
-            padded[pad_h : pad_h + kept_h, pad_w : pad_w + kept_w] = pixels
-            return padded
-        return np.ascontiguousarray(pixels)
+            y, x = image.height / new_h, image.width / new_w
+            right, bottom = (left + kept_w) * x, (top + kept_h) * y
+            box = (left * x, top * y, min(right, image.width), min(bottom, image.height))
+            pixels = np.asarray(image.resize((kept_w, kept_h), method, box=box))
+        return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         if isinstance(self.size, tuple):
@@ -185,9 +163,31 @@ def _offset(length: int, crop: int) -> int:
     return round((length - crop) / 2.0) if length > crop else 0
 
 
+def _pixels(name: str, value: int | Sequence[int]) -> int | tuple[int, int]:
+    """Return `value` if it is a positive number of pixels, or a pair of them."""
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    is_whole = [isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in pair]
+    if len(pair) != 2 or not all(is_whole) or min(pair) <= 0:
+        raise _refused(name, value, "give a positive number of pixels, or a pair (height, width).")
+    return (int(pair[0]), int(pair[1])) if pair is value else int(pair[0])
+
+
+def _channels(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
+    """Return `value` as a tuple of 3 numbers, or 1 for a network of grey images."""
+    values = np.atleast_1d(np.asarray(value, dtype=float))
+    if values.shape not in ((1,), (3,)) or not np.isfinite(values).all():
+        accepted = "give 3 numbers (red, green, blue, for pixels in 0…1), or 1 for grey images."
+        raise _refused(name, value, accepted)
+    return tuple(values.tolist())
+
+
+def _refused(name: str, value: object, accepted: str) -> ValueError:
+    return ValueError(f"preprocessing {name!r} is {value!r}: {accepted}")
+
+
 @dataclass(frozen=True)
 class CallablePreprocessing:
-    """A user's own way from a decoded image to the network's input.
+    """A user's function from a decoded image to the network's input.
 
     Parameters
     ----------
@@ -196,18 +196,19 @@ class CallablePreprocessing:
         height, width), the same shape for every image, normalised as the network wants it.
     """
 
-    function: Callable[[np.ndarray], Any]
-    min_size: tuple[int, int] | None = None
+    function: Callable[[np.ndarray], ArrayLike]
+    min_size: ClassVar[None] = None  # its images are decoded in full
 
-    @property
+    @cached_property
     def input_size(self) -> tuple[int, int, int]:
-        """Channels, height and width, found out with one grey image."""
+        """Channels, height and width, measured with one grey image."""
         channels, height, width = self.resize_crop(np.full((240, 320, 3), 127, np.uint8)).shape
         return channels, height, width
 
-    @property
+    @cached_property
     def identity(self) -> str:
-        return f"callable:{_callable_digest(self.function)}"
+        """Its part of fingerprints."""
+        return f"callable:{function_digest(self.function)}"
 
     def resize_crop(self, image: np.ndarray | Image.Image) -> np.ndarray:
         """Apply the user's function; float32 (channels, height, width)."""
@@ -226,67 +227,44 @@ class CallablePreprocessing:
 AnyPreprocessing = Preprocessing | CallablePreprocessing
 
 
-def resolve_preprocessing(asked: Any, default: Preprocessing) -> AnyPreprocessing:
-    """What the user asked for, on top of what the weights were trained with."""
+def resolve_preprocessing(asked: object, default: Preprocessing) -> AnyPreprocessing:
+    """Return what the user asked for, completed by what the weights were trained with."""
+    known = [field.name for field in fields(Preprocessing)]
     if isinstance(asked, str) and asked == "auto":
         return default
     if isinstance(asked, (Preprocessing, CallablePreprocessing)):
         return asked
     if isinstance(asked, Mapping):
-        known = [field.name for field in fields(Preprocessing)]
-        unknown = [key for key in asked if key not in known]
-        if unknown:
+        if unknown := [key for key in asked if key not in known]:
             close = get_close_matches(str(unknown[0]), known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
                 f"preprocessing has the unknown key {unknown[0]!r}; accepted are {known}.{hint}"
             )
-        return replace(default, **_without_padding(dict(asked), default))
+        return with_overrides(asked, default)
     if callable(asked):
-        return CallablePreprocessing(_copied(asked))
+        with contextlib.suppress(Exception):
+            asked = copy.deepcopy(asked)  # what is done to it later changes nothing
+        return CallablePreprocessing(asked)
     raise ValueError(
-        f"preprocessing is {asked!r}: 'auto', a dict with some of "
-        f"{[field.name for field in fields(Preprocessing)]}, or a function (uint8 array H×W×3 -> "
-        "float array C×H×W) is accepted."
+        f"preprocessing is {asked!r}: 'auto', a dict with some of {known}, or a function (uint8 "
+        "array H×W×3 -> float array C×H×W) is accepted."
     )
 
 
-def _copied(function: Any) -> Any:
-    """As it is now, like a module given as backbone; itself where it cannot be copied."""
-    try:
-        return copy.deepcopy(function)
-    except Exception:
-        return function
-
-
-def _without_padding(asked: dict[str, Any], default: Preprocessing) -> dict[str, Any]:
-    """Adjust what was not asked for, where the crop would reach beyond the resized image."""
-    if ("size" in asked) == ("crop" in asked):
-        return asked
+def with_overrides(asked: Mapping, default: Preprocessing) -> Preprocessing:
+    """Replace what was asked for, and adapt the size or crop so that nothing need be padded."""
     merged = replace(default, **asked)
-    shape = merged.size if isinstance(merged.size, tuple) else (merged.size, merged.size)
-    crop = merged.crop_size
-    if isinstance(merged.size, tuple) or isinstance(default.size, tuple):
-        # The whole image is squeezed into the network's input: they are one.
-        asked["size"], asked["crop"] = (shape, shape) if "size" in asked else (crop, crop)
-    elif max(crop) > merged.size:
-        old = max(default.crop_size)
-        if "size" in asked:
-            asked["crop"] = merged.size
-        else:
-            asked["size"] = max(max(crop), round(default.size * max(crop) / old))
-    return asked
-
-
-def _callable_digest(function: Any) -> str:
-    """Digest of what a callable does: its code, what that reads, and what it carries along."""
-    own = getattr(function, "fingerprint", None)
-    return own if isinstance(own, str) else digest_of(function, _refuse)
-
-
-def _refuse(value: Any) -> bytes:
-    raise ValueError(
-        f"preprocessing uses {value!r}, of which no digest can be made, so that nobody could tell "
-        "one such function from another. Do without it, or give the function an attribute "
-        "`fingerprint` (a string that changes when what it does changes)."
-    )
+    if ("size" in asked) == ("crop" in asked):
+        return merged
+    size, crop = merged.size, merged.crop_size
+    if isinstance(size, tuple) or isinstance(default.size, tuple):
+        # The whole image is squeezed into the network's input: both are the same.
+        same = size if "size" in asked else crop
+        return replace(merged, size=same, crop=same)
+    if max(crop) <= size:
+        return merged
+    if "size" in asked:
+        return replace(merged, crop=size)
+    size = max(max(crop), round(default.size * max(crop) / max(default.crop_size)))
+    return replace(merged, size=size)

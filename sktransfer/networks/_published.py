@@ -1,118 +1,240 @@
-"""Networks of torchvision."""
+"""Networks with a name: the built-in one, torchvision's and timm's."""
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torchvision
 from torch import nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights, list_models
 
-from sktransfer.networks import _weights
-from sktransfer.networks._preprocessing import Preprocessing
-from sktransfer.networks._source import (
-    RANDOM_SEED,
-    FromFile,
-    Source,
-    building,
-    file_source,
-    fill_randomly,
-    random_digest,
-    skeleton,
-)
+from sktransfer._threads import one_at_a_time, own_random_state
+from sktransfer.networks import _weights, builtin
+from sktransfer.networks._preprocessing import Preprocessing, with_overrides
+from sktransfer.networks._source import RANDOM_SEED, NamedSource, did_you_mean, freeze
+from sktransfer.networks.builtin._network import BuiltinNet
+
+_ACCEPTED = "a path of a local .pt, .pth or .safetensors file is accepted too, and None for random"
+
+
+def named_source(name: str, weights: object) -> NamedSource:
+    """Return the source of the network called `name`."""
+    if name == "builtin":
+        return BuiltinSource(weights)
+    if name.startswith("timm:"):
+        return timm_source(name, weights)
+    known = torchvision_names()
+    if name in known:
+        return TorchvisionSource(name, weights)
+    raise ValueError(
+        f"backbone={name!r} is not known.{did_you_mean(name, [*known, 'builtin'])} "
+        "list_backbones() lists the known names; 'timm:NAME' names one of timm's."
+    )
+
+
+class BuiltinSource(NamedSource):
+    """The small network whose weights ship in the package."""
+
+    def __init__(self, weights: object) -> None:
+        super().__init__("builtin", weights)
+        self.version = builtin.DEFAULT
+        if not self.is_random and not self.is_user_file and weights != "DEFAULT":
+            if weights not in builtin.VERSIONS:
+                raise ValueError(
+                    f"weights={weights!r} is not among the weights of the built-in backbone: "
+                    f"{['DEFAULT', *builtin.VERSIONS]}; {_ACCEPTED} weights."
+                )
+            self.version = str(weights)
+        version = builtin.VERSIONS[self.version]
+        self.digest = self.digest_weights()
+        self.preprocessing = Preprocessing(
+            version.size, version.crop, version.mean, version.std, version.interpolation
+        )
+
+    def make(self) -> nn.Module:
+        return BuiltinNet(builtin.VERSIONS[self.version].num_classes)
+
+    def weights_file(self) -> Path:
+        # Where the package is installed now: a pickle may come from another machine.
+        return self.path or builtin.VERSIONS[self.version].path
+
+
+# The published weights of these were trained by another library on pixels in -1…1. They are
+# built without the auxiliary heads, which act in training only.
+_INCEPTION = {"transform_input": True, "aux_logits": False, "init_weights": True}
+_ARGUMENTS = {"googlenet": _INCEPTION, "inception_v3": _INCEPTION}
+_AUXILIARY_HEADS = {"aux1", "aux2", "AuxLogits"}
 
 
 def torchvision_names() -> list[str]:
-    """Torchvision's classification builders."""
+    """List torchvision's classification builders."""
     return list_models(module=torchvision.models)
 
 
-class TorchvisionSource(FromFile, Source):
-    """A classification builder of torchvision, with published, local or random weights."""
+class TorchvisionSource(NamedSource):
+    """A classification builder of torchvision."""
 
-    def __init__(self, name: str, weights: Any):
-        self.name = name
+    def __init__(self, name: str, weights: object) -> None:
+        super().__init__(name, weights)
+        published = get_model_weights(name)["DEFAULT"]
         self.url: str | None = None
-        self.kwargs: dict[str, Any] = {}
-        members = get_model_weights(name)
-        published = members.DEFAULT  # type: ignore[attr-defined]
-        self.is_random = weights is None
-        path = file_source(weights)
-        if weights is not None and path is None:
-            published = _published(name, members, weights)
+        if not self.is_random and not self.is_user_file:
+            published = _published_weights(name, weights)
             self.url = published.url
-            path = _weights.fetch(self.url, name=name)
-            _weights.warn_of_other_content(path, name)
-        if "image_size" in _builder_parameters(name):
-            # Vision transformers are built for one input size.
-            self.kwargs["image_size"] = published.meta["min_size"][0]
-            if path is not None and self.url is None:
-                published = self._fit_image_size(path, members, published)
-        if path is None:
-            self.digest = random_digest(name)
-        else:
-            self.path = path
-            self.is_user_file = self.url is None
-            self.file_digest = _weights.file_digest(path)
-            self.digest = f"sha256:{self.file_digest}"
-        self.preprocessing = _published_preprocessing(published)
-        if name in ("googlenet", "inception_v3"):
-            # The published weights were trained by another library on pixels in -1…1; the
-            # auxiliary heads are not run in eval mode.
-            self.kwargs.update(transform_input=True, aux_logits=False, init_weights=False)
+        self.digest = self.digest_weights()
+        self.arguments: dict[str, bool | int] = dict(_ARGUMENTS.get(name, {}))
+        if not name.startswith("vit_"):
+            self.preprocessing = _of_preset(published)
+            return
+        # A vision transformer is built for one input size.
+        side = self.arguments["image_size"] = self._side(published.meta["min_size"][0])
+        members = [published, *get_model_weights(name)]
+        published = next((w for w in members if w.meta["min_size"][0] == side), published)
+        self.preprocessing = with_overrides({"crop": side}, _of_preset(published))
 
-    def _fit_image_size(self, path: Path, members: Any, published: WeightsEnum) -> WeightsEnum:
-        """Take the input size that a local file of a transformer was trained with."""
-        position = _weights.read_state_dict(path).get("encoder.pos_embedding")
-        patch = int(self.name.rpartition("_")[2])
+    def _side(self, default: int) -> int:
+        """Return the height and width that the weights of a vision transformer are for."""
+        state = {} if self.path is None else _weights.read_state_dict(self.path)
+        position = state.get("encoder.pos_embedding")
         if position is None or position.ndim != 3:
-            return published
-        side = round((position.shape[1] - 1) ** 0.5) * patch
-        if side == self.kwargs["image_size"]:
-            return published
-        self.kwargs["image_size"] = side
-        return next((w for w in members if w.meta["min_size"][0] == side), published)
+            return default
+        return round((position.shape[1] - 1) ** 0.5) * int(self.name.rpartition("_")[2])
 
-    def build(self) -> nn.Module:
-        return skeleton(lambda: get_model_builder(self.name)(weights=None, **self.kwargs))
+    def make(self) -> nn.Module:
+        return get_model_builder(self.name)(weights=None, **self.arguments)
+
+    def weights_file(self) -> Path:
+        return super().weights_file() if self.url is None else _weights.fetch(self.url, self.name)
 
     def load(self, module: nn.Module, head_layers: set[str]) -> None:
-        if not self.is_random:
-            if self.url is not None:
-                self.path = _weights.fetch(self.url, name=self.name)
-            self._load_file(module, head_layers | {"aux1", "aux2", "AuxLogits"})
-            return
-        kwargs = dict(self.kwargs)
-        if "init_weights" in kwargs:
-            kwargs["init_weights"] = True
-        with building(seed=RANDOM_SEED):
-            fresh = get_model_builder(self.name)(weights=None, **kwargs)
-        fill_randomly(module, fresh)
+        super().load(module, head_layers | _AUXILIARY_HEADS)
 
 
-def _builder_parameters(name: str) -> set[str]:
-    return {"image_size"} if name.startswith("vit_") else set()
-
-
-def _published(name: str, members: Any, weights: Any) -> WeightsEnum:
+def _published_weights(name: str, weights: object) -> WeightsEnum:
+    members = get_model_weights(name)
     if isinstance(weights, members):
-        weights = weights.name
+        return weights
     if isinstance(weights, str) and weights in members.__members__:
         return members[weights]
     known = [*dict.fromkeys(["DEFAULT", *members.__members__])]
     raise ValueError(
-        f"weights={weights!r} is not among the published weights of {name}: {known}. A path of a "
-        "local .pt, .pth or .safetensors file is accepted too, and None for random weights."
+        f"weights={weights!r} is not among the published weights of {name}: {known}; "
+        f"{_ACCEPTED} weights."
     )
 
 
-def _published_preprocessing(published: WeightsEnum) -> Preprocessing:
+def _of_preset(published: WeightsEnum) -> Preprocessing:
     preset = published.transforms()
-    return Preprocessing(
-        size=preset.resize_size[0],
-        crop=preset.crop_size[0],
-        mean=tuple(preset.mean),
-        std=tuple(preset.std),
-        interpolation=preset.interpolation.value,
-    )
+    size, crop = preset.resize_size[0], preset.crop_size[0]
+    return Preprocessing(size, crop, preset.mean, preset.std, preset.interpolation.value)
+
+
+# Building a network and digesting its published weights takes seconds: once for each name and
+# weights in a process.
+_timm_sources: dict[tuple[str, str], TimmSource] = {}
+
+
+def timm_source(name: str, weights: object) -> TimmSource:
+    """Return the one source of this process for a network of timm and these weights."""
+    path = _weights.weights_path(weights)
+    key = name, repr(weights) if path is None else f"{path}:{_weights.file_digest(path)}"
+    with one_at_a_time:  # as building does
+        if key not in _timm_sources:
+            _timm_sources[key] = TimmSource(name, weights)
+        return _timm_sources[key]
+
+
+class TimmSource(NamedSource):
+    """A network of timm."""
+
+    def __init__(self, name: str, weights: object) -> None:
+        super().__init__(name, weights)
+        timm = import_timm()
+        self.model_name = name.removeprefix("timm:")
+        self.is_published = weights == "DEFAULT"
+        bare = self.model_name.partition(".")[0].rpartition("/")[2]
+        if not timm.is_model(bare) and not self.model_name.startswith(("hf-hub:", "hf_hub:")):
+            known = timm.list_models()
+            raise ValueError(
+                f"backbone={name!r}: timm has no such network.{did_you_mean(name, known, 'timm:')}"
+                f" list_backbones('timm:*') lists its {len(known)}."
+            )
+        if not (self.is_published or self.is_random or self.is_user_file):
+            raise ValueError(
+                f"weights={weights!r} is not accepted for a timm network: give the tag in the name "
+                "('timm:vit_base_patch16_224.augreg_in21k') with weights='DEFAULT'; "
+                f"{_ACCEPTED} weights."
+            )
+        # Kept for the first build(), so that the network is made once.
+        self._made = self._pretrained() if self.is_published else super().build()
+        self.digest = self.digest_weights()
+        self.preprocessing = timm_preprocessing(self._made)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in vars(self).items() if key != "_made"}
+
+    def digest_weights(self) -> str:
+        if self.is_published:
+            return _weights.state_digest(self._made)
+        version = f":timm-{import_timm().__version__}" if self.is_random else ""
+        return super().digest_weights() + version
+
+    def make(self) -> nn.Module:
+        return import_timm().create_model(self.model_name, pretrained=False)
+
+    def build(self) -> nn.Module:
+        made = vars(self).pop("_made", None)
+        if made is not None or not self.is_published:
+            return super().build() if made is None else made
+        made = self._pretrained()
+        if _weights.state_digest(made) != self.digest:
+            raise ValueError(
+                f"timm's published weights of {self.name} have changed since this was fitted: fit "
+                "again."
+            )
+        return made
+
+    def load(self, module: nn.Module, head_layers: set[str]) -> None:
+        if not self.is_published:
+            super().load(module, head_layers)
+
+    def _pretrained(self) -> nn.Module:
+        timm = import_timm()
+        try:
+            with own_random_state(RANDOM_SEED), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return freeze(timm.create_model(self.model_name, pretrained=True))
+        except Exception as error:
+            config = timm.get_pretrained_cfg(self.model_name)
+            url = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
+            reason = f"{type(error).__name__}: {error}"
+            place = "anywhere, and give that path as weights=PATH"
+            raise _weights.not_downloaded(self.name, reason, url, place) from error
+
+
+def import_timm() -> ModuleType:
+    if importlib.util.find_spec("timm") is None:
+        raise ImportError(
+            "Networks named 'timm:…' need the package timm, which is not installed: "
+            "pip install sktransfer[timm]"
+        )
+    import timm
+
+    return timm
+
+
+def timm_preprocessing(module: nn.Module) -> Preprocessing:
+    """Return the preprocessing of timm's own evaluation of a network."""
+    from timm.data import resolve_data_config
+
+    config = resolve_data_config({}, model=module)
+    _, height, width = config["input_size"]
+    size: int | tuple[int, int] = int(max(height, width) / config["crop_pct"])
+    if config.get("crop_mode", "center") == "squash" or height != width:
+        size = (int(height / config["crop_pct"]), int(width / config["crop_pct"]))
+    method = config["interpolation"]
+    method = "bicubic" if method == "random" else method
+    return Preprocessing(size, (height, width), config["mean"], config["std"], method)

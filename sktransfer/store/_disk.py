@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import itertools
 import os
 import shutil
 import sqlite3
@@ -11,32 +11,32 @@ import threading
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Self, TypeVar
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import TypeVar
 
 import filelock
 import numpy as np
 
-from sktransfer.store._info import FileStat, Lock, StoreInfo, as_bytes, in_words, is_settled
+from sktransfer.store._base import BaseStore, FileStat, Lock, StoreInfo, as_bytes, settled_files
 
 DEFAULT_DISK_BYTES = 10 * 2**30
 FILE_NAME = "embeddings-v2.sqlite"
 
 _FORMAT_VERSION = 2
-_APPLICATION_ID = 0x736B7466  # "sktf" (https://sqlite.org/fileformat.html, offset 68)
 _SCHEMA = (
-    "CREATE TABLE fingerprints (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE)",
-    # A new row has the greatest id: the oldest rows have the least. `data` is little-endian
-    # float32, `checksum` the CRC-32 of fingerprint, digest and data.
-    "CREATE TABLE vectors (id INTEGER PRIMARY KEY, fingerprint INTEGER NOT NULL,"
+    "CREATE TABLE IF NOT EXISTS fingerprints (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE)",
+    # The last row written has the greatest id. `data` is little-endian float32; `checksum` is the
+    # CRC-32 of fingerprint, digest and data.
+    "CREATE TABLE IF NOT EXISTS vectors (id INTEGER PRIMARY KEY, fingerprint INTEGER NOT NULL,"
     " digest BLOB NOT NULL, checksum INTEGER NOT NULL, data BLOB NOT NULL,"
     " UNIQUE (fingerprint, digest))",
-    # `seal` is a hash of stat and digest: it fits neither a changed file nor a damaged digest.
-    "CREATE TABLE files (path BLOB PRIMARY KEY, digest BLOB NOT NULL, seal BLOB NOT NULL)"
-    " WITHOUT ROWID",
+    # `seal` is a hash of stat and digest: it shows a changed file and a damaged digest.
+    "CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, digest BLOB NOT NULL,"
+    " seal BLOB NOT NULL) WITHOUT ROWID",
     f"PRAGMA user_version = {_FORMAT_VERSION}",
-    f"PRAGMA application_id = {_APPLICATION_ID}",
 )
+# Of a new file. Pages of 8 KiB were read and written fastest of 4, 8, 16 and 32 KiB.
+_LAYOUT = ("page_size = 8192", "auto_vacuum = FULL")
 _SETTINGS = (
     # kill -9 loses no committed row; a power cut may lose the last ones, and never more.
     "journal_mode = WAL",
@@ -50,21 +50,16 @@ _SETTINGS = (
 
 # How long to wait for another process that writes.
 _BUSY_SECONDS = 60.0
-# Bytes of rows in one transaction: what a crash can lose, and how long other writers wait.
-_CHUNK_BYTES = 16 * 2**20
 # Values in one IN (...): enough to hide Python's own cost, few enough that the rows found are
 # still in the processor's cache when they are copied.
 _BATCH = 100
-# An eviction goes down to this part of the bound, so that it is rare.
-_FILLED_AFTER_EVICTION = 0.9
 # File identities remembered in this process: about 50 MB.
 _N_KNOWN_FILES = 100_000
 
-Result = TypeVar("Result")
 T = TypeVar("T")
 
 
-class DiskStore:
+class DiskStore(BaseStore):
     """Embeddings and file identities kept in a folder.
 
     Parameters
@@ -72,14 +67,15 @@ class DiskStore:
     folder : str or os.PathLike
         Made when missing, on first use.
     max_bytes : int, str or None, default=10 GiB
-        The bound on the file, beyond which the oldest rows go first. None is no bound.
+        The bound on the file, beyond which the oldest rows are deleted. None is no bound.
 
     Notes
     -----
-    Any number of threads and processes may use a folder at once. Rows carry a checksum; a row
-    that fails it counts as missing. No pickle is ever read. If the file cannot be used (a full
-    disk, a missing permission, damage, a newer format, a lock held for a minute), the store warns
-    once, and embeddings are computed without it until ``close`` is called.
+    Many threads and processes may use a folder at once. Rows carry a checksum; a row
+    that fails it counts as missing. No pickle is ever read. If the file cannot be read or written
+    (a full disk, a missing permission, damage, a newer format, a lock held for a minute), the
+    store warns once and does not try again until ``close`` is called: embeddings are computed
+    without it. The methods are those of `MemoryStore`.
     """
 
     def __init__(
@@ -88,251 +84,141 @@ class DiskStore:
         self.folder = os.path.abspath(os.path.expanduser(os.fspath(folder)))
         self.max_bytes = as_bytes(max_bytes)
         self.path = os.path.join(self.folder, FILE_NAME)
+        self._lock_folder = os.path.join(self.folder, "locks")
         self._known_files: dict[FileStat, bytes] = {}
         self._connection: sqlite3.Connection | None = None
-        self._has_failed = self._is_read_only = False
+        self._can_read = self._can_write = True
         _stores.add(self)
-
-    def get_into(self, fingerprint: str, digests: Sequence[bytes], out: np.ndarray) -> np.ndarray:
-        """Copy the rows that are kept into ``out``.
-
-        Parameters
-        ----------
-        fingerprint : str
-            Of weights, layer, pooling, preprocessing and precision.
-        digests : sequence of bytes, length n_images
-            One for each image; an image may occur several times.
-        out : float32 array of shape (n_images, width)
-
-        Returns
-        -------
-        found : bool array of shape (n_images,)
-            Where ``out`` was filled.
-        """
-        found = np.zeros(len(digests), dtype=bool)
-
-        def fill(i: int, row: np.ndarray) -> None:
-            if row.shape == out.shape[1:]:
-                out[i] = row
-                found[i] = True
-
-        self._run(lambda connection: _read_rows(connection, fingerprint, digests, fill), None)
-        return found
 
     def get_many(self, fingerprint: str, digests: Sequence[bytes]) -> list[np.ndarray | None]:
         """The rows (read-only arrays), None for each that is not kept."""
-        rows: list[np.ndarray | None] = [None] * len(digests)
-        self._run(
-            lambda connection: _read_rows(connection, fingerprint, digests, rows.__setitem__), None
-        )
-        return rows
+        rows = self._run(lambda connection: _read_rows(connection, fingerprint, digests)) or {}
+        return [rows.get(digest) for digest in digests]
 
     def put_many(self, fingerprint: str, digests: Sequence[bytes], rows: np.ndarray) -> None:
         """Keep ``rows``, float32 of shape (n_images, width), replacing earlier ones."""
-        rows = np.ascontiguousarray(rows, dtype="<f4")
-        if rows.ndim != 2 or len(rows) != len(digests):
-            raise ValueError(
-                f"rows must have the shape (n_images, width) with one row for each of the "
-                f"{len(digests)} digests; got {rows.shape}."
-            )
-        step = max(1, _CHUNK_BYTES // max(1, rows[:1].nbytes))
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            chunk = dict(zip(digests[part], rows[part], strict=True))
-            self._write(lambda connection: _write_rows(connection, fingerprint, chunk))  # noqa: B023
+        whole = dict(zip(digests, np.ascontiguousarray(rows, dtype="<f4"), strict=True))
+        if whole:
+            self._write(lambda connection: _write_rows(connection, fingerprint, whole))
 
     def get_file_digests(self, stats: Sequence[FileStat | None]) -> list[bytes | None]:
         """The content digests of files whose stat has not changed; None for all others."""
-        digests = [None if stat is None else self._known_files.get(stat) for stat in stats]
-        unknown = [
-            stat
-            for stat, digest in zip(stats, digests, strict=True)
-            if stat is not None and digest is None
-        ]
-        if not unknown:
-            return digests
-        none: dict[FileStat, bytes] = {}
-        read = self._run(lambda connection: _read_files(connection, unknown), none)
-        self._remember(read)
-        return [
-            read.get(stat) if stat is not None and digest is None else digest
-            for stat, digest in zip(stats, digests, strict=True)
-        ]
+        # In this process each file is looked up once: a hundred times as fast.
+        known, read = self._known_files, {}
+        asked = [stat for stat in stats if stat is not None and stat not in known]
+        if asked:
+            read = self._run(lambda connection: _read_files(connection, asked)) or {}
+            self._remember(read)
+        return [None if s is None else known.get(s) or read.get(s) for s in stats]
 
     def put_file_digests(
-        self,
-        stats: Sequence[FileStat | None],
-        digests: Sequence[bytes],
-        taken_at_ns: int | None = None,
+        self, stats: Sequence[FileStat | None], digests: Sequence[bytes], taken_at_ns: int
     ) -> None:
-        """Remember the digests of files, except files changed less than 2 s before their stat.
-
-        ``taken_at_ns`` is ``time.time_ns()`` of just before the stats were taken, which was
-        before the files were read; None is now.
-        """
-        files = {
-            stat: digest
-            for stat, digest in zip(stats, digests, strict=True)
-            if stat is not None and is_settled(stat, taken_at_ns)
-        }
+        """Remember the digests of files; see `MemoryStore.put_file_digests`."""
+        files = settled_files(stats, digests, taken_at_ns)
         if files:
             self._write(lambda connection: _write_files(connection, files))
             self._remember(files)
 
     def _remember(self, files: dict[FileStat, bytes]) -> None:
-        room = max(0, _N_KNOWN_FILES - len(self._known_files))
-        self._known_files.update(itertools.islice(files.items(), room))
+        if len(self._known_files) + len(files) <= _N_KNOWN_FILES:
+            self._known_files.update(files)
 
     def lock(self, fingerprint: str, block: int) -> Lock:
         """The lock to hold while computing the rows of one fingerprint and block of digests.
 
-        ``acquire(blocking, timeout)`` and ``release()`` work as in `threading.Lock`. It excludes
-        other threads and processes, and is freed when its process dies. Where no file can be
-        locked, it is always free.
+        It excludes other threads and processes, and the system frees it when its process dies.
+        Where no file can be locked, it is always free.
         """
-        folder = os.path.join(self.folder, "locks")
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError:
+        if not self._can_write:
             return threading.Lock()
-        if self._has_failed or self._is_read_only:
-            return threading.Lock()
+        with contextlib.suppress(OSError):
+            os.makedirs(self._lock_folder, exist_ok=True)
         name = hashlib.blake2b(fingerprint.encode(), digest_size=8).hexdigest()
-        return _FileLock(os.path.join(folder, f"{name}-{block}.lock"))
+        return _FileLock(os.path.join(self._lock_folder, f"{name}-{block}.lock"))
 
     def clear(self) -> None:
-        """Forget everything; the file shrinks to nearly nothing."""
-
-        def delete(connection: sqlite3.Connection) -> None:
-            for table in ("vectors", "files", "fingerprints"):
-                connection.execute(f"DELETE FROM {table}")
-
+        """Delete all rows; the file shrinks to nearly nothing."""
         self._known_files.clear()
-        self._write(delete, file_bytes=0)
-        shutil.rmtree(os.path.join(self.folder, "locks"), ignore_errors=True)
+        self._write(_delete_all)
+        shutil.rmtree(self._lock_folder, ignore_errors=True)
 
     def __len__(self) -> int:
-        return self._run(lambda c: c.execute("SELECT count(*) FROM vectors").fetchone()[0], 0)
+        return self._run(lambda connection: _value(connection, "SELECT count(*) FROM vectors")) or 0
 
     def info(self) -> StoreInfo:
         """What is kept."""
-
-        def read(connection: sqlite3.Connection) -> StoreInfo:
-            counts = dict(
-                connection.execute(
-                    "SELECT f.text, count(*) FROM vectors v JOIN fingerprints f"
-                    " ON f.id = v.fingerprint GROUP BY f.id"
-                )
-            )
-            (n_files,) = connection.execute("SELECT count(*) FROM files").fetchone()
-            n_bytes = _used_bytes(connection)
-            n_rows = sum(counts.values())
-            return StoreInfo(self.path, n_rows, n_bytes, self.max_bytes, n_files, counts)
-
-        return self._run(read, StoreInfo(self.path, 0, 0, self.max_bytes, 0))
+        n_files, n_bytes, counts = self._run(_summary) or (0, 0, {})
+        n_rows = sum(counts.values())
+        return StoreInfo(self.path, n_rows, n_bytes, self.max_bytes, n_files, counts)
 
     def close(self) -> None:
         """Close the file; the next use opens it again, also after a failure."""
         with _mutex:
             self._disconnect()
-            self._has_failed = False
-
-    def __deepcopy__(self, memo: dict) -> Self:
-        return self
+            self._can_read = self._can_write = True
 
     def __reduce__(self) -> tuple:
         return (DiskStore, (self.folder, self.max_bytes))
 
     def __repr__(self) -> str:
-        return f"<DiskStore in {self.folder!r}, at most {in_words(self.max_bytes)}>"
+        return f"DiskStore({self.folder!r}, max_bytes={self.max_bytes})"
 
     # The file --------------------------------------------------------------------------------
 
-    def _run(self, work: Callable[[sqlite3.Connection], Result], otherwise: Result) -> Result:
-        """``work(connection)``, or ``otherwise`` where the file cannot be used."""
+    def _run(self, work: Callable[[sqlite3.Connection], T], writes: bool = False) -> T | None:
+        """``work(connection)``, or None once the file has failed."""
         with _mutex:
-            if self._has_failed:
-                return otherwise
+            if not (self._can_write if writes else self._can_read):
+                return None
             try:
                 return work(self._connected())
-            except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-                self._has_failed = True
+            except BaseException as error:
                 self._disconnect()
-                warnings.warn(
-                    f"The embedding store {self.path!r} cannot be used: {error}. Embeddings are "
-                    "computed and not kept. Check that the disk is not full, that the folder is "
-                    "writable and that no other program locks the file; delete the file if it is "
-                    "damaged. It is tried again in a new process, or after "
-                    f"embedding_store({self.folder!r}).close().",
-                    UserWarning,
-                    stacklevel=2,
-                )
-                return otherwise
+                if not isinstance(error, sqlite3.Error | OSError | UnicodeDecodeError):
+                    raise
+                is_first = self._can_write
+                self._can_write = False
+                self._can_read &= writes
+                if is_first:
+                    warnings.warn(
+                        f"The embedding store {self.path!r} cannot be used: {error}. Embeddings "
+                        "are computed, and new ones are not kept. Check that the disk is not full, "
+                        "that the folder is writable and that no other program locks the file; "
+                        "delete the folder if the file is damaged. The store is tried again in a "
+                        f"new process, or after embedding_store({self.folder!r}).close().",
+                        UserWarning,
+                        stacklevel=2,
+                    )
+                return None
 
-    def _write(
-        self, work: Callable[[sqlite3.Connection], None], file_bytes: int | None = None
-    ) -> None:
-        """Run ``work`` in a transaction, then make the file fit the bound, or ``file_bytes``."""
+    def _write(self, work: Callable[[sqlite3.Connection], None]) -> None:
+        """Do ``work`` in one transaction, and delete what exceeds the bound."""
 
         def write(connection: sqlite3.Connection) -> None:
-            if self._is_read_only:
-                return
-            bound = self.max_bytes if file_bytes is None else file_bytes
             with connection:
                 work(connection)
-                if bound is not None and _used_bytes(connection) > bound:
-                    _evict(connection, int(bound * _FILLED_AFTER_EVICTION))
+                if self.max_bytes is not None and _n_bytes(connection) > self.max_bytes:
+                    _evict(connection, 0.9 * self.max_bytes)  # so that evictions are rare
                     self._known_files.clear()
-            if bound is not None:
-                _shrink_file(connection, bound)
 
-        self._run(write, None)
+        self._run(write, writes=True)
 
     def _connected(self) -> sqlite3.Connection:
         if self._connection is not None and not os.path.exists(self.path):
             self._disconnect()  # somebody has deleted the folder
-        if self._connection is not None:
-            return self._connection
-        os.makedirs(self.folder, exist_ok=True)
-        self._is_read_only = os.path.exists(self.path) and not os.access(
-            self.path, os.W_OK, effective_ids=os.access in os.supports_effective_ids
-        )
-        connection = sqlite3.connect(
-            self.path, timeout=_BUSY_SECONDS, isolation_level="IMMEDIATE", check_same_thread=False
-        )
-        self._connection = connection
-        # Called at exit as well: closing the last connection writes SQLite's log back.
-        self._finalizer = weakref.finalize(self, connection.close)
-        try:
-            self._prepare(connection)
-        except BaseException:
-            self._disconnect()
-            raise
-        return connection
-
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        is_new = _is_empty(connection)
-        if self._is_read_only:
-            warnings.warn(
-                f"The embedding store {self.path!r} is read-only: the embeddings in it are used, "
-                "new ones are not kept. Make it writable, or give another folder as memory.",
-                UserWarning,
-                stacklevel=2,
+        if self._connection is None:
+            os.makedirs(self.folder, exist_ok=True)
+            self._connection = sqlite3.connect(
+                self.path,
+                timeout=_BUSY_SECONDS,
+                isolation_level="IMMEDIATE",
+                check_same_thread=False,
             )
-            return
-        if is_new:
-            # Rows of 8 KB, the widest common ones, leave an eighth of such pages empty; read and
-            # written fastest of 4, 8, 16 and 32 KiB.
-            connection.execute("PRAGMA page_size = 8192")
-            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        for setting in _SETTINGS:
-            connection.execute(f"PRAGMA {setting}")
-        if is_new:
-            with connection:
-                connection.execute("BEGIN IMMEDIATE")
-                if _is_empty(connection):  # no other process was faster
-                    for statement in _SCHEMA:
-                        connection.execute(statement)
+            # Called at exit as well: closing the last connection writes SQLite's log back.
+            self._finalizer = weakref.finalize(self, self._connection.close)
+            _prepare(self._connection)
+        return self._connection
 
     def _disconnect(self) -> None:
         if self._connection is not None:
@@ -352,7 +238,7 @@ class _FileLock:
         except filelock.Timeout:
             return False
         except (OSError, NotImplementedError):
-            pass  # no locks on this file system: computing a row twice is the lesser evil
+            pass  # no locks on this file system: rows may be computed twice
         return True
 
     def release(self) -> None:
@@ -383,52 +269,44 @@ if hasattr(os, "register_at_fork"):
 # SQL -----------------------------------------------------------------------------------------
 
 
-def _is_empty(connection: sqlite3.Connection) -> bool:
-    """Whether the file has no tables yet; raises for one that is not ours."""
-    (n_tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if n_tables == 0:
-        return True
-    if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
-        raise sqlite3.DatabaseError("it is an SQLite file of another program")
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version != _FORMAT_VERSION:
+def _prepare(connection: sqlite3.Connection) -> None:
+    is_new = _value(connection, "SELECT count(*) FROM sqlite_master") == 0
+    if not is_new and _value(connection, "PRAGMA user_version") != _FORMAT_VERSION:
         raise sqlite3.DatabaseError(
-            f"it has format {version} of a newer sktransfer, and this version reads format "
-            f"{_FORMAT_VERSION}; upgrade sktransfer or give another folder as memory"
+            f"it is not an embedding store of format {_FORMAT_VERSION}, but made by another "
+            "program or a newer sktransfer; upgrade sktransfer, or give another folder as memory"
         )
-    return False
+    for setting in (*_LAYOUT, *_SETTINGS) if is_new else _SETTINGS:
+        connection.execute(f"PRAGMA {setting}")
+    if is_new:
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in _SCHEMA:
+                connection.execute(statement)
 
 
 def _read_rows(
-    connection: sqlite3.Connection,
-    fingerprint: str,
-    digests: Sequence[bytes],
-    fill: Callable[[int, np.ndarray], None],
-) -> None:
-    """Call ``fill(i, row)`` for each digest that has a row."""
+    connection: sqlite3.Connection, fingerprint: str, digests: Sequence[bytes]
+) -> dict[bytes, np.ndarray]:
     seed = zlib.crc32(fingerprint.encode())
-    for start, batch in _batches(digests):
-        rows = {
-            digest: np.frombuffer(data, dtype="<f4")
-            for digest, checksum, data in connection.execute(
-                "SELECT digest, checksum, data FROM vectors WHERE fingerprint ="
-                f" (SELECT id FROM fingerprints WHERE text = ?) AND digest IN ({_marks(batch)})",
-                (fingerprint, *batch),
-            )
-            if isinstance(data, bytes) and zlib.crc32(data, zlib.crc32(digest, seed)) == checksum
-        }
-        for i, digest in enumerate(batch, start):
-            if digest in rows:
-                fill(i, rows[digest])
+    rows = {}
+    for batch in _batches(digests):
+        for digest, checksum, data in connection.execute(
+            "SELECT digest, checksum, data FROM vectors WHERE fingerprint ="
+            f" (SELECT id FROM fingerprints WHERE text = ?) AND digest IN ({_marks(batch)})",
+            (fingerprint, *batch),
+        ):
+            is_whole = type(digest) is type(data) is bytes  # not so where the file is damaged
+            if is_whole and zlib.crc32(data, zlib.crc32(digest, seed)) == checksum:
+                rows[digest] = np.frombuffer(data, dtype="<f4")
+    return rows
 
 
 def _write_rows(
     connection: sqlite3.Connection, fingerprint: str, rows: dict[bytes, np.ndarray]
 ) -> None:
     connection.execute("INSERT OR IGNORE INTO fingerprints (text) VALUES (?)", (fingerprint,))
-    (group,) = connection.execute(
-        "SELECT id FROM fingerprints WHERE text = ?", (fingerprint,)
-    ).fetchone()
+    group = _value(connection, "SELECT id FROM fingerprints WHERE text = ?", fingerprint)
     seed = zlib.crc32(fingerprint.encode())
     connection.executemany(
         "REPLACE INTO vectors (fingerprint, digest, checksum, data) VALUES (?, ?, ?, ?)",
@@ -440,18 +318,16 @@ def _write_rows(
 
 
 def _read_files(connection: sqlite3.Connection, stats: Sequence[FileStat]) -> dict[FileStat, bytes]:
+    """The digests of the files whose stat has not changed."""
     known = {}
-    for _, batch in _batches(stats):
-        paths = [os.fsencode(stat[0]) for stat in batch]
-        rows = {
-            path: (digest, seal)
-            for path, digest, seal in connection.execute(
-                f"SELECT path, digest, seal FROM files WHERE path IN ({_marks(batch)})", paths
-            )
-        }
-        for path, stat in zip(paths, batch, strict=True):
-            digest, seal = rows.get(path, (None, None))
-            if digest is not None and seal == _seal(stat, digest):
+    for batch in _batches(stats):
+        by_path = {os.fsencode(stat[0]): stat for stat in batch}
+        for path, digest, seal in connection.execute(
+            f"SELECT path, digest, seal FROM files WHERE path IN ({_marks(by_path)})",
+            list(by_path),
+        ):
+            stat = by_path.get(path)
+            if stat is not None and seal == _seal(stat, digest):
                 known[stat] = digest
     return known
 
@@ -467,39 +343,44 @@ def _seal(stat: FileStat, digest: bytes) -> bytes:
     return hashlib.blake2b(repr((stat, digest)).encode(), digest_size=16).digest()
 
 
-def _evict(connection: sqlite3.Connection, n_bytes: int) -> None:
-    """Delete the oldest rows until `_used_bytes` is at most so many."""
-    connection.execute("DELETE FROM files")  # they only save reading files once more
+def _evict(connection: sqlite3.Connection, n_bytes: float) -> None:
+    """Delete the oldest rows until the file has at most so many bytes."""
+    connection.execute("DELETE FROM files")  # known files only save reading them once more
     n_deleted = 1
-    while n_deleted and _used_bytes(connection) > n_bytes:
+    while n_deleted and _n_bytes(connection) > n_bytes:
         n_deleted = connection.execute(
             "DELETE FROM vectors WHERE id IN (SELECT id FROM vectors ORDER BY id LIMIT 64)"
         ).rowcount
 
 
-def _shrink_file(connection: sqlite3.Connection, n_bytes: int) -> None:
-    """Give free pages back to the file system while the file is larger; not in a transaction."""
-    page_bytes, n_pages, n_free = _pages(connection)
-    n_excess = min(n_free, n_pages - n_bytes // page_bytes)
-    if n_excess > 0:
-        # Each step frees one page and gives a row without columns, after which execute() stops.
-        connection.executescript(f"PRAGMA incremental_vacuum({n_excess})")
+def _delete_all(connection: sqlite3.Connection) -> None:
+    for table in ("vectors", "files", "fingerprints"):
+        connection.execute(f"DELETE FROM {table}")
 
 
-def _used_bytes(connection: sqlite3.Connection) -> int:
-    page_bytes, n_pages, n_free = _pages(connection)
-    return page_bytes * (n_pages - n_free)
+def _summary(connection: sqlite3.Connection) -> tuple[int, int, dict[str, int]]:
+    """The number of files, the bytes, and the number of rows of each fingerprint."""
+    n_files = _value(connection, "SELECT count(*) FROM files")
+    counts = connection.execute(
+        "SELECT text, count(*) FROM vectors v JOIN fingerprints f ON f.id = v.fingerprint"
+        " GROUP BY f.id"
+    )
+    return n_files, _n_bytes(connection), dict(counts)
 
 
-def _pages(connection: sqlite3.Connection) -> list[int]:
-    names = ("page_size", "page_count", "freelist_count")
-    return [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
+def _n_bytes(connection: sqlite3.Connection) -> int:
+    """Bytes of the pages in use; free ones are given back at the end of the transaction."""
+    n_pages = _value(connection, "PRAGMA page_count") - _value(connection, "PRAGMA freelist_count")
+    return n_pages * _value(connection, "PRAGMA page_size")
 
 
-def _batches(values: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
-    for start in range(0, len(values), _BATCH):
-        yield start, values[start : start + _BATCH]
+def _value(connection: sqlite3.Connection, question: str, *values: str):
+    return connection.execute(question, values).fetchone()[0]
 
 
-def _marks(values: Sequence[object]) -> str:
+def _batches(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (values[start : start + _BATCH] for start in range(0, len(values), _BATCH))
+
+
+def _marks(values: Sized) -> str:
     return ",".join("?" * len(values))

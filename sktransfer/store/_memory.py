@@ -6,12 +6,11 @@ import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from typing import Self
 
 import numpy as np
 
 from sktransfer._threads import ProcessLock
-from sktransfer.store._info import FileStat, Lock, StoreInfo, as_bytes, in_words, is_settled
+from sktransfer.store._base import BaseStore, FileStat, Lock, StoreInfo, as_bytes, settled_files
 
 DEFAULT_MEMORY_BYTES = 512 * 2**20
 
@@ -24,7 +23,7 @@ _FILES_SHARE = 0.25
 _mutex = ProcessLock()  # one for all stores in memory: it is held for microseconds
 
 
-class MemoryStore:
+class MemoryStore(BaseStore):
     """Embeddings and file identities kept in this process.
 
     Parameters
@@ -46,34 +45,6 @@ class MemoryStore:
         self._n_row_bytes = self._n_file_bytes = 0
         self._locks: dict[tuple[str, int], Lock] = {}
         self._pid = os.getpid()
-
-    def get_into(self, fingerprint: str, digests: Sequence[bytes], out: np.ndarray) -> np.ndarray:
-        """Copy the rows that are kept into ``out``.
-
-        Parameters
-        ----------
-        fingerprint : str
-            Of weights, layer, pooling, preprocessing and precision.
-        digests : sequence of bytes, length n_images
-            One for each image; an image may occur several times.
-        out : float32 array of shape (n_images, width)
-
-        Returns
-        -------
-        found : bool array of shape (n_images,)
-            Where ``out`` was filled.
-        """
-        rows = [
-            row if row is not None and row.shape == out.shape[1:] else None
-            for row in self.get_many(fingerprint, digests)
-        ]
-        found = np.fromiter((row is not None for row in rows), dtype=bool, count=len(rows))
-        if found.all() and len(rows) and out.flags.c_contiguous:  # the quickest copy there is
-            np.concatenate(rows, out=out.reshape(-1))  # type: ignore[arg-type]
-            return found
-        for i in np.flatnonzero(found):
-            out[i] = rows[i]
-        return found
 
     def get_many(self, fingerprint: str, digests: Sequence[bytes]) -> list[np.ndarray | None]:
         """The rows (read-only arrays), None for each that is not kept."""
@@ -112,20 +83,15 @@ class MemoryStore:
         return digests
 
     def put_file_digests(
-        self,
-        stats: Sequence[FileStat | None],
-        digests: Sequence[bytes],
-        taken_at_ns: int | None = None,
+        self, stats: Sequence[FileStat | None], digests: Sequence[bytes], taken_at_ns: int
     ) -> None:
         """Remember the digests of files, except files changed less than 2 s before their stat.
 
         ``taken_at_ns`` is ``time.time_ns()`` of just before the stats were taken, which was
-        before the files were read; None is now.
+        before the files were read.
         """
         with _mutex:
-            for stat, digest in zip(stats, digests, strict=True):
-                if stat is None or not is_settled(stat, taken_at_ns):
-                    continue
+            for stat, digest in settled_files(stats, digests, taken_at_ns).items():
                 if self._files.pop(stat[0], None) is None:
                     self._n_file_bytes += len(stat[0]) + _FILE_OVERHEAD
                 self._files[stat[0]] = (stat, digest)
@@ -158,11 +124,10 @@ class MemoryStore:
     def info(self) -> StoreInfo:
         """What is kept."""
         with _mutex:
-            counts = Counter(fingerprint for fingerprint, _ in self._rows)
+            counts = dict(Counter(fingerprint for fingerprint, _ in self._rows))
+            n_rows, n_files = len(self._rows), len(self._files)
             n_bytes = self._n_row_bytes + self._n_file_bytes
-            return StoreInfo(
-                None, len(self._rows), n_bytes, self.max_bytes, len(self._files), dict(counts)
-            )
+        return StoreInfo(None, n_rows, n_bytes, self.max_bytes, n_files, counts)
 
     def close(self) -> None:
         """Do nothing: there is no file to close."""
@@ -177,11 +142,8 @@ class MemoryStore:
             _, row = self._rows.popitem(last=False)
             self._n_row_bytes -= row.nbytes + _ROW_OVERHEAD
 
-    def __deepcopy__(self, memo: dict) -> Self:
-        return self
-
     def __reduce__(self) -> tuple:
         return (MemoryStore, (self.max_bytes,))
 
     def __repr__(self) -> str:
-        return f"<MemoryStore of at most {in_words(self.max_bytes)}>"
+        return f"MemoryStore(max_bytes={self.max_bytes})"

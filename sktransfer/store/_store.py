@@ -10,33 +10,18 @@ from __future__ import annotations
 import functools
 import os
 
-from sktransfer.store._disk import DEFAULT_DISK_BYTES, DiskStore
-from sktransfer.store._info import FileStat, Lock, StoreInfo
-from sktransfer.store._memory import DEFAULT_MEMORY_BYTES, MemoryStore
-
-__all__ = [
-    "DEFAULT_DISK_BYTES",
-    "DEFAULT_MEMORY_BYTES",
-    "MAX_ACTIVATION_BYTES",
-    "N_BLOCKS",
-    "DiskStore",
-    "FileStat",
-    "Lock",
-    "MemoryStore",
-    "Store",
-    "StoreInfo",
-    "activations",
-    "as_store",
-    "block_of",
-    "embedding_store",
-]
+from sktransfer.store._base import FileStat as FileStat
+from sktransfer.store._base import Lock as Lock
+from sktransfer.store._disk import DiskStore
+from sktransfer.store._memory import MemoryStore
 
 Store = MemoryStore | DiskStore
 
 # Rows are computed under one lock for each fingerprint and block of digests.
 N_BLOCKS = 32
 
-# Outputs of frozen stages, for later fits of this process. A fit that needs more keeps its own.
+# Outputs of frozen stages, for later fits of this process. A fit that needs more room than this
+# keeps its own.
 MAX_ACTIVATION_BYTES = 2**30
 activations = MemoryStore(MAX_ACTIVATION_BYTES)
 
@@ -64,24 +49,8 @@ def block_of(digest: bytes) -> int:
 def as_store(memory: object) -> Store:
     """The store that a ``memory`` parameter stands for.
 
-    Parameters
-    ----------
-    memory : None, False, str, os.PathLike, joblib.Memory, MemoryStore or DiskStore
-        None: the one store of this process, of at most 512 MiB. False: nothing is kept. A folder,
-        or a `joblib.Memory` with one: a file in that folder, of at most 10 GiB. A
-        `joblib.Memory` without a location keeps nothing. A store is itself.
-
-    Returns
-    -------
-    store : MemoryStore or DiskStore
-        The same one for the same folder.
-
-    Raises
-    ------
-    TypeError
-        For anything else.
-    ValueError
-        For a path that cannot be a local folder.
+    None: the store of this process. False, or a `joblib.Memory` without a location: a store that
+    keeps nothing. A folder, or a `joblib.Memory` with one: a file there. A store: itself.
     """
     if memory is None:
         return _process_store
@@ -89,24 +58,29 @@ def as_store(memory: object) -> Store:
         return _no_store
     if isinstance(memory, MemoryStore | DiskStore):
         return memory
-    folder = memory
-    if hasattr(memory, "location") and callable(getattr(memory, "cache", None)):  # joblib.Memory
-        folder = memory.location
-        if folder is None:
-            return _no_store
-        backend = getattr(memory, "backend", "local")
-        if backend != "local":
-            raise ValueError(
-                f"memory={memory!r} keeps its data in the joblib backend {backend!r}; "
-                "embeddings need a local folder. Give one as memory='path/to/folder'."
-            )
+    is_joblib_memory = hasattr(memory, "location") and hasattr(memory, "cache")
+    folder = memory.location if is_joblib_memory else memory  # type: ignore[attr-defined]
+    if folder is None:
+        return _no_store
     if not isinstance(folder, str | os.PathLike) or isinstance(os.fspath(folder), bytes):
         raise TypeError(
             "memory must be None (keep embeddings in this process), False (keep none), a folder "
             f"(str or pathlib.Path), or a joblib.Memory; got {memory!r} of type "
             f"{type(memory).__name__}."
         )
-    return _open(os.fspath(folder))
+    folder = os.fspath(folder)
+    if not folder or "://" in folder or "\0" in folder:
+        raise ValueError(
+            f"memory must be a local folder; got {folder!r}. Give a path such as 'cache' or "
+            "'/data/cache', which is made when missing."
+        )
+    path = os.path.abspath(os.path.expanduser(folder))
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ValueError(
+            f"memory must be a folder, and {folder!r} is a file. Give the path of a folder, which "
+            "is made when missing."
+        )
+    return _disk_store(path)
 
 
 def embedding_store(memory: object = None, *, max_bytes: int | str | None = "default") -> Store:
@@ -162,18 +136,3 @@ def embedding_store(memory: object = None, *, max_bytes: int | str | None = "def
     if isinstance(store, DiskStore):
         return DiskStore(store.folder, max_bytes)
     return MemoryStore(max_bytes)
-
-
-def _open(folder: str) -> DiskStore:
-    if not folder or "://" in folder or "\0" in folder:
-        raise ValueError(
-            f"memory must be a local folder; got {folder!r}. Give a path such as 'cache' or "
-            "'/data/cache', which is made when missing."
-        )
-    path = os.path.abspath(os.path.expanduser(folder))
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise ValueError(
-            f"memory must be a folder, and {folder!r} is a file. Give the path of a folder, which "
-            "is made when missing."
-        )
-    return _disk_store(path)

@@ -154,8 +154,8 @@ FORMS = {
     "list of __array__": lambda s, f: [NotAnArray(picture) for picture in s],
     "object array of paths": lambda s, f: np.array(paths(s, f), dtype=object),
     "string array": lambda s, f: np.array(paths(s, f)),
-    "StringDType": lambda s, f: np.array(
-        paths(s, f), dtype=getattr(np.dtypes, "StringDType", str)()
+    "StringDType": lambda s, f: np.array(  # of NumPy 2
+        paths(s, f), dtype=np.dtypes.StringDType() if hasattr(np.dtypes, "StringDType") else str
     ),
     "column array": lambda s, f: np.array(paths(s, f), dtype=object)[:, None],
     "list of lists": lambda s, f: [[path] for path in paths(s, f)],

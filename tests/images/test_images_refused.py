@@ -31,7 +31,7 @@ REFUSED = {
     "generator": (iter(["a"]), None, TypeError, r"no rows to index.*list\(X\)"),
     "set": ({"a"}, None, TypeError, r"type set, which has no rows.*list\(X\)"),
     "lazy": (pl.LazyFrame({"a": ["b"]}), None, TypeError, r"X\.collect\(\)"),
-    "sparse": (sparse.eye_array(4), None, TypeError, r"sparse .*X\.toarray\(\)"),
+    "sparse": (sparse.csr_array(np.eye(4)), None, TypeError, r"sparse .*X\.toarray\(\)"),
     "complex": (z((5, 9, 9), complex), None, ValueError, "Complex data not supported"),
     "complex tensor": (torch.zeros(5, 9, 9) * 1j, None, ValueError, "Complex data not supported"),
     "dates": (z(3, "M8[s]"), None, TypeError, "dtype datetime64.*holds no images"),

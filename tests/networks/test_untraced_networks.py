@@ -1,24 +1,21 @@
-"""Networks that no graph can hold: their stages, and fine-tuning them as their traceable twins."""
+"""Networks with code that cannot be traced: their stages, layers and fine-tuning."""
 
 import pickle
-from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
-from test_fine_tuning import assert_same_model, small, state_of
 from torch import nn
 
-from sktransfer import load_backbone
-from sktransfer.networks._stages import plan_stages, split_stages
+from sktransfer import FineTuningClassifier, load_backbone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SIZE = (3, 16, 16)
+SIZE = {"size": 16, "crop": 16}
 
 
 class Branching(nn.Module):
-    """Looks at values, which no graph can; leaves them as they are."""
+    """Looks at values, which no graph can; returns its input."""
 
     def forward(self, x):
         return x if x.abs().max() < 1e30 else -x
@@ -32,6 +29,24 @@ class Classifier(nn.Module):
         self.fc = nn.Linear(n_in, n_out)
 
     def forward(self, x):
+        return self.fc(x.mean((2, 3)))
+
+
+class Net(nn.Module):
+    """Looks at values in its own forward, between its layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.features = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+        self.unused = nn.Linear(6, 6)
+        self.relu, self.fc = nn.ReLU(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.features(x)
+        if x.sum() < -1e30:
+            return self.unused(x)
+        x = self.relu(self.relu(x) - 0.1)
         return self.fc(x.mean((2, 3)))
 
 
@@ -58,144 +73,146 @@ def linear(n_in, n_out):
     return nn.Linear(n_in, n_out)
 
 
+def as_one(part):
+    """A module whose own code cannot be traced, around another."""
+
+    class Whole(Branching):
+        def __init__(self):
+            super().__init__()
+            self.part = part
+
+        def forward(self, x):
+            return super().forward(self.part(x))
+
+    return Whole()
+
+
 NETWORKS = {
     "flat": lambda body: nn.Sequential(*body, *pooled(linear(8, 3))),
     "nested": lambda body: nn.Sequential(body, pooled(linear(8, 3))),
-    "deeper": lambda body: nn.Sequential(nn.Sequential(body), nn.Sequential(pooled(linear(8, 3)))),
     "hidden": lambda body: nn.Sequential(body, pooled(linear(8, 8), nn.ReLU(), linear(8, 3))),
-    "narrow": lambda body: nn.Sequential(body, pooled(linear(8, 5), nn.ReLU(), linear(5, 3))),
     "dropout": lambda body: nn.Sequential(body, pooled(nn.Dropout(), linear(8, 3), nn.Softmax(1))),
     "own": lambda body: nn.Sequential(*body, Classifier(8, 3)),
 }
 
 
-@pytest.fixture(params=NETWORKS)
-def make(request):
-    return lambda is_traceable: NETWORKS[request.param](body(is_traceable)).eval()
-
-
-def test_stages_run_as_the_network(make):
-    network = make(False)
-    x = torch.randn(2, *SIZE)
-    stages = split_stages(network, SIZE)
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_a_module_that_cannot_be_traced_is_one_operation(make):
+    network, twin = make(body(False)).eval(), make(body(True)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    backbone = load_backbone(network, preprocessing=SIZE)
+    stages = backbone.stages
+    assert stages.names == load_backbone(twin, preprocessing=SIZE).stage_names
     with torch.no_grad():
-        torch.testing.assert_close(stages.run(x), network(x), rtol=0, atol=0)
-    for name, part in stages:
-        assert name == "pool" or any(p.ndim > 1 for p in part.parameters()), name
-    assert stages.names[-1] == "head"
+        torch.testing.assert_close(stages.run(x), network(x))
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    (got,) = backbone.embed_batch(pixels)
+    (expected,) = load_backbone(twin, preprocessing=SIZE).embed_batch(pixels)
+    torch.testing.assert_close(got, expected)
 
 
-def test_it_embeds_and_trains_as_its_traceable_twin(make, stripes):
-    X, y = stripes
-    models = [
-        small(backbone=make(is_traceable), unfreeze="all", lr=1e-2, layer_decay=1.0, probe_views=1)
-        for is_traceable in (True, False)
-    ]
-    twin, model = [model.fit(X, y) for model in models]
-    assert twin.history_[-1]["train_loss"] == pytest.approx(model.history_[-1]["train_loss"], 1e-3)
-    np.testing.assert_allclose(model.transform(X), twin.transform(X), rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(model.predict_proba(X), twin.predict_proba(X), rtol=1e-3, atol=1e-4)
+def test_a_network_that_cannot_be_traced_is_body_and_head():
+    network = Net().eval()
+    backbone = load_backbone(network, preprocessing=SIZE, layer=["features.0", "relu", None])
+    assert backbone.stage_names == ["body", "head"]
+    assert backbone.feature_groups == [("features.0", 6), ("relu", 6), ("embedding", 6)]
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.stages.run(x), network(x), rtol=0, atol=0)
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    rows = backbone.embed_batch(pixels)
+    with torch.no_grad():
+        x = backbone.preprocessing
+        x = (pixels / 255 - torch.tensor(x.mean).view(3, 1, 1)) / torch.tensor(x.std).view(3, 1, 1)
+        maps = network.features(x)
+    torch.testing.assert_close(rows[0], network.features[0](x).mean((2, 3)).detach())
+    torch.testing.assert_close(rows[1], maps.mean((2, 3)))  # the first of two calls
+    torch.testing.assert_close(rows[2], (maps - 0.1).relu().mean((2, 3)))
 
 
-@pytest.mark.filterwarnings("ignore:.*did not improve on the linear probe:UserWarning")
-@pytest.mark.parametrize("unfreeze", [0, 1, "all"])
-def test_what_is_validated_is_what_predicts(make, stripes, unfreeze):
-    X, y = stripes
-    options = {"backbone": make(False), "probe_views": 1}
-    start = small(**options, max_epochs=0).fit(X, y)
-    model = small(**options, unfreeze=unfreeze, lr=1e-2, early_stopping=True)
-    model.fit(X, y, X_val=X, y_val=y)
-
-    def loss(estimator):
-        rows = estimator.predict_proba(X)
-        codes = np.searchsorted(estimator.classes_, y)
-        return -np.log(rows[np.arange(len(y)), codes]).mean()
-
-    assert model.history_[0]["valid_loss"] == pytest.approx(loss(start), rel=1e-3)
-    assert model.history_[model.best_epoch_]["valid_loss"] == pytest.approx(loss(model), rel=1e-3)
-
-
-def test_every_stage_has_weights(stripes):
-    X, y = stripes
-    network = NETWORKS["flat"](body(False))
-    assert load_backbone(network, preprocessing={"size": 16, "crop": 16}).stages.names == [
-        "4", "7", "pool", "head",
-    ]  # fmt: skip
-    before = network.state_dict()
-    model = small(backbone=network, unfreeze=1, lr=1e-2, layer_decay=0.5).fit(X, y)
-    assert {name.partition(".")[0] for name in state_of(model)} == {"1", "head"}
-    rates = {group["stage"]: group["lr"] for group in model.net_.optimizer_.param_groups}
-    assert rates["7"] == pytest.approx(0.5 * rates["head"])
-    assert not np.array_equal(state_of(model)["1.0.weight"], before["5.weight"].numpy())
-    with pytest.raises(ValueError, match=r"has 2 stages below its head: \['4', '7'\]"):
-        small(backbone=network, unfreeze=3).fit(X, y)
-
-
-def test_a_hook_or_a_value_of_several_tensors_keeps_parts_together():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
+@pytest.mark.parametrize("kind", [Net, as_one])
+def test_what_is_behind_the_head_leaves_no_head(kind):
+    class Scaled(Net):
         def forward(self, x):
-            return self.conv(x), x
+            return 2 * super().forward(x)
 
-    class First(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(4, 4, 3)
-
-        def forward(self, pair):
-            return self.conv(pair[0]) if pair[1].sum() < 1e30 else pair[0]
-
-    network = nn.Sequential(Two(), First(), nn.Conv2d(4, 4, 3), *pooled(nn.Linear(4, 2)))
-    assert split_stages(network, SIZE).names == ["1", "2", "pool", "head"]
-    network.register_forward_hook(lambda module, args, out: 2 * out)
-    stages = split_stages(network, SIZE)
-    x = torch.randn(2, *SIZE)
-    torch.testing.assert_close(stages.run(x), network(x))
+    network = (Scaled() if kind is Net else as_one(pooled(nn.Linear(3, 2)))).eval()
+    backbone = load_backbone(network, preprocessing=SIZE)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.stages.run(x), network(x))
+    assert backbone.stage_names[0] == "body"
 
 
-def test_layers_are_called_as_they_were():
-    """By its dotted name every module still is what it returns, whatever stages are called."""
-    parts = OrderedDict(
-        conv=nn.Conv2d(3, 4, 3), branch=Branching(), pool=nn.MaxPool2d(2),
-        conv2=nn.Conv2d(4, 6, 3), head=nn.ReLU(), flat=nn.Flatten(),
-        fc=nn.Linear(150, 2),
-    )  # fmt: skip
-    network = nn.Sequential(parts)
-    plan = plan_stages(network, SIZE)
-    assert plan.names == ["pool#0", "head#1", "pool", "head"]
-    assert plan.resolve("pool") == "pool"
-    assert plan.resolve("pool#0") == "pool"
-    assert plan.shape(plan.resolve("pool"), SIZE) == (2, 4, 7, 7)
-    assert plan.resolve("conv2") == "conv2"
-    assert plan.embedding_key == ">fc"
+def test_hooks_act():
+    network = NETWORKS["flat"](body(True)).eval()
+    network[0].register_forward_hook(lambda module, args, out: 2 * out)
+    network.register_forward_hook(lambda module, args, out: 3 * out)
+    stages = load_backbone(network, preprocessing=SIZE).stages
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(stages.run(x), network(x))
 
 
-def test_a_module_that_comes_twice():
-    relu = nn.ReLU()
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), relu, Branching(), nn.Conv2d(4, 4, 3), relu)
-    network.append(nn.Flatten())
-    x = torch.randn(2, *SIZE)
-    stages = split_stages(network, SIZE)
-    torch.testing.assert_close(stages.run(x), network(x), rtol=0, atol=0)
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("feature", r"layer='feature' is not in Net. Did you mean 'features'.*\['body', 'head'\]"),
+        ("unused", "layer='unused' of Net does not run when an image is embedded"),
+    ],
+)
+def test_layers_that_cannot_be_had(layer, message):
+    with pytest.raises(ValueError, match=message):
+        load_backbone(Net(), preprocessing=SIZE, layer=layer)
 
 
-def test_stages_that_are_called_as_the_pooling_is_are_counted(stripes):
-    """Also where a graph holds the network."""
-    parts = OrderedDict(
-        conv=nn.Conv2d(3, 4, 3), p=nn.MaxPool2d(2), conv2=nn.Conv2d(4, 4, 3), pool=nn.MaxPool2d(2),
-        flat=nn.Flatten(), fc=nn.Linear(16, 2),
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = small(backbone=nn.Sequential(parts), unfreeze=1, lr=1e-2).fit(*stripes)
-    assert {name.partition(".")[0] for name in state_of(model)} == {"1", "head"}
+def test_outputs_that_cannot_be_had():
+    class Two(Net):
+        def forward(self, x):
+            return super().forward(x), x
+
+    with pytest.raises(TypeError, match="Two returns tuple: its forward has to return one tensor"):
+        load_backbone(Two(), preprocessing=SIZE)
 
 
-def test_a_pickle_goes_on(stripes):
-    X, y = stripes
-    model = small(backbone=NETWORKS["nested"](body(False)), unfreeze=1, lr=1e-2).fit(X, y)
+def test_a_layer_that_does_not_always_run():
+    class Sometimes(Net):
+        def forward(self, x):
+            if x.max() > 0:
+                x = x[:, :, :8]
+                return self.fc(self.features[2](self.features[0](x)).mean((2, 3)))
+            return super().forward(x)
+
+    backbone = load_backbone(Sometimes(), preprocessing=SIZE, layer="features.1")
+    with pytest.raises(ValueError, match=r"layer 'features.1' did not run for these images"):
+        backbone.embed_batch(torch.full((2, 3, 16, 16), 255, dtype=torch.uint8))
+
+
+@pytest.fixture(scope="module")
+def stripes():
+    """Images of vertical and horizontal stripes, and their labels."""
+    rng = np.random.default_rng(0)
+    X = rng.integers(0, 90, (24, 16, 16, 3), dtype=np.uint8)
+    X[:12, :, ::4] += 120
+    X[12:, ::4] += 120
+    return X, np.repeat(["columns", "rows"], 12)
+
+
+@pytest.mark.parametrize("unfreeze", [0, 1])
+def test_fine_tuning(stripes, unfreeze):
+    model = FineTuningClassifier(
+        Net(),
+        unfreeze=unfreeze,
+        max_epochs=2,
+        lr=1e-2,
+        preprocessing=SIZE,
+        memory=False,
+        random_state=0,
+    )
+    model.fit(*stripes)
     again = pickle.loads(pickle.dumps(model))
-    assert_same_model(again, model, rtol=0, atol=0)
-    np.testing.assert_allclose(again.predict_proba(X), model.predict_proba(X), rtol=1e-5)
+    rows = model.predict_proba(stripes[0])
+    np.testing.assert_allclose(again.predict_proba(stripes[0]), rows, rtol=1e-5)
+    assert model.transform(stripes[0]).shape == (24, 6)
+    with pytest.raises(ValueError, match=r"has 1 stages below its head: \['body'\]"):
+        model.set_params(unfreeze=2).fit(*stripes)

@@ -1,201 +1,146 @@
-"""Weights: downloaded, resumed, checked, shared by processes, read without trust."""
+"""Weights: downloaded once, checked, shared by processes, read without running their code."""
 
 import hashlib
 import http.server
+import io
 import multiprocessing
 import pickle
 import re
 import threading
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from torchvision.models import shufflenet_v2_x0_5
+from torchvision.models import ShuffleNet_V2_X0_5_Weights, get_model, shufflenet_v2_x0_5
 
 from sktransfer import load_backbone
-from sktransfer.networks import _weights
-
-CONTENT = bytes(range(256)) * 4000  # about a megabyte
-DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
+# -- published weights -----------------------------------------------------------------------
 class Server(http.server.ThreadingHTTPServer):
-    """Serves one file with Range; may hang up half way, or answer with an error first."""
+    """Serves the same content under every name."""
 
     daemon_threads = True
 
-    def __init__(self):
+    def __init__(self, content):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.hang_ups = 0
-        self.errors = 0
-        self.has_ranges = True
-        self.content = CONTENT
-        self.requests = []
-
-    def url(self, name=f"tiny-{DIGEST[:8]}.pth"):
-        return f"http://127.0.0.1:{self.server_port}/{name}"
-
-    def handle_error(self, request, client_address):
-        pass
+        self.content, self.n_requests = content, 0
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        server = self.server
-        asked = self.headers.get("Range")
-        server.requests.append(asked)
-        if server.errors:
-            server.errors -= 1
-            self.send_error(503)
+        self.server.n_requests += 1
+        if self.server.content is None:
+            self.send_error(404)
             return
-        start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
-        if start >= len(server.content) and server.has_ranges:
-            self.send_error(416)
-            return
-        body = server.content[start:] if server.has_ranges else server.content
-        self.send_response(206 if asked and server.has_ranges else 200)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.server.content)))
         self.end_headers()
-        if server.hang_ups:
-            server.hang_ups -= 1
-            self.wfile.write(body[: len(body) // 2])
-            self.wfile.flush()
-            self.connection.close()
-            return
-        self.wfile.write(body)
+        self.wfile.write(self.server.content)
 
     def log_message(self, *args):
         pass
 
 
-@pytest.fixture
-def server():
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """An empty folder of torch's hub; waiting between tries takes no time."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setattr(_weights, "_wait", lambda attempt: None)
-    return tmp_path / "hub" / "checkpoints"
-
-
-def test_downloads_once(server, hub):
-    path = _weights.fetch(server.url())
-    assert path == hub / f"tiny-{DIGEST[:8]}.pth"
-    assert path.read_bytes() == CONTENT
-    assert _weights.fetch(server.url()) == path
-    assert server.requests == [None]
-    assert not list(hub.glob("*.part"))
-
-
-def test_goes_on_where_the_connection_ended(server, hub):
-    server.hang_ups = 2
-    assert _weights.fetch(server.url()).read_bytes() == CONTENT
-    half, quarter = len(CONTENT) // 2, len(CONTENT) // 4
-    assert server.requests == [None, f"bytes={half}-", f"bytes={half + quarter}-"]
-
-
-def test_goes_on_where_a_killed_process_stopped(server, hub):
-    hub.mkdir(parents=True)
-    (hub / f"tiny-{DIGEST[:8]}.pth.part").write_bytes(CONTENT[:1000])
-    assert _weights.fetch(server.url()).read_bytes() == CONTENT
-    assert server.requests == ["bytes=1000-"]
-
-
-@pytest.mark.parametrize("left", [CONTENT, CONTENT + b"x"], ids=["whole", "too long"])
-def test_finishes_what_a_killed_process_had_downloaded(server, hub, left):
-    hub.mkdir(parents=True)
-    (hub / f"tiny-{DIGEST[:8]}.pth.part").write_bytes(left)
-    assert _weights.fetch(server.url()).read_bytes() == CONTENT
-
-
-def test_begins_again_where_the_server_knows_no_ranges(server, hub):
-    server.hang_ups, server.has_ranges = 1, False
-    assert _weights.fetch(server.url()).read_bytes() == CONTENT
-
-
-def test_tries_again_after_a_busy_server(server, hub):
-    server.errors = 2
-    assert _weights.fetch(server.url()).read_bytes() == CONTENT
-    server.errors = 99
-    with pytest.raises(OSError, match="HTTP Error 503"):
-        _weights.fetch(server.url("other-00000000.pth"))
-    assert len(server.requests) < 12
-
-
-def test_damaged_download_is_not_kept(server, hub):
-    server.content = CONTENT[:-1] + b"!"
-    message = f"SHA-256 begins with [0-9a-f]{{8}}, not {DIGEST[:8]}. Nothing was kept"
-    with pytest.raises(ValueError, match=message):
-        _weights.fetch(server.url(), name="tiny")
-    assert not [path for path in hub.iterdir() if path.suffix != ".lock"]
-
-
-def test_missing_on_the_server(server, hub, monkeypatch):
-    monkeypatch.setattr(Handler, "do_GET", lambda self: self.send_error(404))
-    with pytest.raises(OSError, match=r"could not be downloaded .*404"):
-        _weights.fetch(server.url())
-
-
-def test_no_network(hub):
-    url = "http://127.0.0.1:9/resnet18-f37072fd.pth"  # nobody listens there
-    with pytest.raises(OSError) as caught:
-        _weights.fetch(url, name="resnet18")
-    text = str(caught.value)
-    assert "The weights of resnet18 are not on this machine" in text
-    assert url in text
-    assert str(hub / "resnet18-f37072fd.pth") in text
-    assert "backbone='builtin' needs no network, and weights=PATH takes a local" in text
-
-
-def _fetch_in_process(url, queue):
-    queue.put(_weights.fetch(url).read_bytes() == CONTENT)
-
-
-def test_processes_that_ask_at_once_download_once(server, hub):
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [
-        context.Process(target=_fetch_in_process, args=(server.url(), queue)) for _ in range(2)
-    ]
-    for process in processes:
-        process.start()
-    assert [queue.get(timeout=120) for _ in processes] == [True] * 2
-    for process in processes:
-        process.join()
-    assert server.requests == [None]
-
-
-def test_torchvisions_default_through_the_hub_folder(hub, monkeypatch):
-    torch.manual_seed(0)
-    state = shufflenet_v2_x0_5().state_dict()
-    hub.mkdir(parents=True)
-    path = hub / "shufflenetv2_x0.5-f707e7126e.pth"
-    torch.save(state, path)
-    with pytest.warns(UserWarning, match="not the published file"):
-        backbone = load_backbone("shufflenet_v2_x0_5")
-    torch.testing.assert_close(backbone.network.module.state_dict(), state)
-    by_path = load_backbone("shufflenet_v2_x0_5", weights=path)
-    assert by_path.fingerprint == backbone.fingerprint
-
-
-# -- local files -----------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(1)
     return shufflenet_v2_x0_5().eval()
 
 
+@pytest.fixture(scope="module")
+def published(network):
+    """The content of a weights file, and the name that it is published under."""
+    buffer = io.BytesIO()
+    torch.save(network.state_dict(), buffer)
+    content = buffer.getvalue()
+    return content, f"shufflenet-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty folder of torch's hub."""
+    before = torch.hub.get_dir()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.hub.set_dir(tmp_path / "hub")
+    yield tmp_path / "hub" / "checkpoints"
+    torch.hub.set_dir(before)
+
+
+@pytest.fixture
+def server(published, hub, monkeypatch):
+    """A server of the weights that torchvision's enum points at."""
+    content, name = published
+    with Server(content) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        server.url = f"http://127.0.0.1:{server.server_port}/{name}"
+        monkeypatch.setattr(ShuffleNet_V2_X0_5_Weights.DEFAULT.value, "url", server.url)
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_downloads_once(network, published, server, hub):
+    backbone = load_backbone("shufflenet_v2_x0_5")
+    torch.testing.assert_close(backbone.network.module.state_dict(), network.state_dict())
+    assert load_backbone("shufflenet_v2_x0_5").fingerprint == backbone.fingerprint
+    assert server.n_requests == 1
+    files = [path for path in hub.iterdir() if path.suffix != ".lock"]
+    assert files == [hub / published[1]]
+    assert files[0].read_bytes() == published[0]
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:-1] + b"!", lambda c: c[: len(c) // 2]])
+def test_a_damaged_download_is_not_kept(published, server, hub, damage):
+    server.content = damage(published[0])
+    message = r"weights of shufflenet.* are damaged \(invalid hash .*Nothing was kept: try again"
+    with pytest.raises(ValueError, match=message):
+        load_backbone("shufflenet_v2_x0_5")
+    assert not [path for path in hub.iterdir() if path.suffix != ".lock"]
+
+
+def test_missing_on_the_server(server):
+    server.content = None
+    with pytest.raises(OSError, match=r"could not be downloaded .*404"):
+        load_backbone("shufflenet_v2_x0_5")
+
+
+def test_no_network(hub, monkeypatch):
+    url = "http://127.0.0.1:9/shufflenet-f37072fd.pth"  # nobody listens there
+    monkeypatch.setattr(ShuffleNet_V2_X0_5_Weights.DEFAULT.value, "url", url)
+    with pytest.raises(OSError) as caught:
+        load_backbone("shufflenet_v2_x0_5")
+    text = str(caught.value)
+    assert "The weights of shufflenet_v2_x0_5 are not on this machine" in text
+    assert f"from: {url}" in text
+    assert f"put them at: {hub / 'shufflenet-f37072fd.pth'}" in text
+    assert "backbone='builtin' needs no network, and weights=PATH takes a local" in text
+
+
+def _load_in_process(url, queue):
+    ShuffleNet_V2_X0_5_Weights.DEFAULT.value.url = url
+    queue.put(load_backbone("shufflenet_v2_x0_5").fingerprint)
+
+
+def test_processes_that_ask_at_once_download_once(server):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [
+        context.Process(target=_load_in_process, args=(server.url, queue)) for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    assert len({queue.get(timeout=120) for _ in processes}) == 1
+    for process in processes:
+        process.join()
+    assert server.n_requests == 1
+
+
+# -- local files -----------------------------------------------------------------------------
 def saved(path, state):
     if path.suffix == ".safetensors":
         safetensors.torch.save_file(state, path)
@@ -254,16 +199,46 @@ def test_what_did_not_fit_is_reported(network, tmp_path):
     state["fc.extra"] = torch.zeros(1)
     backbone = load_backbone("shufflenet_v2_x0_5", weights=saved(tmp_path / "w.pth", state))
     report = backbone.key_report
-    assert report.unexpected == ["fc.extra"]
-    assert "fc.weight ((7, 1024) in the file, (1000, 1024))" in report.misshapen
+    assert report["in the file alone"] == ["fc.extra"]
+    assert "fc.weight ((7, 1024) in the file, (1000, 1024))" in report["of another shape"]
     del state["conv1.0.weight"]
     state["stage2.0.branch1.0.weight"] = torch.zeros(3)
     state["layer9.weight"] = torch.zeros(3)
     path = saved(tmp_path / "x.pth", state)
-    with pytest.raises(ValueError, match="beyond the head") as caught:
+    with pytest.raises(ValueError, match="Beyond the head") as caught:
         load_backbone("shufflenet_v2_x0_5", weights=path)
     for text in ("alone (1): conv1.0.weight", "alone (1): layer9.weight", "stage2.0.branch1.0"):
         assert text in str(caught.value)
+
+
+def test_old_names_of_densenets(tmp_path):
+    state = load_backbone("densenet121", weights=None).network.module.state_dict()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", k): v for k, v in state.items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    backbone = load_backbone("densenet121", weights=saved(tmp_path / "w.pth", old))
+    torch.testing.assert_close(backbone.network.module.state_dict(), state)
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
+def test_auxiliary_heads_are_left_out(tmp_path, name):
+    module = get_model(name, weights=None, init_weights=False)
+    path = saved(tmp_path / "w.pth", module.state_dict())
+    backbone = load_backbone(name, weights=path)
+    assert all(key.lower().startswith("aux") for key in backbone.key_report["in the file alone"])
+    assert backbone.network.module.transform_input
+
+
+def test_old_files_of_vision_transformers(tmp_path):
+    """Their layers had other names; the size of the images shows in the position embedding."""
+    state = get_model("vit_b_32", weights=None, image_size=96).state_dict()
+    old = OrderedDict(
+        (k.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."), v)
+        for k, v in state.items()
+    )
+    assert "encoder.layers.encoder_layer_0.mlp.linear_1.weight" in old
+    backbone = load_backbone("vit_b_32", weights=saved(tmp_path / "w.pth", old))
+    torch.testing.assert_close(backbone.network.module.state_dict(), state)
+    assert backbone.input_size == (3, 96, 96)
 
 
 def test_half_precision_files_are_read_as_float32(network, tmp_path):
@@ -284,10 +259,10 @@ def test_a_pickle_is_never_opened(tmp_path, monkeypatch):
     for content in ({"state_dict": Evil()}, nn.Linear(2, 2)):
         path = saved(tmp_path / "w.pth", content)
         with pytest.raises(ValueError, match="pickled Python objects are not opened"):
-            _weights.read_state_dict(path)
+            load_backbone("shufflenet_v2_x0_5", weights=path)
     path.write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match="cannot be read as a state dict"):
-        _weights.read_state_dict(path)
+        load_backbone("shufflenet_v2_x0_5", weights=path)
     assert not (tmp_path / "evil").exists()
 
 
@@ -318,7 +293,7 @@ def test_missing_files(tmp_path):
 def test_tensors_of_other_things(tmp_path):
     path = saved(tmp_path / "w.pth", {"losses": [1.0, 2.0]})
     with pytest.raises(ValueError, match=re.escape("holds the keys ['losses'], not tensors")):
-        _weights.read_state_dict(path)
+        load_backbone("shufflenet_v2_x0_5", weights=path)
 
 
 def test_a_file_that_changes_under_a_fitted_object(network, tmp_path):

@@ -1,11 +1,40 @@
-"""The architecture behind ``backbone="builtin"``."""
+"""The architecture behind ``backbone="builtin"``, and what is known of its weights."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 STAGES = ("stem", "stage1", "stage2", "stage3", "stage4", "pool", "flatten", "head")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One set of weights, and how its images are prepared.
+
+    ``size`` is (height, width): the whole image is squeezed into it, and a ``crop`` of the
+    same size leaves nothing out. ``mean`` and ``std`` apply to RGB in 0...1. ``parameters``
+    are in millions, ``multiply_adds`` for one image in billions.
+    """
+
+    file: str
+    sha256: str
+    size: tuple[int, int]
+    crop: tuple[int, int]
+    interpolation: str = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    num_classes: int = 200
+    n_features: int = 1408
+    parameters: float = 2.845256
+    multiply_adds: float = 0.0888064
+
+    @property
+    def path(self) -> Path:
+        return Path(__file__).with_name(self.file)
 
 
 class Block(nn.Module):
@@ -59,7 +88,7 @@ class MeanAndDeviation(nn.Module):
     """Mean and standard deviation of each channel over the positions, N×2C×1×1.
 
     The deviation tells textures and single bright spots from even surfaces (it is what style
-    transfer calls a picture's style), which the mean alone does not.
+    transfer calls the style of an image), which the mean alone does not.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,381 @@
+"""A fine-tuned network: a backbone with trained stages and a head, and the module to train."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from skorch import NeuralNet
+from torch import nn
+
+from sktransfer.embedding._batches import cpu_batch_size
+from sktransfer.networks._backbone import Backbone, load_backbone
+from sktransfer.networks._folding import scale_and_shift
+from sktransfer.networks._preprocessing import Preprocessing
+from sktransfer.networks._source import GivenSource
+
+# With more trained parameters than this a CPU runs a batch whole, as each part of a batch adds to
+# all of their gradients. For 32 images of 224×224 with everything trained, parts of 8 were 1.3 to
+# 1.5 times as fast up to 25 million parameters (MobileNetV2, DenseNet-121, ResNet-50; ResNet-18:
+# equal), and 8 % slower from 88 million on (ViT-B/32, VGG-11).
+_MANY_PARAMETERS = 50_000_000
+
+
+class TunedModule(nn.Module):
+    """The stages below the head, their pooling, and a new head.
+
+    Without stages it takes embeddings; without `mean` and `std`, images that are normalised
+    already. Unless `moves_statistics`, batch norms of unfrozen stages use the statistics of
+    pre-training, as frozen ones always do.
+
+    Attributes
+    ----------
+    input_stage : int
+        Position of the stage whose input :meth:`forward` takes: 0 for pixels,
+        ``len(stages)`` for embeddings.
+    n_frozen : int
+        Number of frozen stages.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(
+        self,
+        stages: Sequence[tuple[str, nn.Module]],
+        pooling: nn.Module,
+        head: nn.Module,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        moves_statistics: bool = False,
+        precision: str = "float32",
+    ):
+        super().__init__()
+        self.stage_names = [name for name, _ in stages]
+        self.stages = nn.ModuleList([module for _, module in stages])
+        self.pooling, self.head = pooling, head
+        self.moves_statistics, self.precision = moves_statistics, precision
+        self.input_stage, self.n_frozen = 0, len(self.stages)
+        self.is_normalising = mean is not None
+        if mean is not None and std is not None:
+            scale, shift = scale_and_shift(mean, std)
+            self.register_buffer("scale", scale, persistent=False)
+            self.register_buffer("shift", shift, persistent=False)
+        self.freeze(self.n_frozen)
+
+    def __getstate__(self) -> dict[str, object]:
+        # A net that a callback pickles during training predicts from pixels later.
+        return {**super().__getstate__(), "input_stage": 0}
+
+    def forward(
+        self, x: torch.Tensor, weight: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Scores (n, n_outputs) of rows (n, n_columns, …); `weight` is passed on to the loss."""
+        scores = self.head(self.embed(x))
+        return scores if weight is None else (scores, weight)
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Embeddings (n, n_columns · width), float32."""
+        n_rows = len(x)
+        x = x.flatten(0, 1)
+        if self.input_stage < len(self.stages):
+            x = self.run(x, self.input_stage, len(self.stages), self.pooling)
+        return x.float().reshape(n_rows, -1)
+
+    def run(
+        self, x: torch.Tensor, start: int, stop: int, pooling: nn.Module | None = None
+    ) -> torch.Tensor:
+        """Send images (n, …) through the stages from `start` to before `stop`."""
+        parts = []
+        with torch.autocast(x.device.type, torch.bfloat16, self.precision == "bfloat16"):
+            for part in x.split(self._n_at_once(x)):
+                if start == 0 and self.is_normalising:
+                    part = torch.addcmul(self.shift, part.float(), self.scale)
+                if part.ndim == 4:
+                    part = part.contiguous(memory_format=torch.channels_last)
+                for stage in self.stages[start:stop]:
+                    part = stage(part)
+                parts.append(part if pooling is None else pooling(part))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _n_at_once(self, x: torch.Tensor) -> int:
+        """How many images to run at once; the sum of the gradients is the same."""
+        if x.device.type == "cpu":
+            n_trained = sum(p.numel() for p in self.stages.parameters() if p.requires_grad)
+            has_moving = any(p.training and _has_statistics(p) for p in self.stages.modules())
+            if n_trained <= _MANY_PARAMETERS and not has_moving:
+                return cpu_batch_size(x.shape[1:])
+        return max(1, len(x))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def n_unfrozen(self) -> int:
+        """Number of trained stages, not counting one that only pools."""
+        return sum(name != "pool" for name in self.stage_names[self.n_frozen :])
+
+    def freeze(self, n_frozen: int) -> None:
+        """Freeze the first `n_frozen` stages, with what they share with others; train the rest."""
+        self.n_frozen = n_frozen
+        self.stages[n_frozen:].requires_grad_(True)
+        self.stages[:n_frozen].requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> TunedModule:
+        super().train(mode)
+        # requires_grad=False does not stop batch norm from moving its running
+        # statistics; only eval mode does.
+        for stage in self.stages[: self.n_frozen]:
+            stage.eval()
+        if not self.moves_statistics:
+            for stage in self.stages[self.n_frozen :]:
+                for part in stage.modules():
+                    if _has_statistics(part):
+                        part.training = False
+        return self
+
+    def auto_lr(self, first_trained_stage: int) -> float:
+        """The head's learning rate for ``lr="auto"``.
+
+        Networks that normalise no activations (AlexNet, VGG, SqueezeNet) need smaller steps.
+        """
+        parts = [type(part).__name__.lower() for part in self.stages.modules()]
+        has_norm = any("norm" in name and "response" not in name for name in parts)
+        return 3e-4 if has_norm or first_trained_stage >= len(self.stages) else 1e-4
+
+    def groups(self, start: int) -> list[tuple[str, int, list[nn.Parameter]]]:
+        """(stage, distance from the head, parameters) of the stages from `start` on, last first.
+
+        A stage that only pools has the distance of the one below it. Parameters that several
+        stages share belong to the lowest of them.
+        """
+        found: list[tuple[str, int, list[nn.Parameter]]] = []
+        owner: dict[int, int] = {}
+        for i, stage in enumerate(self.stages):
+            for parameter in stage.parameters():
+                owner.setdefault(id(parameter), i)
+        distance = 0
+        for i in range(len(self.stages) - 1, start - 1, -1):
+            distance += self.stage_names[i] != "pool"
+            if own := [p for p in self.stages[i].parameters() if owner[id(p)] == i]:
+                found.append((self.stage_names[i], max(1, distance), own))
+        return found
+
+
+def _has_statistics(part: nn.Module) -> bool:
+    """Whether a layer keeps running statistics of batches."""
+    return any(name.startswith("running_") for name, _ in part.named_buffers(recurse=False))
+
+
+class TunedNetwork:
+    """A backbone with a head of its own and, from some stage on, weights of its own.
+
+    Its pickle holds what was trained, and how the backbone loads the rest.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Pre-trained; it is not changed.
+    head : nn.Module
+    n_columns : int
+        Image columns of a row.
+    first_trained_stage : int
+        Position of the lowest trained stage; ``len(stage_names)``: only the head is trained.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: nn.Module,
+        n_columns: int,
+        first_trained_stage: int,
+        *,
+        moves_statistics: bool = False,
+        precision: str = "float32",
+    ):
+        self.backbone, self.head = backbone, head
+        self.n_columns, self.first_trained_stage = n_columns, first_trained_stage
+        self.moves_statistics, self.precision = moves_statistics, precision
+        self.stage_names = backbone.stage_names_to_layer
+        self.net: NeuralNet | None = None  # skorch's, of the last training in this process
+        self._root: nn.Module | None = None  # the network whose layers the stages call
+        self._module: TunedModule | None = None
+        self._loaded: dict[str, np.ndarray] | None = None
+        self._tuned: Backbone | None = None
+        self._lock = threading.RLock()  # several threads may be the first to predict
+
+    @property
+    def has_own_stages(self) -> bool:
+        """Whether more than the head is trained."""
+        return self.first_trained_stage < len(self.stage_names)
+
+    def module(self, *, whole: bool = False) -> TunedModule:
+        """The module to train. It has no stages if only the head is trained and not `whole`."""
+        with self._lock:
+            if self._module is None or (whole and not self._module.stages):
+                self._root, self._module = self._build(whole or self.has_own_stages)
+            return self._module
+
+    def copy(self, first_trained_stage: int, precision: str) -> TunedNetwork:
+        """An independent network with these weights, to be trained from another stage on."""
+        tuned = TunedNetwork(
+            self.backbone,
+            copy.deepcopy(self.head).cpu(),
+            self.n_columns,
+            min(first_trained_stage, self.first_trained_stage),
+            moves_statistics=self.moves_statistics,
+            precision=precision,
+        )
+        tuned.load_trained_state(self.trained_state())
+        return tuned
+
+    def _build(self, with_stages: bool) -> tuple[nn.Module | None, TunedModule]:
+        pooling = self.backbone.make_pooling()
+        if not with_stages:
+            return None, TunedModule([], pooling, self.head, precision=self.precision)
+        root, stages = self.backbone.copy_network()
+        preprocessing = self.backbone.preprocessing
+        mean = std = None
+        if isinstance(preprocessing, Preprocessing):
+            mean, std = preprocessing.mean, preprocessing.std
+        module = TunedModule(
+            [(stage.name, stage.module) for stage in stages[: len(self.stage_names)]],
+            pooling,
+            self.head,
+            mean,
+            std,
+            self.moves_statistics,
+            self.precision,
+        )
+        self._load_into(module, self._loaded or {})
+        return root, module
+
+    # -- what was trained -------------------------------------------------------------------
+    def trained_state(self) -> dict[str, np.ndarray]:
+        """Parameters and buffers of the trained stages, ``"<position>.<name>"`` -> array."""
+        if self._module is None or not self._module.stages:
+            return dict(self._loaded or {})
+        return {
+            f"{i}.{name}": tensor.detach().cpu().numpy().copy()
+            for i in range(self.first_trained_stage, len(self.stage_names))
+            for name, tensor in _weights(self._module.stages[i]).items()
+        }
+
+    def load_trained_state(self, state: dict[str, np.ndarray]) -> None:
+        """Set the trained stages' parameters and buffers."""
+        self._loaded = dict(state)
+        self._module = self._root = self._tuned = None
+        if self.has_own_stages:
+            self.module()  # checks names and shapes
+
+    def _load_into(self, module: TunedModule, state: dict[str, np.ndarray]) -> None:
+        for i in range(self.first_trained_stage, len(module.stages)):
+            own = {
+                name.partition(".")[2]: torch.from_numpy(np.array(array))
+                for name, array in state.items()
+                if name.partition(".")[0] == str(i)
+            }
+            if not own:
+                continue  # not trained so far, or without weights
+            wanted = _weights(module.stages[i])
+            misfits = [k for k in wanted if k not in own or own[k].shape != wanted[k].shape]
+            if misfits := [*misfits, *(k for k in own if k not in wanted)]:
+                raise ValueError(
+                    f"The trained weights do not fit stage {module.stage_names[i]!r} of this "
+                    f"network: {misfits[:10]}."
+                )
+            module.stages[i].load_state_dict(own, strict=False)
+
+    def expected_state(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what :meth:`trained_state` returns."""
+        if not self.has_own_stages:
+            return {}
+        stages = self.backbone.stages
+        return {
+            f"{i}.{name}": tuple(tensor.shape)
+            for i in range(self.first_trained_stage, len(self.stage_names))
+            for name, tensor in _weights(stages[i].module).items()
+        }
+
+    # -- embedding and scores ---------------------------------------------------------------
+    def tuned_backbone(self) -> Backbone:
+        """The backbone with the trained weights, for `embed` and the store."""
+        if not self.has_own_stages:
+            return self.backbone
+        with self._lock:
+            if self._tuned is None:
+                self.module()
+                assert self._root is not None
+                # A copy: inference on another device leaves the trained module alone.
+                root = copy.deepcopy(self.backbone.network.module).cpu()
+                root.load_state_dict(self._root.state_dict())
+                root.eval().requires_grad_(False)
+                digest = _digest(self.backbone.fingerprint, self.trained_state())
+                self._tuned = self.backbone.with_weights(root, digest)
+            return self._tuned
+
+    def scores(self, embeddings: np.ndarray) -> np.ndarray:
+        """The head's scores, in float64 so that they do not depend on the batch."""
+        head = copy.deepcopy(self.head).cpu().double().eval().requires_grad_(False)
+        with torch.inference_mode():
+            return head(torch.from_numpy(np.asarray(embeddings, dtype=np.float64))).numpy()
+
+    # -- pickling ---------------------------------------------------------------------------
+    def __getstate__(self) -> dict[str, object]:
+        state = dict(self.__dict__)
+        state["_loaded"] = self.trained_state()
+        state["head"] = copy.deepcopy(self.head).cpu()
+        for name in ("net", "_root", "_module", "_tuned"):
+            state[name] = None
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+
+    def __deepcopy__(self, memo: dict) -> TunedNetwork:
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(self.__getstate__())
+        return copied
+
+
+def with_own_weights(
+    name: str,
+    state: dict[str, torch.Tensor],
+    layer: str | list | None,
+    pooling: str,
+    preprocessing: Preprocessing,
+) -> Backbone:
+    """A backbone of a named architecture with these weights; nothing is downloaded.
+
+    Its fingerprint is computed from the weights themselves.
+    """
+    base = load_backbone(name, weights=None)
+    module = copy.deepcopy(base.network.module)
+    module.load_state_dict(state)
+    arrays = {key: tensor.contiguous().numpy() for key, tensor in state.items()}
+    digest = _digest(base.fingerprint, arrays)
+    module.eval().requires_grad_(False)
+    assert isinstance(base.preprocessing, Preprocessing)  # the network's own
+    source = GivenSource(base.name, base.preprocessing, module, f"own-{digest}")
+    return Backbone(source, layer, pooling, preprocessing)
+
+
+def _digest(fingerprint: str, state: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(fingerprint.encode())
+    for name, array in sorted(state.items()):
+        digest.update(f"{name}{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _weights(stage: nn.Module) -> dict[str, torch.Tensor]:
+    """A stage's parameters and buffers, without constants that torch.fx numbered."""
+    state = stage.state_dict()
+    return {name: state[name] for name in state if "_tensor_constant" not in name}

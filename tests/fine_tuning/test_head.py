@@ -1,0 +1,146 @@
+"""The head, and the loss that it is trained with."""
+
+import numpy as np
+import pytest
+import torch
+from small_models import LOSSES, assert_same_model, of_kind, quick, small, state_of
+from torch import nn
+from torch.nn import functional as F
+
+from sktransfer import FineTuningRegressor
+
+SINGLE_NUMBER = r"loss=.* returns a single number .*: it must return one value per row.*reduction="
+
+
+# -- head ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [0, -3, 2.5, True, "a", None, [4]], ids=str)
+def test_hidden_sizes_are_positive_integers(stripes, size):
+    with pytest.raises(ValueError, match=r"head=\(8, .*\) has the hidden size .*positive int"):
+        small(head=(8, size)).fit(*stripes)
+
+
+def test_hidden_layers(stripes):
+    X, y = stripes
+    linear, deep = (small(unfreeze=0, head=head, lr=0.1).fit(X, y) for head in ("linear", [4, 5]))
+    shapes = {tuple(value.shape) for value in state_of(deep).values()}
+    assert {(4, 6), (5, 4), (3, 5), (3, 6)} <= shapes
+    assert np.abs(linear.predict_proba(X) - deep.predict_proba(X)).max() > 1e-3
+    quick(head=(np.int64(4),)).fit(X, y)
+
+
+def test_a_module_as_head(stripes):
+    head = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    model = small(head=head, lr=0.1).fit(*stripes)
+    assert all(torch.equal(before[name], value) for name, value in head.state_dict().items())
+    assert not np.array_equal(state_of(model)["head.0.weight"], before["0.weight"].numpy())
+    with pytest.raises(ValueError, match=r"scores of shape \(2, 5\) for 2 embeddings of 6 columns"):
+        small(head=nn.Linear(6, 5)).fit(*stripes)
+    with pytest.raises(RuntimeError) as caught:
+        small(head=nn.Linear(7, 3)).fit(*stripes)
+    assert "embeddings of shape (2, 6)" in "".join(caught.value.__notes__)
+
+
+def test_dropout_is_for_training_alone(stripes):
+    X, y = stripes
+    model = small(head=(4,), dropout=0.5).fit(X, y)
+    drops = [part.p for part in model.net_.module_.head.modules() if isinstance(part, nn.Dropout)]
+    assert drops == [0.5, 0.5]
+    np.testing.assert_array_equal(model.predict_proba(X), model.predict_proba(X))
+    assert not np.array_equal(model.predict_proba(X), small(head=(4,)).fit(X, y).predict_proba(X))
+
+
+# -- loss ------------------------------------------------------------------------------------
+MODULES = {
+    "labels": nn.CrossEntropyLoss(reduction="none"),
+    "indicators": nn.BCEWithLogitsLoss(reduction="none"),
+    "numbers": nn.MSELoss(reduction="none"),
+}
+
+
+@pytest.mark.parametrize("losses", [LOSSES, MODULES], ids=["function", "module"])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_the_usual_losses_can_be_given(coded, kind, losses):
+    """A module's values of several columns are averaged to one a row."""
+    cls, X, y = of_kind(coded, kind)
+    weight = np.linspace(0.5, 2, len(X))
+    settings = {"lr": 0.01, "unfreeze": 1}
+    auto = small(cls, **settings).fit(X, y, weight)
+    own = small(cls, loss=losses[kind], **settings).fit(X, y, weight)
+    assert_same_model(auto, own, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_label_smoothing_is_that_of_the_formula(coded, share):
+    X, k = coded
+    loss = nn.CrossEntropyLoss(label_smoothing=share, reduction="none")
+    model = quick(loss=loss, lr=1e-12, batch_size=64, early_stopping=False)
+    model.fit(X, k, X_val=X[:9], y_val=k[:9])
+    target = np.eye(3)[k] * (1 - share) + share / 3
+    losses = -(target * model.predict_log_proba(X)).sum(axis=1)
+    assert model.history_[-1]["train_loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert model.history_[-1]["valid_loss"] == pytest.approx(losses[:9].mean(), rel=1e-5)
+
+
+def test_a_loss_that_gives_one_number_needs_equal_weights(stripes):
+    X, y = stripes
+    auto = small(lr=0.01).fit(X, y)
+    for loss in (nn.CrossEntropyLoss(), F.cross_entropy):
+        own = small(lr=0.01, loss=loss).fit(X, y)
+        assert_same_model(auto, own, rtol=1e-4, atol=1e-6)
+        with pytest.raises(ValueError, match=SINGLE_NUMBER):
+            small(loss=loss).fit(X, y, sample_weight=np.linspace(1, 2, len(X)))
+        # Equal rows are merged: one image is there twice.
+        with pytest.raises(ValueError, match=SINGLE_NUMBER):
+            small(loss=loss).fit([*X, X[0]], [*y, y[0]])
+        with pytest.raises(ValueError, match=SINGLE_NUMBER):
+            small(loss=loss, class_weight={"down": 3}).fit(X, y)
+    twice = np.concatenate([X, X]), np.concatenate([y, y])  # all of weight 2
+    assert_same_model(auto, small(lr=0.01, loss=nn.CrossEntropyLoss()).fit(*twice), rtol=1e-4)
+
+
+def test_a_loss_of_another_shape(stripes):
+    with pytest.raises(
+        ValueError, match=r"loss=.* shape \(2,\) for \d+ rows: .* one value per row"
+    ):
+        small(loss=lambda scores, target: scores[:2, 0]).fit(*stripes)
+
+
+def test_what_the_loss_is_given(coded):
+    seen = {}
+
+    def note(kind):
+        def loss(scores, target):
+            seen[kind] = scores.shape, target.dtype, target.shape
+            return LOSSES[kind](scores, target)
+
+        return loss
+
+    for kind in LOSSES:
+        cls, X, y = of_kind(coded, kind)
+        quick(cls, loss=note(kind), batch_size=64).fit(X, y)
+    assert seen == {
+        "labels": ((48, 3), torch.int64, (48,)),
+        "indicators": ((48, 2), torch.float32, (48, 2)),
+        "numbers": ((48, 1), torch.float32, (48, 1)),
+    }
+
+
+@pytest.mark.parametrize("n_targets", [1, 2])
+def test_huber_is_torchs(coded, n_targets):
+    X, k = coded
+    y = k * 5.0 if n_targets == 1 else np.stack([k * 5.0, -k], 1)
+    weight = np.linspace(0.5, 2, len(X))
+    named, own = (
+        small(FineTuningRegressor, loss=loss, lr=0.01).fit(X, y, weight)
+        for loss in ("huber", lambda s, t: F.huber_loss(s, t, reduction="none").mean(1))
+    )
+    assert_same_model(named, own, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_is_checked(stripes):
+    for loss in ("huber", "mse", 3):
+        with pytest.raises(ValueError, match="The 'loss' parameter of FineTuningClassifier"):
+            small(loss=loss).fit(*stripes)
+    with pytest.raises(ValueError, match="The 'loss' parameter of FineTuningRegressor"):
+        small(FineTuningRegressor, loss="mse").fit(stripes[0], np.arange(48.0))
