@@ -44,7 +44,7 @@ def embed_anywhere(
     out: np.ndarray,
     memory: object,
     n_jobs: int | None,
-    progress: Callable[[int], object],
+    progress: Callable[[int], object] | None = None,
     **settings,
 ) -> list[BadRow]:
     """Embed in this process or, under a cluster's joblib backend, on its workers.
@@ -73,7 +73,8 @@ def embed_anywhere(
         out[part] = rows
         bad += bad_in_part
         images.merge_notes(notes)
-        progress(len(part))
+        if progress is not None:
+            progress(len(part))
     return bad
 
 

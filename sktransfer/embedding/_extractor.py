@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -313,7 +314,8 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         from sktransfer.embedding._cluster import embed_anywhere
 
         columns = np.empty((images.n_rows, self.n_features_out_), dtype=np.float32)
-        with progress_bar(len(images), self.verbose) as tick:
+        bar = progress_bar(len(images), self.verbose) if self.verbose else nullcontext()
+        with bar as tick:
             bad = embed_anywhere(
                 images,
                 self.backbone_,

@@ -138,18 +138,20 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         plan, n_stages = data.plan, len(data.plan.stage_names)
 
         # 2. Start: the head is the linear probe, or the network is that of the last epoch.
-        first_stage = plan.lowest if is_partial else plan.first_stage(max(1, max_epochs))
-        probe_teaches = (
+        first_stage = (
+            plan.first_trained_stage if is_partial else plan.first_stage(max(1, max_epochs))
+        )
+        fine_tunes_probe = (
             self._starts_as_probe and first_stage < n_stages and max_epochs > 0 and not is_partial
         )
         # Pre-trained weights move, and no validation part shows when they have moved too far.
-        is_careful = probe_teaches and not (self._has_random_weights or data.keeps_best)
+        uses_wise_ft = fine_tunes_probe and not (self._has_random_weights or data.keeps_best)
         if old is not None:
             tuned = old.copy(first_stage, self.precision)
         else:
             tuned = self._new_network(data, first_stage, seed)
             if self._starts_as_probe:
-                self._start_as_probe(tuned.head, data.train, rng, has_corners=is_careful)
+                self._start_as_probe(tuned.head, data.train, rng, has_corners=uses_wise_ft)
 
         # 3. Freeze: the outputs of frozen stages are computed once.
         phases = self._phases(tuned, data, max_epochs)
@@ -161,8 +163,10 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             seed=seed + first_epoch,
             keeps_best=data.keeps_best,
             is_continued=is_partial,
-            temperature=self._probe_temperature(tuned.head, data.train) if probe_teaches else 1.0,
-            wise_ft_share=np.interp(len(data.train.rows), *_WISE_FT) if is_careful else None,
+            temperature=self._probe_temperature(tuned.head, data.train)
+            if fine_tunes_probe
+            else 1.0,
+            wise_ft_share=np.interp(len(data.train.rows), *_WISE_FT) if uses_wise_ft else None,
         )
         old_net = None if old is None else old.net
         log = train(tuned, phases, settings, plan.first_stage, first_epoch, old_net)
@@ -299,24 +303,26 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         """The epochs of the head alone, trained on embeddings, and those of stages."""
         from sktransfer.fine_tuning._train import Phase
 
-        n_stages, entry = len(tuned.stage_names), tuned.first_trained_stage
-        if self.augment is not None or (max_epochs == 0 and entry < n_stages):
-            entry = 0  # new images in each epoch, or none
+        n_stages, input_stage = len(tuned.stage_names), tuned.first_trained_stage
+        if self.augment is not None or (max_epochs == 0 and input_stage < n_stages):
+            input_stage = 0  # new images in each epoch, or none
         parts = [data.train] if data.valid is None else [data.train, data.valid]
         rows = list(dict.fromkeys(part.data for part in parts))
-        module = tuned.module(whole=entry < n_stages)
+        module = tuned.module(whole=input_stage < n_stages)
         phases, n_head = [], 0
         if self.augment is None and data.train.data.embeddings is not None:
             first_stages = [data.plan.first_stage(epoch) for epoch in range(1, max_epochs + 1)]
             n_head = first_stages.count(n_stages)
-            if n_head or entry == n_stages:
+            if n_head or input_stage == n_stages:
                 sets = [part.training_set(part.data.embedded()) for part in parts]
                 phases.append(Phase(n_head, n_stages, *sets))
         if n_head < max_epochs or not phases:
-            if entry > 0 and not all(own.keep_frozen_outputs(module, entry) for own in rows):
-                entry = 0  # too large to be kept
-            sets = [part.training_set(part.data.inputs(entry)) for part in parts]
-            phases.append(Phase(max_epochs - n_head, entry, *sets))
+            if input_stage > 0 and not all(
+                own.keep_frozen_outputs(module, input_stage) for own in rows
+            ):
+                input_stage = 0  # too large to be kept
+            sets = [part.training_set(part.data.inputs(input_stage)) for part in parts]
+            phases.append(Phase(max_epochs - n_head, input_stage, *sets))
         return phases
 
     def _training_settings(self, tuned: TunedNetwork, **chosen) -> TrainingSettings:

@@ -22,13 +22,11 @@ _C = (0.001, 0.01, 0.1, 1.0)
 _C_FEW_ROWS = 0.1
 _ALPHAS = tuple(10.0**p for p in range(-1, 6))
 _MAX_ITER = 300
-# The temperature's part of the loss of guessing, its largest value, and how many rows it is from.
+# Of the temperature: the loss to reach as a share of that of guessing, the largest value, and the
+# number of rows it is computed from.
 _LOSS_SHARE, _MAX_TEMPERATURE, _TEMPERATURE_ROWS = 0.5, 1e4, 10_000
-
-
-# Views of an image that are added where few rows are to teach stages: enlarged corners of it, by
-# the share of its sides and where they are, down and to the right. Nothing is mirrored, as a "b"
-# is not a "d".
+# Enlarged corners of an image: the share of its sides, and where they are, down and to the right.
+# Nothing is mirrored, as a "b" is not a "d".
 _CORNER = 0.85
 _CORNERS = ((0.0, 0.0), (1.0, 1.0))
 

@@ -108,9 +108,9 @@ class TrainingRows:
         self._outputs = frozen_outputs(self.images, self.n_columns, frozen, self._settings)
         return self._outputs is not None
 
-    def inputs(self, entry: int) -> Pixels | Kept:
-        """The inputs of the stage at the position `entry`: pixels, or the outputs before it."""
-        if entry > 0 and self._outputs is not None:
+    def inputs(self, input_stage: int) -> Pixels | Kept:
+        """The inputs of a stage: pixels, or the outputs of the stages before it."""
+        if input_stage > 0 and self._outputs is not None:
             return self._outputs
         self._pixels, self._outputs = self._pixels or self._new_pixels(), None
         return self._pixels

@@ -106,7 +106,7 @@ class UnfreezePlan:
         self._steps = self._read(unfreeze, max_epochs)
 
     @property
-    def lowest(self) -> int:
+    def first_trained_stage(self) -> int:
         """Position of the lowest stage that is ever trained; ``len(stage_names)``: none."""
         return min(self._position(k) for _, k in self._steps)
 
@@ -160,10 +160,10 @@ class UnfreezePlan:
 
 
 class Phase(NamedTuple):
-    """Epochs whose rows hold the inputs of the stage at the position `entry`."""
+    """Epochs whose rows hold the inputs of the stage at the position `input_stage`."""
 
     n_epochs: int
-    entry: int
+    input_stage: int
     train_set: TrainingSet
     valid_set: TrainingSet | None = None
 
@@ -224,11 +224,11 @@ def train(
 def _run(net: NeuralNet, phases: list[Phase], log: EpochLog) -> None:
     """Run skorch's loop until the last epoch, or until a KeyboardInterrupt."""
     module, first_set = net.module_, phases[0].train_set
-    module.entry = phases[0].entry
+    module.input_stage = phases[0].input_stage
     try:
         net.notify("on_train_begin", X=first_set, y=None)
-        for n_epochs, entry, train_set, valid_set in phases:
-            module.entry = entry
+        for n_epochs, input_stage, train_set, valid_set in phases:
+            module.input_stage = input_stage
             net.train_split = None if valid_set is None else predefined_split(valid_set)
             net.fit_loop(train_set, epochs=n_epochs)
     except KeyboardInterrupt:
@@ -244,7 +244,7 @@ def _run(net: NeuralNet, phases: list[Phase], log: EpochLog) -> None:
     finally:
         net.notify("on_train_end", X=first_set, y=None)
         module.eval()
-        module.entry = 0
+        module.input_stage = 0
         net.train_split, log.valid = None, None  # the net does not keep the rows
 
 

@@ -34,7 +34,7 @@ class TunedModule(nn.Module):
 
     Attributes
     ----------
-    entry : int
+    input_stage : int
         Position of the stage whose input :meth:`forward` takes: 0 for pixels,
         ``len(stages)`` for embeddings.
     n_frozen : int
@@ -59,7 +59,7 @@ class TunedModule(nn.Module):
         self.stages = nn.ModuleList([module for _, module in stages])
         self.pooling, self.head = pooling, head
         self.moves_statistics, self.precision = moves_statistics, precision
-        self.entry, self.n_frozen = 0, len(self.stages)
+        self.input_stage, self.n_frozen = 0, len(self.stages)
         self.is_normalising = mean is not None
         if mean is not None and std is not None:
             scale, shift = scale_and_shift(mean, std)
@@ -69,7 +69,7 @@ class TunedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         # A net that a callback pickles during training predicts from pixels later.
-        return {**super().__getstate__(), "entry": 0}
+        return {**super().__getstate__(), "input_stage": 0}
 
     def forward(
         self, x: torch.Tensor, weight: torch.Tensor | None = None
@@ -82,8 +82,8 @@ class TunedModule(nn.Module):
         """Embeddings (n, n_columns · width), float32."""
         n_rows = len(x)
         x = x.flatten(0, 1)
-        if self.entry < len(self.stages):
-            x = self.run(x, self.entry, len(self.stages), self.pooling)
+        if self.input_stage < len(self.stages):
+            x = self.run(x, self.input_stage, len(self.stages), self.pooling)
         return x.float().reshape(n_rows, -1)
 
     def run(
