@@ -11,11 +11,8 @@ from importlib.util import find_spec
 
 
 @contextmanager
-def progress_bar(n_images: int, verbose: int) -> Iterator[Callable[[int], object]]:
-    """Show a bar unless `verbose` is 0; call what it gives with each number of finished images."""
-    if not verbose:
-        yield lambda n: None
-        return
+def progress_bar(n_images: int) -> Iterator[Callable[[int], object]]:
+    """Show a bar; call what it gives with each number of finished images."""
     from tqdm.auto import tqdm
 
     with tqdm(total=n_images, unit="image", unit_scale=n_images > 10_000) as bar:

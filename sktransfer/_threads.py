@@ -12,30 +12,20 @@ if TYPE_CHECKING:
     import torch
 
 
-class ProcessLock:
-    """A re-entrant lock for globals, which is open in the child of a fork.
+def process_lock() -> threading.RLock:  # type: ignore[valid-type]
+    """Make a re-entrant lock for globals, which is open in the child of a fork.
 
     Another thread of the parent may hold it at the fork; in the child nobody would release it.
     """
-
-    def __init__(self) -> None:
-        self._renew()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._renew)
-
-    def _renew(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
+    lock = threading.RLock()
+    if hasattr(os, "register_at_fork"):  # as the standard library does for its own locks
+        os.register_at_fork(after_in_child=lock._at_fork_reinit)  # type: ignore[attr-defined]
+    return lock
 
 
 # Held while torch's global random state, its kernels' settings or the warnings' filters differ
 # from the caller's: two threads that each put back what they found would leave the other's behind.
-one_at_a_time = ProcessLock()
+one_at_a_time = process_lock()
 
 
 @contextlib.contextmanager

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from sktransfer._threads import ProcessLock, own_random_state
+from sktransfer._threads import own_random_state, process_lock
 
 
 def test_it_excludes_other_threads():
-    lock, count = ProcessLock(), [0]
+    lock, count = process_lock(), [0]
 
     def add():
         for _ in range(200):
@@ -30,7 +30,7 @@ def test_it_excludes_other_threads():
 
 
 def test_an_error_opens_it():
-    lock = ProcessLock()
+    lock = process_lock()
     with pytest.raises(ValueError, match="within"), lock:
         raise ValueError("within")
     with lock:
@@ -38,7 +38,7 @@ def test_an_error_opens_it():
 
 
 def test_its_holder_may_take_it_again():
-    lock = ProcessLock()
+    lock = process_lock()
     with lock, lock:
         pass
 
@@ -46,7 +46,7 @@ def test_its_holder_may_take_it_again():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_child_does_not_wait_for_the_parents_thread():
-    lock = ProcessLock()
+    lock = process_lock()
     is_held, may_end = threading.Event(), threading.Event()
 
     def hold():

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from joblib.parallel import get_active_backend
 
+from sktransfer._progress import progress_bar
 from sktransfer.embedding._batches import (
     BatchLimit,
     Workers,
@@ -22,8 +26,9 @@ from sktransfer.embedding._batches import (
     run_on_accelerator,
     run_on_cpu,
 )
+from sktransfer.embedding._cluster import deal_out, is_outside_of_workers
 from sktransfer.images._images import BadImage, Images
-from sktransfer.store._store import N_BLOCKS, Lock, Store, block_of
+from sktransfer.store._store import N_BLOCKS, NO_STORE, Lock, Store, as_store, block_of
 
 if TYPE_CHECKING:
     from sktransfer.images._cells import Cell
@@ -33,6 +38,13 @@ _CHUNK = 1024  # images whose files are looked up in the store at once
 _READ_TOGETHER = 8  # images read by one task
 _PART_BYTES = 128 << 20  # of content that is read before it is computed
 _POLL_SECONDS = 0.02
+# joblib's own backends: their workers are cores of this machine, which embed() uses as threads.
+_LOCAL_BACKENDS = {
+    "LokyBackend",
+    "MultiprocessingBackend",
+    "SequentialBackend",
+    "ThreadingBackend",
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,53 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
+
+
+def check_place(memory: object, device: str) -> torch.device:
+    """Return the device; raise before a network is loaded if it or `memory` cannot be used."""
+    as_store(memory)
+    return resolve_device(device)
+
+
+def embed_images(
+    images: Images,
+    backbone: Backbone,
+    *,
+    out: np.ndarray,
+    memory: object,
+    n_jobs: int | None,
+    verbose: int,
+    **settings,
+) -> list[BadRow]:
+    """Embed in this process or, under a cluster's joblib backend, on its workers.
+
+    The parameters are those of `embed`, with `memory` in place of the store (a folder is opened
+    by each worker, so it should be one that all of them see) and `verbose` for a progress bar.
+    """
+    backend, _ = get_active_backend()
+    is_local = type(backend).__name__ in _LOCAL_BACKENDS or not is_outside_of_workers(backend)
+    with progress_bar(len(images)) if verbose else nullcontext() as progress:
+        if is_local:
+            store = NO_STORE if memory is False else as_store(memory)
+            settings |= {"n_jobs": n_jobs, "progress": progress}
+            return embed(images, backbone, out=out, store=store, **settings)
+        bad: list[BadRow] = []
+        embed_part = functools.partial(_embed_part, backbone, memory, out.shape[1], settings)
+        for part, (rows, bad_in_part, notes) in deal_out(images, n_jobs, embed_part):
+            out[part] = rows
+            bad += bad_in_part
+            images.merge_notes(notes)
+            if progress is not None:
+                progress(len(part))
+        return bad
+
+
+def _embed_part(
+    backbone: Backbone, memory: object, width: int, settings: dict, images: Images
+) -> tuple[np.ndarray, list[BadRow], dict]:
+    rows = np.empty((len(images), width), dtype=np.float32)
+    bad = embed(images, backbone, out=rows, store=as_store(memory), **settings)
+    return rows, bad, images.take_notes()
 
 
 def embed(

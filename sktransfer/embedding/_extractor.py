@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -225,7 +224,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         -------
         self : PretrainedFeatureExtractor
         """
-        from sktransfer.embedding._cluster import check_place
+        from sktransfer.embedding._embed import check_place
         from sktransfer.networks._backbone import load_backbone, with_cached_layers
 
         images = check_images(self, X, reset=True)
@@ -310,25 +309,22 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         return range(int(np.searchsorted(widths, width)) + 1)
 
     def _embed(self, images):
-        from sktransfer._progress import progress_bar
-        from sktransfer.embedding._cluster import embed_anywhere
+        from sktransfer.embedding._embed import embed_images
 
         columns = np.empty((images.n_rows, self.n_features_out_), dtype=np.float32)
-        bar = progress_bar(len(images), self.verbose) if self.verbose else nullcontext()
-        with bar as tick:
-            bad = embed_anywhere(
-                images,
-                self.backbone_,
-                out=columns.reshape(len(images), -1),
-                memory=self.memory,
-                batch_size=self.batch_size,
-                device=self.device,
-                precision=self.precision,
-                n_jobs=self.n_jobs,
-                groups=self._asked_groups(),
-                fill=0.0 if self.on_error == "zero" else np.nan,
-                progress=tick,
-            )
+        bad = embed_images(
+            images,
+            self.backbone_,
+            out=columns.reshape(len(images), -1),
+            memory=self.memory,
+            batch_size=self.batch_size,
+            device=self.device,
+            precision=self.precision,
+            n_jobs=self.n_jobs,
+            groups=self._asked_groups(),
+            fill=0.0 if self.on_error == "zero" else np.nan,
+            verbose=self.verbose,
+        )
         if assumed := images.take_warnings():
             warn(assumed)
         # Not read back: another thread may be transforming with this object, too.

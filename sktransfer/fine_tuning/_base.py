@@ -124,7 +124,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     def _fit_in_place(
         self, X, y, sample_weight, X_val, y_val, old: TunedNetwork | None, is_partial: bool
     ) -> None:
-        from sktransfer.embedding._cluster import check_place
+        from sktransfer.embedding._embed import check_place
         from sktransfer.fine_tuning._train import train
 
         rng, seed = _as_random_seed(self.random_state)

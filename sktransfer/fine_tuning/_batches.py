@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sktransfer._progress import progress_bar
 from sktransfer.embedding._batches import n_decoding_threads
-from sktransfer.embedding._cluster import embed_anywhere
-from sktransfer.embedding._embed import BadRow, embed
+from sktransfer.embedding._embed import BadRow, embed, embed_images
 from sktransfer.fine_tuning._tuned import TunedModule
 from sktransfer.images._images import BadImage, Images
 from sktransfer.networks._backbone import Backbone
@@ -45,17 +43,16 @@ def embed_rows(
 ) -> tuple[np.ndarray, list[BadRow]]:
     """One embedding per image, in rows of all image columns, and the unreadable images."""
     out = np.empty((len(images), backbone.n_features), dtype=np.float32)
-    with progress_bar(len(images), settings.verbose) as tick:
-        bad = embed_anywhere(
-            images,
-            backbone,
-            out=out,
-            memory=settings.memory,
-            device=settings.device,
-            precision=settings.precision,
-            n_jobs=settings.n_jobs,
-            progress=tick,
-        )
+    bad = embed_images(
+        images,
+        backbone,
+        out=out,
+        memory=settings.memory,
+        device=settings.device,
+        precision=settings.precision,
+        n_jobs=settings.n_jobs,
+        verbose=settings.verbose,
+    )
     return out.reshape(images.n_rows, -1), bad
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from sktransfer._threads import ProcessLock
+from sktransfer._threads import process_lock
 from sktransfer.images._containers import is_missing, is_stream, is_tensor
 from sktransfer.images._pixels import BadImage, Note, to_rgb
 
@@ -26,7 +26,7 @@ _ORIENTATION_TAG = 0x0112
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 # Open files, PIL images and containers of the user's have a state (a position, a buffer), and
 # several rows may share one: one thread at a time uses them.
-one_reader = ProcessLock()
+one_reader = process_lock()
 
 
 class Cell:

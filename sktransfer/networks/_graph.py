@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from sktransfer._threads import ProcessLock
+from sktransfer._threads import process_lock
 
 # Modules of these packages are one operation each; their containers are traced through.
 _LEAF_PACKAGES = ("torch.nn.", "torchvision.ops.", "torch.ao.nn.")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # While torch.fx traces, it replaces methods of nn.Module for all threads.
-_lock = ProcessLock()
+_lock = process_lock()
 
 
 class TracingError(RuntimeError):

@@ -9,7 +9,7 @@ import threading
 import torch
 from torch import nn
 
-from sktransfer._threads import ProcessLock
+from sktransfer._threads import process_lock
 from sktransfer.networks._graph import (
     Stage,
     Stages,
@@ -20,7 +20,7 @@ from sktransfer.networks._graph import (
 )
 
 # Hooks are on the module itself: the passes of two threads must not mix their values.
-_lock = ProcessLock()
+_lock = process_lock()
 
 
 class _Reached(BaseException):

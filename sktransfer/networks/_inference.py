@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import fx, nn
 
-from sktransfer._threads import ProcessLock, one_at_a_time
+from sktransfer._threads import one_at_a_time, process_lock
 from sktransfer.networks._folding import EmbeddingNetwork, inference_copy
 from sktransfer.networks._pooling import Pooling
 from sktransfer.networks._preprocessing import AnyPreprocessing, Preprocessing
@@ -21,7 +21,7 @@ _MAX_COPIES = 4
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _networks: OrderedDict[tuple, Network] = OrderedDict()
-_lock = ProcessLock()  # for look-ups only
+_lock = process_lock()  # for look-ups only
 
 
 class Network:
@@ -38,7 +38,7 @@ class Network:
         self._module = source.build()
         self.plan = plan_stages(self._module, input_size, source.name, is_foreign=source.is_foreign)
         self._is_loaded = False
-        self._lock = ProcessLock()
+        self._lock = process_lock()
         self._copies: OrderedDict[tuple, EmbeddingNetwork] = OrderedDict()
 
     @property

@@ -11,7 +11,7 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from sktransfer._threads import ProcessLock
+from sktransfer._threads import process_lock
 
 DEFAULT_MEMORY_BYTES = 512 * 2**20
 
@@ -21,7 +21,7 @@ _FILE_OVERHEAD = 500
 # Known files take at most this part of the bound: they only save reading a file again.
 _FILES_SHARE = 0.25
 
-_mutex = ProcessLock()  # one for all stores in memory: it is held for microseconds
+_mutex = process_lock()  # one for all stores in memory: it is held for microseconds
 
 # (absolute path, size in bytes, modification time in ns, a number made of the inode and the time
 # of the last change), taken *before* the file is read.

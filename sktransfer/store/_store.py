@@ -35,7 +35,7 @@ class _ProcessStore(MemoryStore):
 
 # Shared by all estimators of this process with memory=None, and with memory=False.
 _process_store = _ProcessStore()
-_no_store = MemoryStore(0)
+NO_STORE = MemoryStore(0)
 
 # One object for a folder; a few stay open between calls, since closing writes SQLite's log back.
 _disk_store = functools.lru_cache(maxsize=8)(DiskStore)
@@ -55,13 +55,13 @@ def as_store(memory: object) -> Store:
     if memory is None:
         return _process_store
     if memory is False:
-        return _no_store
+        return NO_STORE
     if isinstance(memory, MemoryStore | DiskStore):
         return memory
     is_joblib_memory = hasattr(memory, "location") and hasattr(memory, "cache")
     folder = memory.location if is_joblib_memory else memory  # type: ignore[attr-defined]
     if folder is None:
-        return _no_store
+        return NO_STORE
     if not isinstance(folder, str | os.PathLike) or isinstance(os.fspath(folder), bytes):
         raise TypeError(
             "memory must be None (keep embeddings in this process), False (keep none), a folder "
@@ -131,7 +131,7 @@ def embedding_store(memory: object = None, *, max_bytes: int | str | None = "def
     store = as_store(memory)
     if max_bytes == "default":
         return store
-    if store is _no_store:
+    if store is NO_STORE:
         raise ValueError(f"memory={memory!r} keeps nothing: it takes no max_bytes.")
     if isinstance(store, DiskStore):
         return DiskStore(store.folder, max_bytes)
