@@ -1,8 +1,9 @@
 """Digests of what modules and functions do, equal in every process.
 
 Attributes count by their values, the user's own classes and functions by their compiled code and
-the functions and plain values of their file that it reads, installed packages by name.
-What has no digest gets one that nothing else has, so embeddings made with it are not shared.
+the globals that it reads, installed packages by name. Compiled code rather than source text, as
+it is what runs after an edit of the file, and notebooks have it. What has no digest gets one that
+nothing else has, so that embeddings made with it are not shared.
 """
 
 from __future__ import annotations
@@ -14,14 +15,12 @@ import types
 import uuid
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import fx, nn
 
 from sktransfer.networks._weights import state_digest
 
 _ATOMS = (int, float, complex, bool, str, bytes, type(None), type(...))
-_PLAIN = (*_ATOMS, list, tuple, dict, set, frozenset, np.ndarray, torch.Tensor)
 _WRAPPED = {
     staticmethod: "__func__",
     classmethod: "__func__",
@@ -126,10 +125,10 @@ class _Digester:
 
 
 def _globals_read(code: types.CodeType, names: dict[str, object]) -> Iterator[tuple[str, object]]:
-    """Functions, classes and plain values that code may read from its file."""
+    """Find all globals that code may read, but for what it takes from other files' modules."""
     for name in code.co_names:
-        if isinstance(names.get(name), (types.FunctionType, type, *_PLAIN)):
-            yield name, names.get(name)
+        if name in names and not isinstance(names[name], types.ModuleType):
+            yield name, names[name]
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _globals_read(constant, names)

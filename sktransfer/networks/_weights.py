@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -32,8 +33,6 @@ def fetch(url: str, name: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if path.exists():
         return path
-    from filelock import FileLock
-
     path.parent.mkdir(parents=True, exist_ok=True)
     expected = re.search(r"-([0-9a-f]{8,64})\.", path.name)
     with FileLock(f"{path}.lock"):

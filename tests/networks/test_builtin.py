@@ -120,7 +120,7 @@ def test_training_finds_every_parameter():
 
 # --- what it is worth ------------------------------------------------------------------------
 
-PICTURES = (
+IMAGES = (
     "astronaut", "brick", "camera", "cat", "cell", "clock", "coffee", "coins", "grass", "gravel",
     "hubble_deep_field", "immunohistochemistry", "moon", "page", "retina", "rocket",
 )  # fmt: skip
@@ -128,22 +128,22 @@ PICTURES = (
 
 @pytest.fixture(scope="module")
 def crops(version):
-    """Grey crops, the picture each is from, and the quarter of the picture it lies in."""
+    """Grey crops, the image each is from, and the quarter of the image it lies in."""
     data = pytest.importorskip("skimage.data")
     from PIL import Image
 
     rng = np.random.default_rng(0)
     X, y, quarters = [], [], []
-    for label, name in enumerate(PICTURES):
-        picture = Image.fromarray(getattr(data, name)()).convert("L")
-        half_width, half_height = picture.width // 2, picture.height // 2
+    for label, name in enumerate(IMAGES):
+        image = Image.fromarray(getattr(data, name)()).convert("L")
+        half_width, half_height = image.width // 2, image.height // 2
         for quarter in range(4):
             left, top = (quarter % 2) * half_width, (quarter // 2) * half_height
             for _ in range(8):
                 side = rng.uniform(0.4, 0.8) * min(half_width, half_height)
                 x = left + rng.uniform(0, half_width - side)
                 y_ = top + rng.uniform(0, half_height - side)
-                crop = picture.resize(version.size, box=(x, y_, x + side, y_ + side))
+                crop = image.resize(version.size, box=(x, y_, x + side, y_ + side))
                 X.append(np.asarray(crop.convert("RGB")))
                 y.append(label)
                 quarters.append(quarter)
@@ -151,15 +151,15 @@ def crops(version):
 
 
 def recognised(features, y, quarters):
-    """Share of crops whose picture is recognised from the picture's other quarters."""
+    """Share of crops whose image is recognised from the image's other quarters."""
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, tol=1e-3, max_iter=2000))
     return cross_val_score(model, features, y, groups=quarters, cv=GroupKFold(4)).mean()
 
 
 def test_features_beat_pixels_and_the_untrained_twin(network, version, crops):
-    """Which picture is this crop from? Chance is 1/16.
+    """Which image is this crop from? Chance is 1/16.
 
-    No crop shares a pixel with those it is recognised by, so that only what the pictures'
+    No crop shares a pixel with those it is recognised by, so that only what the images'
     parts have in common (material, grain, style) helps.
     """
     X, y, quarters = crops

@@ -21,7 +21,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def picture(shape, seed=0):
+def make_image(shape, seed=0):
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (shape[0] // 7 + 1, shape[1] // 5 + 1, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(small).resize(shape[::-1], Image.Resampling.BICUBIC))
@@ -49,7 +49,7 @@ def test_equals_torchvision(name, shape):
         preset.std,
         preset.interpolation.value,
     )
-    image = picture(shape)
+    image = make_image(shape)
     got = preprocessing.resize_crop(image)
     assert got.dtype == np.uint8
     np.testing.assert_array_equal(got, torchvision_pixels(preset, image))
@@ -62,7 +62,7 @@ def test_equals_torchvision_for_many_shapes():
     preprocessing = Preprocessing(32, 28)
     rng = np.random.default_rng(0)
     for seed in range(300):
-        image = picture(tuple(rng.integers(9, 130, 2)), seed)
+        image = make_image(tuple(rng.integers(9, 130, 2)), seed)
         np.testing.assert_array_equal(
             preprocessing.resize_crop(image), torchvision_pixels(preset, image)
         )
@@ -72,8 +72,8 @@ def test_equals_torchvision_for_many_shapes():
 def test_pads_what_is_smaller_than_the_crop(shape):
     preset = get_model_weights("resnet18").DEFAULT.transforms()
     preset.crop_size, preset.resize_size = [45], [32]
-    got = Preprocessing(32, 45).resize_crop(picture(shape))
-    np.testing.assert_array_equal(got, torchvision_pixels(preset, picture(shape)))
+    got = Preprocessing(32, 45).resize_crop(make_image(shape))
+    np.testing.assert_array_equal(got, torchvision_pixels(preset, make_image(shape)))
 
 
 @pytest.mark.parametrize("shape", [(1, 100_000), (100_000, 1), (2, 60_000)])
@@ -90,12 +90,12 @@ def test_extreme_proportions_give_nearly_the_same():
     preset = get_model_weights("resnet18").DEFAULT.transforms()
     preset.crop_size, preset.resize_size = [28], [32]
     for shape in [(2, 300), (300, 2), (3, 2000), (999, 3)]:
-        got = Preprocessing(32, 28).resize_crop(picture(shape)).astype(int)
-        assert abs(got - torchvision_pixels(preset, picture(shape))).max() <= 1
+        got = Preprocessing(32, 28).resize_crop(make_image(shape)).astype(int)
+        assert abs(got - torchvision_pixels(preset, make_image(shape))).max() <= 1
 
 
 def test_squeezes_into_a_pair():
-    image = picture((50, 90))
+    image = make_image((50, 90))
     got = Preprocessing((64, 48), (64, 48)).resize_crop(image)
     expected = np.asarray(Image.fromarray(image).resize((48, 64), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(got, expected)
@@ -105,7 +105,7 @@ def test_grey():
     preprocessing = Preprocessing(32, 28, mean=0.5, std=0.25)
     assert preprocessing.input_size == (1, 28, 28)
     for shape in [(40, 60), (32, 32)]:
-        got = preprocessing.resize_crop(picture(shape))
+        got = preprocessing.resize_crop(make_image(shape))
         assert got.shape == (28, 28, 1)
 
 
@@ -163,7 +163,7 @@ def test_a_callable():
     backbone = load_backbone("builtin", preprocessing=halves)
     assert backbone.input_size == (3, 32, 32)
     assert isinstance(backbone.preprocessing, CallablePreprocessing)
-    assert backbone.preprocessing.resize_crop(picture((50, 60))).dtype == np.float32
+    assert backbone.preprocessing.resize_crop(make_image((50, 60))).dtype == np.float32
     assert backbone.fingerprint != load_backbone("builtin").fingerprint
     assert backbone.fingerprint == load_backbone("builtin", preprocessing=halves).fingerprint
 
