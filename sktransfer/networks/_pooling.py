@@ -19,10 +19,10 @@ class Pooling(nn.Module):
     layout : {"vector", "map", "map_last", "tokens"}
         N×C; N×C×H×W; N×H×W×C; N×places×C.
     token : int, default=0
-        The class token's place, for ``"cls"``.
+        Position of the class token, for ``"cls"``.
     n_prefix : int, default=0
-        How many tokens at the beginning are no place in the image (class token and registers);
-        the other kinds leave them out where the network does.
+        Number of tokens at the beginning that are not part of the image (class token and
+        registers); the other kinds leave them out where the network does.
 
     References
     ----------
@@ -44,7 +44,7 @@ class Pooling(nn.Module):
             return x.flatten(1).float()
         if self.layout == "vector":
             return x.float()
-        # Places to one axis, averaged in float32 whatever the network computes in.
+        # Averaged in float32, whatever the network computes in.
         places = x
         axes: tuple[int, ...] = (2, 3)
         if self.layout == "map_last":
@@ -76,7 +76,7 @@ def layout_of(shape: tuple[int, ...], is_channels_last: bool) -> str | None:
 
 
 def resolve_pooling(pooling: str, layout: str, layer: str, class_token: int | None) -> str:
-    """The kind of pooling for one layer, or a ValueError where it makes no sense there."""
+    """The kind of pooling for one layer; a ValueError where that layer cannot be pooled so."""
     if pooling == "auto":
         if layout == "vector":
             return "avg"

@@ -9,6 +9,7 @@ has the name of its last module: ``"layer3"``, ``"features.6"``, ``"encoder_laye
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 import re
@@ -277,8 +278,9 @@ class StagePlan:
         return self._shapes(size)
 
     # -- stages as modules ------------------------------------------------------------------
-    def stages(self) -> Stages:
-        """The stages as modules, made of the traced module's own layers."""
+    @functools.cached_property
+    def _parts(self) -> list[tuple[fx.Graph, fx.Graph | None]]:
+        """The graph of each stage, and the one for training if it can be cut at the same places."""
         traced = self.traced
         nodes = [traced.input, *self._ends]
         outermost: dict[fx.Node, str] = {}
@@ -286,26 +288,31 @@ class StagePlan:
             outermost.setdefault(traced.module_outputs[path], path)
         keys = [outermost.get(node, node.meta.get("key", "")) for node in nodes]
         # In training modules run their own code; only those that hold several stages are traced.
-        opened = {key.rpartition(".")[0] for key in keys}
-        opened |= {
-            ".".join(path.split(".")[:k]) for path in opened for k in range(path.count(".") + 1)
-        }
+        paths = [key.split(".")[:-1] for key in keys]
+        opened = {".".join(path[:k]) for path in paths for k in range(len(path) + 1)}
+        graphs = [traced.part(*pair) for pair in itertools.pairwise(nodes)]
         try:
-            training: Traced | None = trace(traced.root, opened)
+            training = trace(traced.root, opened)
         except TracingError:
-            training = None
-        found = Stages()
-        pairs = zip(itertools.pairwise(nodes), itertools.pairwise(keys), strict=True)
-        for name, ((source, result), (first, last)) in zip(self.names, pairs, strict=True):
-            graph = traced.part(source, result)
-            own = None
-            if training is not None:
-                begin = training.input if source is traced.input else training.names.get(first)
-                stop = training.output if result is traced.output else training.names.get(last)
-                if begin in training.cuts and (stop in training.cuts or stop is training.output):
-                    own = training.part(begin, stop)
-            found.append(Stage(name, StageModule(traced.root, graph, own)))
-        return found
+            return [(graph, None) for graph in graphs]
+        ends = [training.input, *(training.names.get(key) for key in keys[1:])]
+        if self._ends[-1] is traced.output:
+            ends[-1] = training.output
+        return [
+            (graph, training.part(*pair) if all(end in training.cuts for end in pair) else None)
+            for graph, pair in zip(graphs, itertools.pairwise(ends), strict=True)
+        ]
+
+    @property
+    def root(self) -> nn.Module:
+        """The module, with constants that its graph reads."""
+        return self.traced.root
+
+    def stages(self, root: nn.Module | None = None) -> Stages:
+        """The stages as modules, made of the layers of `root`: this module or a copy of it."""
+        root = self.traced.root if root is None else root
+        modules = [StageModule(root, *graphs) for graphs in self._parts]
+        return Stages(map(Stage, self.names, modules))
 
     def head_layers(self) -> set[str]:
         """Dotted names of the head's layers and parameters."""

@@ -30,7 +30,7 @@ def naive_rows(pictures):
         x = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None] / 255.0
         x = (x - torch.tensor(p.mean)[:, None, None]) / torch.tensor(p.std)[:, None, None]
         with torch.no_grad():
-            for stage in list(backbone.stages)[:-1]:  # all but the head
+            for stage in backbone.stages[:-1]:
                 x = stage.module.eval()(x)
         rows.append(x.flatten().numpy())
     return np.stack(rows)
