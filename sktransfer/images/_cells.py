@@ -127,8 +127,8 @@ def _is_on_its_side(image: Image.Image) -> bool:
 
 
 def _is_16_bit(image: Image.Image) -> bool:
-    # Pillow gives 16-bit PNM (and, before 11, PNG) files as 32-bit integers.
-    return image.mode == "I" and image.format in ("PNG", "PPM")
+    # Pillow gives 16-bit PNM files as 32-bit integers.
+    return image.mode == "I" and image.format == "PPM"
 
 
 def _simplify(image: Image.Image, is_16_bit: bool) -> Image.Image:
@@ -286,9 +286,10 @@ def _read_pil(image: Image.Image) -> bytes | np.ndarray:
                 return _read_stream(vars(image)["fp"])
             image.load()
             is_16_bit = _is_16_bit(image)
-            copy = image.copy()  # converting may write to the palette
-            with contextlib.suppress(Exception):
+            try:
                 copy = ImageOps.exif_transpose(image)
+            except Exception:  # damaged EXIF
+                copy = image.copy()
             return np.asarray(_simplify(copy, is_16_bit))
     except BadImage:
         raise

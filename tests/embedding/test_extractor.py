@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import joblib
 import numpy as np
@@ -14,6 +15,7 @@ from sklearn.base import clone
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 
 from sktransfer import PretrainedFeatureExtractor
+from sktransfer.embedding._batches import run_on_accelerator
 
 
 def naive_rows(pictures):
@@ -219,3 +221,24 @@ def test_set_params_after_fit_changes_nothing_fitted(pictures):
 def test_what_cannot_be_is_told_by_fit(pictures, parameters, message):
     with pytest.raises(ValueError, match=message):
         PretrainedFeatureExtractor(**parameters).fit(pictures)
+
+
+@pytest.mark.parametrize("memory", [None, False])
+def test_an_accelerators_loop_gives_the_same_rows(pictures, monkeypatch, memory, count_embedded):
+    """Here its device is the CPU; threads that share the store wait for each other's rows."""
+    expected = PretrainedFeatureExtractor(memory=False).fit_transform(pictures)
+    count_embedded["images"] = 0
+    monkeypatch.setattr(
+        "sktransfer.embedding._embed.run_on_cpu",
+        lambda run, n_images, batch_size, n_threads: run_on_accelerator(
+            run, torch.device("cpu"), batch_size, n_threads
+        ),
+    )
+    extractor = PretrainedFeatureExtractor(memory=memory, batch_size=2, on_error="zero")
+    X = [*pictures, None, b"not an image"]
+    extractor.fit(X)
+    with ThreadPoolExecutor(3) as pool:
+        for rows in pool.map(extractor.transform, [X] * 3):
+            np.testing.assert_allclose(rows[:-2], expected, rtol=1e-4, atol=1e-4)
+            assert not rows[-2:].any()
+    assert count_embedded["images"] == (36 if memory is False else 12)
