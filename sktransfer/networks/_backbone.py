@@ -17,7 +17,6 @@ from sktransfer.networks._own import ModuleSource, resolve_source
 from sktransfer.networks._pooling import POOLINGS, Pooling, layout_of, pooled_width, resolve_pooling
 from sktransfer.networks._preprocessing import AnyPreprocessing, resolve_preprocessing
 from sktransfer.networks._source import GivenSource, Source
-from sktransfer.networks._stages import split_stages
 
 # Part of every fingerprint; a change of how embeddings are computed changes it.
 _FORMAT = "sktransfer-embedding-1"
@@ -237,9 +236,10 @@ class Backbone:
 
     def copy_network(self) -> tuple[nn.Module, Stages]:
         """An independent copy of the network, and its stages, which call the copy's layers."""
-        module = copy.deepcopy(self.network.module)
-        is_foreign = self._source.is_foreign
-        return module, split_stages(module, self._plan_size, is_foreign=is_foreign)
+        network = self.network
+        _ = network.module  # the weights
+        root = copy.deepcopy(network.plan.root)
+        return root, network.plan.stages(root)
 
     def with_weights(self, module: nn.Module, digest: str) -> Backbone:
         """The same cut of `module`, a copy of the network whose weights have this digest."""

@@ -377,22 +377,25 @@ class StageModule(nn.Module):
     def __init__(self, root: nn.Module, graph: fx.Graph, training_graph: fx.Graph | None = None):
         super().__init__()
         graphs = [graph] if training_graph is None else [graph, training_graph]
-        everything = fx.Graph()
-        for node in (node for graph in graphs for node in graph.nodes):
-            if node.op == "call_module":
-                everything.call_module(str(node.target))
-            elif node.op == "get_attr":
-                everything.get_attr(str(node.target))
-        layers = fx.GraphModule(targets(root, everything), everything)
-        for name, module in layers.named_modules(remove_duplicate=False):
-            if name and "." not in name:
-                self.add_module(name, module)
-        for name, parameter in layers.named_parameters(recurse=False, remove_duplicate=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in layers.named_buffers(recurse=False, remove_duplicate=False):
-            self.register_buffer(name, buffer)
+        parts = {name: part for graph in graphs for name, part in targets(root, graph).items()}
+        for name in sorted(parts, key=lambda name: name.count(".")):
+            self._add(name, parts[name])
         # In a tuple they are not submodules: only their code is used.
         self._runs = tuple(fx.GraphModule(targets(root, graph), graph) for graph in graphs)
+
+    def _add(self, name: str, part: object) -> None:
+        *parents, last = name.split(".")
+        owner: nn.Module = self
+        for parent in parents:
+            if not hasattr(owner, parent):
+                owner.add_module(parent, nn.Module())
+            owner = getattr(owner, parent)
+        if hasattr(owner, last):
+            return
+        if isinstance(part, torch.Tensor) and not isinstance(part, nn.Parameter):
+            owner.register_buffer(last, part)
+        else:
+            setattr(owner, last, part)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         run = self._runs[-1 if self.training else 0]

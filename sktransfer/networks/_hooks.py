@@ -38,19 +38,20 @@ class HookedPlan:
     """
 
     def __init__(self, module: nn.Module, input_size: tuple[int, int, int], name: str):
-        self.module, self.network_name = module, name
+        self.root, self.network_name = module, name
         self._layers = [path for path, _ in module.named_modules(remove_duplicate=False) if path]
         self._runs: dict[tuple[int, ...], _Run] = {}
         self._head = self._run(input_size).head
         self.names = ["body", "head"] if self._head else ["body"]
         self.stage_keys = [self.embedding_key, ""][: len(self.names)]
 
-    def stages(self) -> Stages:
-        """The stages as modules."""
+    def stages(self, root: nn.Module | None = None) -> Stages:
+        """The stages as modules, made of the layers of `root`: this module or a copy of it."""
+        root = self.root if root is None else root
         if not self._head:
-            return Stages([Stage("body", self.module)])
-        head = self.module.get_submodule(self._head)
-        return Stages([Stage("body", _Body(self.module, self._head)), Stage("head", head)])
+            return Stages([Stage("body", root)])
+        head = root.get_submodule(self._head)
+        return Stages([Stage("body", _Body(root, self._head)), Stage("head", head)])
 
     def head_layers(self) -> set[str]:
         """Dotted name of the head, if there is one."""
@@ -95,12 +96,12 @@ class HookedPlan:
 
     def extractor(self, keys: list[str], poolings: list[nn.Module]) -> HookedExtractor:
         """The network up to the last of the layers, returning their pooled values."""
-        return HookedExtractor(self.module, keys, poolings)
+        return HookedExtractor(self.root, keys, poolings)
 
     def _run(self, input_size: tuple[int, int, int]) -> _Run:
         if input_size not in self._runs:
             try:
-                run = _Run(self.module, input_size)
+                run = _Run(self.root, input_size)
             except Exception as error:
                 raise not_accepted(self.network_name, input_size, error) from error
             if not isinstance(run.output, torch.Tensor):

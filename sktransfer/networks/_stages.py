@@ -9,12 +9,12 @@ has the name of its last module: ``"layer3"``, ``"features.6"``, ``"encoder_laye
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 import re
 from collections import Counter
 
-import torch
 from torch import fx, nn
 
 from sktransfer.networks._graph import (
@@ -53,46 +53,7 @@ _STAGE_ENDS = {
     "VGG": r"features\.\d+:MaxPool2d|classifier\.[14]",
     "VisionTransformer": r"encoder\.dropout|encoder\.layers\.encoder_layer_\d+",
 }
-DROPOUTS = (
-    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
-)  # fmt: skip
 _MAP_SIZE = 192  # pixels: six halvings leave three
-
-
-def split_stages(
-    module: nn.Module,
-    input_size: tuple[int, int, int] = (3, 224, 224),
-    *,
-    is_foreign: bool = False,
-) -> Stages:
-    """Split a network into stages that call its own layers.
-
-    Parameters
-    ----------
-    module : nn.Module
-        Takes one batch of images (N×C×H×W) and returns one tensor.
-    input_size : tuple of 3 ints, default=(3, 224, 224)
-        Channels, height and width of an image that the network accepts.
-    is_foreign : bool, default=False
-        As in :func:`plan_stages`.
-
-    Returns
-    -------
-    stages : Stages
-        ``stages.run(x)`` equals ``module(x)``, in training as in evaluation.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> from sktransfer.networks._stages import split_stages
-    >>> network = nn.Sequential(
-    ...     nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2),
-    ...     nn.Conv2d(4, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2),
-    ... )
-    >>> split_stages(network, (3, 32, 32)).names
-    ['stem', '3', 'pool', 'head']
-    """
-    return plan_stages(module, input_size, is_foreign=is_foreign).stages()
 
 
 def plan_stages(
@@ -134,7 +95,6 @@ class StagePlan:
                 "is needed. nn.Flatten() gives the pixels themselves."
             )
         self.traced, self.network_name = traced, name
-        self._tokens: dict[str, tuple[int | None, int]] = {}
         self._map_shapes = self._large_shapes(input_size)
         start = self._head_start()
         self._has_head = start < len(traced.nodes)
@@ -185,15 +145,12 @@ class StagePlan:
             )
             if not is_linear or i - 1 not in traced.crossing:
                 break
-            while i - 2 in traced.crossing and self._is_dropout(traced.nodes[i - 1]):
+            while i - 2 in traced.crossing and isinstance(
+                traced.layer(traced.nodes[i - 1]), (nn.Dropout, nn.Identity)
+            ):
                 i -= 1
             return i if i > 1 else len(traced.nodes)
         return len(traced.nodes)
-
-    def _is_dropout(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return isinstance(self.traced.layer(node), (*DROPOUTS, nn.Identity))
-        return node.target in (nn.functional.dropout, torch.dropout)
 
     def _family_ends(self, end: int) -> list[tuple[str, int]]:
         """Ends of the stages of one of torchvision's networks, by the modules' names."""
@@ -321,8 +278,9 @@ class StagePlan:
         return self._shapes(size)
 
     # -- stages as modules ------------------------------------------------------------------
-    def stages(self) -> Stages:
-        """The stages as modules, made of the traced module's own layers."""
+    @functools.cached_property
+    def _parts(self) -> list[tuple[fx.Graph, fx.Graph | None]]:
+        """The graph of each stage, and the one for training if it can be cut at the same places."""
         traced = self.traced
         nodes = [traced.input, *self._ends]
         outermost: dict[fx.Node, str] = {}
@@ -330,26 +288,31 @@ class StagePlan:
             outermost.setdefault(traced.module_outputs[path], path)
         keys = [outermost.get(node, node.meta.get("key", "")) for node in nodes]
         # In training modules run their own code; only those that hold several stages are traced.
-        opened = {key.rpartition(".")[0] for key in keys}
-        opened |= {
-            ".".join(path.split(".")[:k]) for path in opened for k in range(path.count(".") + 1)
-        }
+        paths = [key.split(".")[:-1] for key in keys]
+        opened = {".".join(path[:k]) for path in paths for k in range(len(path) + 1)}
+        graphs = [traced.part(*pair) for pair in itertools.pairwise(nodes)]
         try:
-            training: Traced | None = trace(traced.root, opened)
+            training = trace(traced.root, opened)
         except TracingError:
-            training = None
-        found = Stages()
-        pairs = zip(itertools.pairwise(nodes), itertools.pairwise(keys), strict=True)
-        for name, ((source, result), (first, last)) in zip(self.names, pairs, strict=True):
-            graph = traced.part(source, result)
-            own = None
-            if training is not None:
-                begin = training.input if source is traced.input else training.names.get(first)
-                stop = training.output if result is traced.output else training.names.get(last)
-                if begin in training.cuts and (stop in training.cuts or stop is training.output):
-                    own = training.part(begin, stop)
-            found.append(Stage(name, StageModule(traced.root, graph, own)))
-        return found
+            return [(graph, None) for graph in graphs]
+        ends = [training.input, *(training.names.get(key) for key in keys[1:])]
+        if self._ends[-1] is traced.output:
+            ends[-1] = training.output
+        return [
+            (graph, training.part(*pair) if all(end in training.cuts for end in pair) else None)
+            for graph, pair in zip(graphs, itertools.pairwise(ends), strict=True)
+        ]
+
+    @property
+    def root(self) -> nn.Module:
+        """The module, with constants that its graph reads."""
+        return self.traced.root
+
+    def stages(self, root: nn.Module | None = None) -> Stages:
+        """The stages as modules, made of the layers of `root`: this module or a copy of it."""
+        root = self.traced.root if root is None else root
+        modules = [StageModule(root, *graphs) for graphs in self._parts]
+        return Stages(map(Stage, self.names, modules))
 
     def head_layers(self) -> set[str]:
         """Dotted names of the head's layers and parameters."""
@@ -405,11 +368,7 @@ class StagePlan:
         ``x[:, 0]`` between the layer and the head takes a class token, ``x[:, k:]`` leaves out
         the k first ones.
         """
-        if key not in self._tokens:  # asked for in every fit
-            self._tokens[key] = self._token_use(self._node(key))
-        return self._tokens[key]
-
-    def _token_use(self, node: fx.Node) -> tuple[int | None, int]:
+        node = self._node(key)
         following = {node}
         for other in self.traced.nodes[: self.traced.position[self._embedding] + 1]:
             if not following.intersection(other.all_input_nodes):
