@@ -38,13 +38,13 @@ def skorch(options, X, y, folds):
     ready = pictures(options.backbone, X, codes)
     tensors = np.stack([ready[i][0].numpy() for i in range(len(X))])
     origin = load_backbone(options.backbone, weights=WEIGHTS[options.backbone])
-    names = [name for name in origin.stages.names if name not in ("pool", "flatten", "head")]
+    stages = [stage for stage in origin.stages if stage.name not in ("pool", "head")]
     by_id = {id(p): name for name, p in origin.network.module.named_parameters()}
     head = head_of(options.backbone)
     freezers = []
     for k in UNFREEZE:
-        free = {by_id[id(p)] for name in names[len(names) - k :]
-                for p in origin.stages[name].module.parameters()}  # fmt: skip
+        free = {by_id[id(p)] for stage in stages[len(stages) - k :]
+                for p in stage.module.parameters()}  # fmt: skip
         freezers.append(
             Freezer(lambda name, free=free: name not in free and not name.startswith(head))
         )

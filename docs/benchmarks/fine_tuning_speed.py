@@ -57,8 +57,8 @@ def last_stage(backbone, X, y, X_test, y_test, seed):
     classes, codes = np.unique(y, return_inverse=True)
     origin = model.backbone_
     # The same parameters by name: the network's last stage, and the new last layer.
-    stage = [name for name in origin.stages.names if name not in ("pool", "flatten", "head")][-1]
-    own = {id(p) for p in origin.stages[stage].module.parameters()}
+    stage = [stage for stage in origin.stages if stage.name not in ("pool", "head")][-1]
+    own = {id(p) for p in stage.module.parameters()}
     names = {n for n, p in origin.network.module.named_parameters() if id(p) in own}
     head = head_of(backbone)
 

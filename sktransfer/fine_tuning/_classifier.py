@@ -10,9 +10,9 @@ from sktransfer._validation import StrOptions, fit_context
 from sktransfer.fine_tuning._base import BaseFineTuning
 from sktransfer.fine_tuning._targets import (
     are_strings,
-    balanced_factors,
+    check_class_weight,
     check_y_given,
-    class_weights,
+    class_factors,
     codes_of,
     read_classes,
     read_labels,
@@ -426,7 +426,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
                 f"classes={given!r} is not the same as in the first call to partial_fit, "
                 f"which was {self.classes_!r}."
             )
-        self._check_class_weight()
+        check_class_weight(self.class_weight, self.classes_, is_multilabel)
         return labels if is_multilabel else codes_of(labels, self.classes_, name)
 
     def _set_classes(self, labels, kind):
@@ -448,16 +448,6 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
                 )
         self.classes_, self._kind = classes, kind
 
-    def _check_class_weight(self):
-        if self.class_weight in (None, "balanced"):
-            return
-        if self._kind == "multilabel":
-            raise ValueError(
-                f"class_weight={self.class_weight!r} with several labels per row: only "
-                "'balanced' and None are accepted; give sample_weight for anything else."
-            )
-        class_weights(self.class_weight, self.classes_)
-
     def _prepare_target(self, target, weight, *, reset):
         if self._kind == "multilabel":
             if reset:
@@ -474,23 +464,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         return np.log(self.class_priors_)
 
     def _training_weight(self, target, weight):
-        if self.class_weight is None:
-            return weight
-        if self._kind == "multilabel":
-            # As scikit-learn's compute_sample_weight: the product over the labels.
-            columns = target.astype(np.int64).T
-            return weight * np.prod([balanced_factors(c, weight, 2) for c in columns], axis=0)
-        if self.class_weight == "balanced":
-            return weight * balanced_factors(target, weight, len(self.classes_))
-        factors = class_weights(self.class_weight, self.classes_)[target]
-        if not factors.any():
-            alone = [shown(label) for label in self.classes_[np.unique(target)]]
-            raise ValueError(
-                f"class_weight={self.class_weight!r} leaves nothing to train on or to validate "
-                f"on: all rows are of the classes {alone}, whose weight is 0. Add rows of other "
-                "classes, or leave these out."
-            )
-        return weight * factors
+        return weight * class_factors(self.class_weight, self.classes_, target, weight)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

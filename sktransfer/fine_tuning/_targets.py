@@ -167,7 +167,41 @@ def _comparable(labels: np.ndarray, others: np.ndarray) -> list:
     return labels.tolist()
 
 
-def class_weights(class_weight: Mapping, classes: np.ndarray) -> np.ndarray:
+def check_class_weight(class_weight: Mapping | str | None, classes, is_multilabel: bool) -> None:
+    """Raise ValueError for a ``class_weight`` that does not fit the classes."""
+    if isinstance(class_weight, Mapping):
+        if is_multilabel:
+            raise ValueError(
+                f"class_weight={class_weight!r} with several labels per row: only 'balanced' and "
+                "None are accepted; give sample_weight for anything else."
+            )
+        _class_weights(class_weight, classes)
+
+
+def class_factors(
+    class_weight: Mapping | str | None, classes: np.ndarray, target: np.ndarray, weight: np.ndarray
+) -> np.ndarray | float:
+    """What ``class_weight`` multiplies the rows' weights by."""
+    if class_weight is None:
+        return 1.0
+    if target.ndim > 1:
+        # As scikit-learn's compute_sample_weight: the product over the labels.
+        columns = target.astype(np.int64).T
+        return np.prod([_balanced_factors(c, weight, 2) for c in columns], axis=0)
+    if not isinstance(class_weight, Mapping):
+        return _balanced_factors(target, weight, len(classes))
+    factors = _class_weights(class_weight, classes)[target]
+    if not factors.any():
+        alone = [shown(label) for label in classes[np.unique(target)]]
+        raise ValueError(
+            f"class_weight={class_weight!r} leaves nothing to train on or to validate on: all "
+            f"rows are of the classes {alone}, whose weight is 0. Add rows of other classes, or "
+            "leave these out."
+        )
+    return factors
+
+
+def _class_weights(class_weight: Mapping, classes: np.ndarray) -> np.ndarray:
     """The weight of each class, 1 where `class_weight` names none.
 
     As scikit-learn's compute_class_weight, which accepts no objects as labels but strings.
@@ -185,7 +219,7 @@ def class_weights(class_weight: Mapping, classes: np.ndarray) -> np.ndarray:
     return weights
 
 
-def balanced_factors(codes: np.ndarray, weight: np.ndarray, n_classes: int) -> np.ndarray:
+def _balanced_factors(codes: np.ndarray, weight: np.ndarray, n_classes: int) -> np.ndarray:
     """Each row's factor for "balanced": n / (n_present_classes · n_of_its_class).
 
     As in scikit-learn, with weights counted as rows.

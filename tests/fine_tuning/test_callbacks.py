@@ -92,6 +92,15 @@ def test_a_scheduler_of_skorch_switches_the_built_in_schedule_off(stripes, has_n
     np.testing.assert_allclose(sorted(last), [2.5e-6, 5e-6, 1e-5])
 
 
+def test_a_scheduler_goes_on_with_partial_fit(stripes):
+    scheduler = LRScheduler(policy="StepLR", step_size=1, gamma=0.1)
+    model = quick(callbacks=[scheduler], lr=1e-2).fit(*stripes)
+    for _ in range(2):
+        model.partial_fit(*stripes)
+    rates = [row["lr"] for row in model.history_]
+    assert rates[0] == 1e-2 > rates[1] > rates[2]
+
+
 def test_the_built_in_schedule_is_in_the_history(stripes):
     Rates.seen.clear()
     model = quick(callbacks=[Rates()], max_epochs=8, batch_size=64, lr=1.0).fit(*stripes)
