@@ -59,22 +59,6 @@ def stripes():
 
 
 @pytest.fixture
-def decoded(monkeypatch):
-    """The numbers of the pictures that were decoded, one after another."""
-    from sktransfer.images._images import Images
-
-    numbers = []
-    picture = Images.picture
-
-    def note(self, i, min_size=None):
-        numbers.append(i)
-        return picture(self, i, min_size)
-
-    monkeypatch.setattr(Images, "picture", note)
-    return numbers
-
-
-@pytest.fixture
 def one_thread():
     """One torch thread: what is so small gains nothing from several."""
     import torch
