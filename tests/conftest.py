@@ -1,4 +1,4 @@
-"""Pictures and folders that several test files share."""
+"""Images and settings that several test files share."""
 
 import os
 from pathlib import Path
@@ -11,17 +11,6 @@ from PIL import Image
 # No test fails because a machine is slow just then.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
-
-
-class Clock:
-    """The wall clock of the stores, moved by hand."""
-
-    def __init__(self, monkeypatch):
-        self.now = 1_800_000_000.0
-        monkeypatch.setattr("time.time", lambda: self.now)
-
-    def advance(self, hours):
-        self.now += 3600 * hours
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +42,9 @@ def picture_files(pictures, tmp_path):
 @pytest.fixture(autouse=True)
 def empty_store():
     """Each test starts without rows that another test computed."""
-    from sktransfer.store._store import as_store
+    from sktransfer import embedding_store
 
-    as_store(None).clear()
+    embedding_store().clear()
 
 
 @pytest.fixture(scope="session")
@@ -70,22 +59,6 @@ def stripes():
 
 
 @pytest.fixture
-def decoded(monkeypatch):
-    """The numbers of the pictures that were decoded, one after another."""
-    from sktransfer.images._images import Images
-
-    numbers = []
-    picture = Images.picture
-
-    def note(self, i, min_size=None):
-        numbers.append(i)
-        return picture(self, i, min_size)
-
-    monkeypatch.setattr(Images, "picture", note)
-    return numbers
-
-
-@pytest.fixture
 def one_thread():
     """One torch thread: what is so small gains nothing from several."""
     import torch
@@ -94,18 +67,3 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(params=["memory", "disk"])
-def store(request, tmp_path):
-    """An empty store of each kind."""
-    from sktransfer.store._store import DiskStore, MemoryStore
-
-    store = MemoryStore() if request.param == "memory" else DiskStore(tmp_path)
-    yield store
-    store.close()
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return Clock(monkeypatch)

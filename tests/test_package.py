@@ -43,10 +43,11 @@ def test_unknown_name_is_an_attribute_error():
         _ = sktransfer.nothing
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="warnings cannot skip frames there")
-def test_a_warning_points_at_the_users_line(tmp_path):
-    extractor = sktransfer.PretrainedFeatureExtractor(memory=False, on_error="nan")
+def test_a_warning_points_at_the_users_line():
+    images = [np.full((40, 40), 100.0)]  # read as 0…255, with a warning
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        extractor.fit_transform([np.zeros((40, 40)), tmp_path / "missing.jpg"])
-    assert {warning.filename for warning in caught} == {__file__}
+        sktransfer.PretrainedFeatureExtractor(memory=False).fit_transform(images)
+    assert len(caught) == 1
+    if sys.version_info >= (3, 12):  # Python 3.11 cannot skip the frames of other packages
+        assert caught[0].filename == __file__
