@@ -14,7 +14,7 @@ from torch import nn
 
 from sktransfer.embedding._batches import cpu_batch_size
 from sktransfer.networks._backbone import Backbone, load_backbone
-from sktransfer.networks._folding import scale_and_shift
+from sktransfer.networks._inference import scale_and_shift
 from sktransfer.networks._preprocessing import Preprocessing
 from sktransfer.networks._sources import GivenSource
 

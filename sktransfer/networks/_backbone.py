@@ -12,9 +12,16 @@ import torch
 from torch import nn
 
 from sktransfer.networks._graph import Stages
-from sktransfer.networks._inference import Network, get_network
+from sktransfer.networks._inference import (
+    POOLINGS,
+    Network,
+    Pooling,
+    get_network,
+    layout_of,
+    pooled_width,
+    resolve_pooling,
+)
 from sktransfer.networks._own import ModuleSource, own_source
-from sktransfer.networks._pooling import POOLINGS, Pooling, layout_of, pooled_width, resolve_pooling
 from sktransfer.networks._preprocessing import AnyPreprocessing, resolve_preprocessing
 from sktransfer.networks._sources import GivenSource, Source, named_source
 
@@ -198,7 +205,8 @@ class Backbone:
         self._keys.append(key)
         self._poolings.append(pooling)
         self.feature_groups.append((label, pooled_width(kind, layout, shape)))
-        parts = [_FORMAT, *self._source.key, *pooling, key]
+        source = self._source
+        parts = [_FORMAT, type(source).__name__, source.name, source.digest, *pooling, key]
         self.group_fingerprints.append(
             _digest([*parts, self.input_size, self.preprocessing.identity])
         )

@@ -1,15 +1,17 @@
-"""Networks in memory: loaded once per process, however many estimators ask."""
+"""Networks as they run for inference: loaded once per process, folded, from pixels to rows."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import copy
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sktransfer._threads import one_at_a_time, process_lock
-from sktransfer.networks._folding import EmbeddingNetwork, inference_copy
-from sktransfer.networks._pooling import Pooling
+from sktransfer.networks._graph import is_patched
 from sktransfer.networks._preprocessing import AnyPreprocessing, Preprocessing
 from sktransfer.networks._sources import Source
 from sktransfer.networks._stages import plan_stages
@@ -23,7 +25,13 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _networks: OrderedDict[tuple, Network] = OrderedDict()
 _lock = process_lock()  # for look-ups only
 
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+POOLINGS = ("auto", "avg", "max", "avgmax", "gem", "cls", "flatten")
+_GEM_POWER = 3.0
 
+
+# -- networks in memory --------------------------------------------------------------------------
 class Network:
     """A source's module and the plan of its stages; its weights are loaded when first needed.
 
@@ -84,7 +92,7 @@ class Network:
 
 def get_network(source: Source, input_size: tuple[int, int, int]) -> Network:
     """The one network of this process for `source`; the least used beyond four is let go."""
-    key = (*source.key, input_size)
+    key = (type(source).__name__, source.name, source.digest, input_size)
     if found := _look_up(key):
         return found
     with one_at_a_time:  # as building does: the other order could block two threads for ever
@@ -109,3 +117,226 @@ def clear_networks() -> None:
     """Let go of all networks."""
     with _lock:
         _networks.clear()
+
+
+# -- folding ------------------------------------------------------------------------------------
+def scale_and_shift(
+    mean: Sequence[float], std: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two 1×C×1×1 factors that normalise pixels of 0…255: x · scale + shift.
+
+    `mean` and `std` are those of pixels in 0…1:
+    (x / 255 - mean) / std = x · 1 / (255 std) - mean / std.
+    """
+    spread = torch.tensor(std, dtype=torch.float64).view(1, -1, 1, 1)
+    centre = torch.tensor(mean, dtype=torch.float64).view(1, -1, 1, 1)
+    return (1 / (255 * spread)).float(), (-centre / spread).float()
+
+
+class EmbeddingNetwork(nn.Module):
+    """uint8 pixels in, one float32 row per image and layer out.
+
+    Parameters
+    ----------
+    extractor : nn.Module
+        Returns the layers' pooled values as a list; made by :func:`inference_copy`.
+    mean, std : sequence of float, or None
+        Of pixels in 0…1; None: the input comes normalised, as floats.
+    dtype : torch.dtype
+        What the network computes in.
+    channels_last : bool
+    """
+
+    def __init__(
+        self,
+        extractor: nn.Module,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        dtype: torch.dtype,
+        channels_last: bool,
+    ):
+        super().__init__()
+        self.extractor = extractor
+        self.dtype = dtype
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.scale: torch.Tensor
+        self.shift: torch.Tensor
+        self.is_normalising = mean is not None
+        if mean is not None and std is not None:
+            scale, shift = scale_and_shift(mean, std)
+            self.register_buffer("scale", scale, persistent=False)
+            self.register_buffer("shift", shift, persistent=False)
+
+    @torch.inference_mode()
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        if self.is_normalising:
+            x = torch.addcmul(self.shift, x.float(), self.scale)
+        x = x.to(self.dtype).contiguous(memory_format=self.memory_format)
+        return self.extractor(x)
+
+
+def inference_copy(
+    network: fx.GraphModule, device: torch.device, dtype: torch.dtype, *, channels_last: bool
+) -> fx.GraphModule:
+    """A copy of `network` for inference alone.
+
+    Parameters
+    ----------
+    network : fx.GraphModule
+        In eval mode. Neither its layers nor their tensors are altered.
+    device, dtype
+        Where and in what it will compute.
+    channels_last : bool
+        Whether convolutions keep their weights as N×H×W×C.
+    """
+    folded = fx.GraphModule(network, copy.deepcopy(network.graph))
+    _fold_batch_norms(folded)
+    copied = copy.deepcopy(folded).to(device=device, dtype=dtype)
+    if channels_last:
+        copied = copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copied.eval().requires_grad_(False)
+
+
+def _fold_batch_norms(network: fx.GraphModule) -> None:
+    """Fold each batch norm into the convolution that feeds it and nothing else.
+
+    y = γ (W x + b - μ) / √(σ² + ε) + β is a convolution with W' = γ W / √(σ² + ε) and
+    b' = β + γ (b - μ) / √(σ² + ε).
+    """
+    layers = dict(network.named_modules(remove_duplicate=False))
+    calls = [layers[str(n.target)] for n in network.graph.nodes if n.op == "call_module"]
+    n_calls = Counter(map(id, calls))
+    for node in list(network.graph.nodes):
+        before = node.args[0] if node.args else None
+        if not (
+            node.op == "call_module"
+            and isinstance(before, fx.Node)
+            and before.op == "call_module"
+            and len(before.users) == 1
+        ):
+            continue
+        conv, norm = layers[str(before.target)], layers[str(node.target)]
+        if not (
+            isinstance(norm, _NORMS)
+            and type(conv) in _CONVS
+            and n_calls[id(conv)] == 1
+            and norm.running_mean is not None
+            and not is_patched(conv)
+            and not is_patched(norm)
+        ):
+            continue
+        with torch.no_grad():
+            network.set_submodule(str(before.target), fuse_conv_bn_eval(conv, norm))
+        rest = _after_norm(norm)
+        if rest is None:
+            node.replace_all_uses_with(before)
+            network.graph.erase_node(node)
+        else:
+            network.set_submodule(str(node.target), rest)
+    network.graph.lint()
+    network.recompile()
+    network.delete_all_unused_submodules()
+
+
+def _after_norm(norm: nn.Module) -> nn.Module | None:
+    """What a layer that is more than a batch norm (timm's) does behind it."""
+    rest = [child for child in norm.children() if not isinstance(child, (nn.Identity, *_NORMS))]
+    return nn.Sequential(*rest) if rest else None
+
+
+# -- pooling ------------------------------------------------------------------------------------
+class Pooling(nn.Module):
+    """Reduce a network's value to one row per image, in float32.
+
+    Parameters
+    ----------
+    kind : {"none", "avg", "max", "avgmax", "gem", "cls", "flatten"}
+        ``"gem"`` is the generalised mean (mean of x^p)^(1/p) with p = 3 [1]_.
+    layout : {"vector", "map", "map_last", "tokens"}
+        N×C; N×C×H×W; N×H×W×C; N×places×C.
+    token : int, default=0
+        Position of the class token, for ``"cls"``.
+    n_prefix : int, default=0
+        Number of tokens at the beginning that are not part of the image (class token and
+        registers); the other kinds leave them out where the network does.
+
+    References
+    ----------
+    .. [1] F. Radenović, G. Tolias, O. Chum: "Fine-tuning CNN image retrieval with no human
+       annotation", IEEE TPAMI 41(7), 2019. :doi:`10.1109/TPAMI.2018.2846566`
+    """
+
+    def __init__(self, kind: str, layout: str, token: int = 0, n_prefix: int = 0):
+        super().__init__()
+        self.kind, self.layout, self.token, self.n_prefix = kind, layout, token, n_prefix
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}, layout={self.layout!r}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "cls":
+            return x[:, self.token].float()
+        if self.kind == "flatten":
+            return x.flatten(1).float()
+        if self.layout == "vector":
+            return x.float()
+        # Averaged in float32, whatever the network computes in.
+        places = x
+        axes: tuple[int, ...] = (2, 3)
+        if self.layout == "map_last":
+            axes = (1, 2)
+        elif self.layout == "tokens":
+            places, axes = x[:, self.n_prefix :], (1,)
+        if self.kind == "max":
+            return places.amax(axes).float()
+        if self.kind == "avg":
+            return places.mean(axes, dtype=torch.float32)
+        if self.kind == "avgmax":
+            return torch.cat(
+                [places.mean(axes, dtype=torch.float32), places.amax(axes).float()], dim=1
+            )
+        # (1/n Σ x^p)^(1/p) needs x > 0; 1e-6 as in the authors' code.
+        powers = places.float().clamp(min=1e-6).pow(_GEM_POWER)
+        return powers.mean(axes).pow(1.0 / _GEM_POWER)
+
+
+def layout_of(shape: tuple[int, ...], is_channels_last: bool) -> str | None:
+    """Which axes of a value are the channels; None if it is not one vector or map per image."""
+    if len(shape) == 2:
+        return "vector"
+    if len(shape) == 3:
+        return "tokens"
+    if len(shape) == 4:
+        return "map_last" if is_channels_last else "map"
+    return None
+
+
+def resolve_pooling(pooling: str, layout: str, layer: str, class_token: int | None) -> str:
+    """The kind of pooling for one layer; a ValueError where that layer cannot be pooled so."""
+    if pooling == "auto":
+        if layout == "vector":
+            return "avg"
+        return "cls" if layout == "tokens" and class_token is not None else "avg"
+    if pooling == "cls" and (layout != "tokens" or class_token is None):
+        what = {
+            "vector": "one vector per image",
+            "map": "a map with height and width",
+            "map_last": "a map with height and width",
+            "tokens": "a sequence of tokens, and the network classifies from all of them",
+        }[layout]
+        raise ValueError(
+            f"pooling='cls' asks for the class token, but {layer} gives {what}: use pooling='avg', "
+            "'max', 'avgmax', 'gem' or 'flatten', or a vision transformer's layer."
+        )
+    return pooling
+
+
+def pooled_width(kind: str, layout: str, shape: tuple[int, ...]) -> int:
+    """Number of columns that pooling a value of `shape` (with its batch axis) gives."""
+    if kind == "flatten" and layout != "vector":
+        width = 1
+        for length in shape[1:]:
+            width *= length
+        return width
+    channels = shape[1] if layout in ("vector", "map") else shape[-1]
+    return channels * (2 if kind == "avgmax" and layout != "vector" else 1)

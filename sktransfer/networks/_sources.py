@@ -50,11 +50,6 @@ class Source(ABC):
     is_user_file: bool = False
     is_foreign: bool = False
 
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """Equal for sources that give the same network."""
-        return (type(self).__name__, self.name, self.digest)
-
     @abstractmethod
     def build(self) -> nn.Module:
         """Build the architecture in eval mode; its tensors may lie on the meta device."""
