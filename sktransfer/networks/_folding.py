@@ -114,6 +114,7 @@ def _fold_batch_norms(network: fx.GraphModule) -> None:
         conv, norm = layers[str(before.target)], layers[str(node.target)]
         if not (
             isinstance(norm, _NORMS)
+            and norm.forward.__module__.startswith(("torch.", "timm."))  # no code of a user's
             and type(conv) in _CONVS
             and n_calls[id(conv)] == 1
             and norm.running_mean is not None
