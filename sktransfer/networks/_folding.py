@@ -88,8 +88,9 @@ def inference_copy(
     folded = fx.GraphModule(network, copy.deepcopy(network.graph))
     _fold_batch_norms(folded)
     copied = copy.deepcopy(folded).to(device=device, dtype=dtype)
-    if channels_last:
-        copied = copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for layer in copied.modules():
+        if channels_last and isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return copied.eval().requires_grad_(False)
 
 
