@@ -192,8 +192,9 @@ def inference_copy(
     folded = fx.GraphModule(network, copy.deepcopy(network.graph))
     _fold_batch_norms(folded)
     copied = copy.deepcopy(folded).to(device=device, dtype=dtype)
-    if channels_last:
-        copied = copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for layer in copied.modules():
+        if channels_last and isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return copied.eval().requires_grad_(False)
 
 
@@ -218,6 +219,7 @@ def _fold_batch_norms(network: fx.GraphModule) -> None:
         conv, norm = layers[str(before.target)], layers[str(node.target)]
         if not (
             isinstance(norm, _NORMS)
+            and norm.forward.__module__.startswith(("torch.", "timm."))  # no code of a user's
             and type(conv) in _CONVS
             and n_calls[id(conv)] == 1
             and norm.running_mean is not None

@@ -337,6 +337,7 @@ TIMM = {
     "resnet18": list(STAGES["resnet18"]),
     "vit_tiny_patch16_224": ["stem", *(f"blocks.{k}" for k in range(12)), "pool", "head"],
     "convnext_atto": ["stem", *(f"stages.{k}" for k in range(4)), "pool", "head"],
+    "swin_tiny_patch4_window7_224": ["stem", *(f"layers.{k}" for k in range(4)), "pool", "head"],
 }
 
 
@@ -344,7 +345,7 @@ TIMM = {
 def test_timm(name, names):
     timm = pytest.importorskip("timm")
     module = timm.create_model(name, pretrained=False).eval()
-    size = 224 if name.startswith("vit") else 64
+    size = 224 if name.startswith(("vit", "swin")) else 64
     pixels = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
     preprocessing = {"size": size, "crop": size, "mean": (0.485, 0.456, 0.406)}
     preprocessing["std"] = (0.229, 0.224, 0.225)
