@@ -201,13 +201,14 @@ def train(
             settings.kind, settings.lr, first_epoch, valid, settings.keeps_best, patience, first
         )
         callbacks: list[Callback] = [unfreezing, log]
-        if not settings.is_continued and not _has_scheduler(settings.callbacks or []):
+        has_scheduler = _has_scheduler(settings.callbacks or [])
+        if not settings.is_continued and not has_scheduler:
             n_batches = -(-len(phases[0].train_set) // settings.batch_size)
             n_steps = n_batches * sum(phase.n_epochs for phase in phases)
             callbacks.insert(1, OneCycle(max(1, n_steps)))
         net = make_net(module, first, settings, callbacks)
         if old_net is not None:
-            _continue(net, old_net)
+            _continue(net, old_net, has_scheduler)
         tuned.net = net
         _run(net, phases, log)
         module.load_state_dict(log.best_state, strict=False)
@@ -322,7 +323,7 @@ def _make_optimizer(
     return of.optimizer(groups, lr=of.lr)
 
 
-def _continue(net: NeuralNet, old: NeuralNet) -> None:
+def _continue(net: NeuralNet, old: NeuralNet, has_scheduler: bool) -> None:
     """Copy the history and the optimizer's state of the epochs before."""
     net.history_ = copy.deepcopy(old.history_)
     optimizer, before = net.optimizer_, old.optimizer_
@@ -333,6 +334,11 @@ def _continue(net: NeuralNet, old: NeuralNet) -> None:
         moments = before.state_dict()["state"].items()
         state["state"] = {i: copy.deepcopy(own) for i, own in moments if i < n_parameters}
         optimizer.load_state_dict(state)
+    if has_scheduler:  # it continues from the last epoch's rates, which torch keeps in the groups
+        for group, own in zip(optimizer.param_groups, before.param_groups, strict=False):
+            group.update({key: own[key] for key in ("lr", "initial_lr") if key in own})
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
 
 
 def _has_scheduler(callbacks: Sequence) -> bool:
