@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +26,7 @@ from sktransfer.embedding._batches import (
 )
 from sktransfer.embedding._cluster import deal_out, is_outside_of_workers
 from sktransfer.images._images import BadImage, Images
-from sktransfer.store._store import N_BLOCKS, NO_STORE, Lock, Store, as_store, block_of
+from sktransfer.store._store import NO_STORE, Lock, Store, as_store, block_of
 
 if TYPE_CHECKING:
     from sktransfer.images._cells import Cell
@@ -302,9 +300,8 @@ class EmbeddingRun:
         for row in rows:
             row.block = block_of(row.digest)
             blocks.setdefault(row.block, []).append(row)
-        # Others begin at other blocks.
-        begin = hash((os.getpid(), threading.get_ident())) % N_BLOCKS
-        for block in sorted(blocks, key=lambda block: (block - begin) % N_BLOCKS):
+        # In the same order in every run, so that the same batches give the same bits.
+        for block in sorted(blocks):
             if block not in self._locks:
                 lock = self._store.lock(min(self._fingerprints), block)
                 if not lock.acquire(blocking=False):
