@@ -224,7 +224,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     def _held_out(self, target: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
         """Rows to validate on; none, with a warning, if there are too few."""
-        from sktransfer.fine_tuning._probe import stratified_part
+        from sktransfer.fine_tuning._head import stratified_part
 
         fraction, n = self.validation_fraction, len(target)
         held_out = stratified_part(target if target.ndim == 1 else None, fraction, rng, n)
@@ -284,7 +284,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         )
 
     def _start_as_probe(self, head: nn.Module, part: Part, rng, has_corners: bool) -> None:
-        from sktransfer.fine_tuning._probe import fit_probe
+        from sktransfer.fine_tuning._head import fit_probe
 
         views = part.embeddings[:, None]
         if has_corners and len(part.rows) < _N_ROWS_TO_SPLIT:
@@ -293,7 +293,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         head.start_from(*probe)  # type: ignore[operator]
 
     def _probe_temperature(self, head: nn.Module, part: Part) -> float:
-        from sktransfer.fine_tuning._probe import probe_temperature
+        from sktransfer.fine_tuning._head import probe_temperature
 
         if self._kind == "regression":
             return 1.0

@@ -1,18 +1,39 @@
-"""The head, from embeddings to scores, and the loss of its scores."""
+"""The head: its scores, their loss, and the linear probe that it starts as."""
 
 from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Integral
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from torch import nn
 from torch.nn import functional as F
 
+from sktransfer._threads import one_at_a_time
+from sktransfer.networks._backbone import Backbone
+
 Loss = str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# Strengths that are tried on a held-out quarter; _C_FEW_ROWS where there are too few rows for one.
+_C = (0.001, 0.01, 0.1, 1.0)
+_C_FEW_ROWS = 0.1
+_ALPHAS = tuple(10.0**p for p in range(-1, 6))
+_MAX_ITER = 300
+# Of the temperature: the loss to reach as a share of that of guessing, the largest value, and the
+# number of rows it is computed from.
+_LOSS_SHARE, _MAX_TEMPERATURE, _TEMPERATURE_ROWS = 0.5, 1e4, 10_000
+# Enlarged corners of an image: the share of its sides, and where they are, down and to the right.
+# Nothing is mirrored, as a "b" is not a "d".
+_CORNER = 0.85
+_CORNERS = ((0.0, 0.0), (1.0, 1.0))
 
 
 class LinearHead(nn.Module):
@@ -147,3 +168,249 @@ def validation_score(
     mean = np.average(target, axis=0, weights=weight)
     spread = np.average((target - mean) ** 2, axis=0, weights=weight)
     return float(np.mean(1 - residual / np.where(spread > 0, spread, 1.0)))
+
+
+# -- the linear probe ----------------------------------------------------------------------------
+class CornerViews(Backbone):
+    """A backbone that embeds enlarged corners of each image, one after another."""
+
+    def __init__(self, backbone: Backbone):
+        vars(self).update(vars(backbone))
+        self._whole = backbone
+        self.feature_groups = list(backbone.feature_groups) * len(_CORNERS)
+        self.n_features = backbone.n_features * len(_CORNERS)
+        self.group_fingerprints = [
+            f"{fingerprint}-corner{k}"
+            for k in range(len(_CORNERS))
+            for fingerprint in backbone.group_fingerprints
+        ]
+
+    def inference_module(self, device="cpu", precision="float32"):
+        return partial(_embed_corners, self._whole.inference_module(device, precision))
+
+
+def _embed_corners(network: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    return [part for corner in _CORNERS for part in network(_enlarged(x, *corner))]
+
+
+def _enlarged(x: torch.Tensor, down: float, right: float) -> torch.Tensor:
+    height, width = x.shape[-2:]
+    h, w = max(1, round(_CORNER * height)), max(1, round(_CORNER * width))
+    top, left = int(down * (height - h)), int(right * (width - w))
+    part = x[..., top : top + h, left : left + w].float()
+    large = F.interpolate(part, (height, width), mode="bilinear", align_corners=False)
+    return large.round().to(x.dtype) if x.dtype == torch.uint8 else large
+
+
+def fit_probe(
+    rows: np.ndarray,
+    target: np.ndarray,
+    weight: np.ndarray,
+    kind: str,
+    n_outputs: int,
+    rng: np.random.RandomState,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fit a linear model on standardised embeddings and fold the scaling into it.
+
+    With z = (x - μ) / σ, the model w·z + b is (w / σ)·x + b - w·(μ / σ).
+
+    Parameters
+    ----------
+    rows : ndarray of shape (n, n_views, n_features)
+        The first view chooses the strength of the regularisation; the model is fitted on all,
+        each with its part of the row's weight.
+    target : ndarray of shape (n,) or (n, n_outputs)
+        Class codes, 0 and 1 of several labels, or numbers, by `kind`. A class without rows gets
+        scores that are never the best.
+
+    Returns
+    -------
+    coef : ndarray of shape (n_outputs, n_features)
+    intercept : ndarray of shape (n_outputs,)
+    """
+    n, n_views = rows.shape[:2]
+    flat = rows.reshape(n * n_views, -1)
+    flat = flat.astype(np.float32 if rows.size > 5e7 else np.float64, copy=False)
+    mean, scale = _moments(flat, np.repeat(weight, n_views))
+    z = (flat - mean.astype(flat.dtype)) / scale.astype(flat.dtype)
+    basis = None
+    if len(z) < z.shape[1]:
+        # An L2-penalised linear model is a combination of its rows: solve in their span.
+        left, values, basis = np.linalg.svd(z, full_matrices=False)
+        z = left * values
+    z = z.reshape(n, n_views, -1)
+    if kind == "regression":
+        coef, intercept = _ridge(z, target.reshape(n, -1), weight)
+    elif kind == "multiclass":
+        coef, intercept = _logistic(z, target, weight, n_outputs, rng)
+    else:
+        parts = [_one_label(z, target[:, j], weight, rng) for j in range(n_outputs)]
+        coef = np.stack([part[0] for part in parts])
+        intercept = np.array([part[1] for part in parts])
+    if basis is not None:
+        coef = coef @ basis
+    coef = coef / scale
+    return coef, intercept - coef @ mean
+
+
+def _moments(rows: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted mean and standard deviation of each column, the latter never near zero."""
+    share = weight / weight.sum()
+    mean = share @ rows
+    scale = np.sqrt(share @ (rows - mean.astype(rows.dtype)) ** 2)
+    # Otherwise a nearly constant column would become huge once the network's weights change.
+    positive = scale[scale > 1e-12]
+    floor = 0.01 * np.median(positive) if len(positive) else 1.0
+    return mean, np.maximum(scale, floor)
+
+
+def _spread(
+    z: np.ndarray, target: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All views as rows of their own, with their targets and their part of the weight."""
+    n_views = z.shape[1]
+    flat = z.reshape(-1, z.shape[2])
+    return flat, np.repeat(target, n_views, axis=0), np.repeat(weight / n_views, n_views)
+
+
+def _ridge(z: np.ndarray, target: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if len(z) < 2:
+        return np.zeros((target.shape[1], z.shape[2])), target.mean(axis=0)
+    # Leave-one-out errors in closed form choose the strength.
+    alphas = [alpha * weight.mean() for alpha in _ALPHAS]
+    model = RidgeCV(alphas=alphas).fit(z[:, 0], target, sample_weight=weight)
+    if z.shape[1] > 1:
+        z, target, weight = _spread(z, target, weight)
+        model = Ridge(alpha=model.alpha_).fit(z, target, sample_weight=weight)
+    return np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
+
+
+def _one_label(
+    z: np.ndarray, target: np.ndarray, weight: np.ndarray, rng: np.random.RandomState
+) -> tuple[np.ndarray, float]:
+    target = target.astype(int)
+    if len(np.unique(target)) == 1:
+        # Never, or always, seen: n + 1 to 1 against what was not.
+        odds = np.log(len(z) + 1.0)
+        return np.zeros(z.shape[2]), float(odds if target[0] else -odds)
+    coef, intercept = _logistic(z, target, weight, 2, rng)
+    return coef[1] - coef[0], float(intercept[1] - intercept[0])
+
+
+def _logistic(
+    z: np.ndarray,
+    codes: np.ndarray,
+    weight: np.ndarray,
+    n_classes: int,
+    rng: np.random.RandomState,
+) -> tuple[np.ndarray, np.ndarray]:
+    present = np.unique(codes)
+    coef, intercept = np.zeros((n_classes, z.shape[2])), np.zeros(n_classes)
+    if len(present) < n_classes:
+        intercept -= np.log(len(z) + 1.0)
+    if len(present) == 1:
+        intercept[present] = 0.0
+        return coef, intercept
+    weight = weight / weight.mean()  # C weighs the losses' sum against the penalty
+    strength = _choose_strength(z[:, 0], codes, weight, rng)
+    model = _solve(*_spread(z, codes, weight), strength)
+    if len(present) == 2:
+        # softmax(-s/2, s/2) is the logistic function of s.
+        coef[present] = np.array([[-0.5], [0.5]]) * model.coef_
+        intercept[present] = np.array([-0.5, 0.5]) * model.intercept_
+    else:
+        coef[present], intercept[present] = model.coef_, model.intercept_
+    return coef, intercept
+
+
+def _choose_strength(
+    z: np.ndarray, codes: np.ndarray, weight: np.ndarray, rng: np.random.RandomState
+) -> float:
+    """The C whose model gives a held-out quarter the smallest log loss."""
+    held_out = stratified_part(codes, 0.25, rng)
+    is_in = np.ones(len(z), dtype=bool)
+    is_in[held_out] = False
+    if len(held_out) < 8 or len(np.unique(codes[is_in])) < len(np.unique(codes)):
+        return _C_FEW_ROWS
+    losses = []
+    previous = None
+    for strength in _C:
+        previous = _solve(z[is_in], codes[is_in], weight[is_in], strength, previous)
+        proba = previous.predict_proba(z[held_out])
+        own = proba[np.arange(len(held_out)), np.searchsorted(previous.classes_, codes[held_out])]
+        losses.append(-weight[held_out] @ np.log(own.clip(1e-12)))
+    return _C[int(np.argmin(losses))]
+
+
+def _solve(
+    z: np.ndarray,
+    codes: np.ndarray,
+    weight: np.ndarray,
+    strength: float,
+    start: LogisticRegression | None = None,
+) -> LogisticRegression:
+    model = LogisticRegression(C=strength, max_iter=_MAX_ITER, warm_start=True)
+    if start is not None:
+        model.coef_, model.intercept_ = start.coef_.copy(), start.intercept_.copy()
+        model.classes_ = start.classes_
+    # The warnings' filters are those of all threads.
+    with one_at_a_time, warnings.catch_warnings():
+        # Fine-tuning needs no better convergence than _MAX_ITER steps give.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(z, codes, sample_weight=weight)
+
+
+def stratified_part(
+    codes: np.ndarray | None, fraction: float, rng: np.random.RandomState, n: int = 0
+) -> np.ndarray:
+    """Choose about `fraction` of the rows, ascending, of each class and never all of one.
+
+    Without `codes` there are `n` rows of no class.
+    """
+    if codes is None:
+        n_part = min(n - 1, max(1, round(fraction * n))) if n > 1 else 0
+        return np.sort(rng.permutation(n)[:n_part])
+    part, carried = [], 0.0
+    for code in np.unique(codes):
+        members = np.flatnonzero(codes == code)
+        # What a class's part lost by rounding is added to that of the next class.
+        wanted = fraction * len(members) + carried
+        n_part = min(len(members) - 1, round(wanted))
+        carried = wanted - n_part
+        part.append(rng.permutation(members)[:n_part])
+    return np.sort(np.concatenate(part)).astype(int)
+
+
+@torch.no_grad()
+def probe_temperature(
+    head: nn.Module, rows: np.ndarray, target: np.ndarray, weight: np.ndarray, kind: str
+) -> float:
+    """The temperature T ≥ 1 at which the loss of softmax(scores / T) is half that of guessing.
+
+    A probe of few rows and many columns fits them perfectly. The gradient that reaches the stages,
+    softmax(scores) - y, vanishes then; softened scores keep it [1]_. Guessing means predicting the
+    training class frequencies.
+
+    References
+    ----------
+    .. [1] Y. Ren, S. Guo, W. Bae, D. J. Sutherland: "How to prepare your task head for
+       finetuning", ICLR 2023. https://arxiv.org/abs/2302.05779
+    """
+    rows, target, weight = (array[:_TEMPERATURE_ROWS] for array in (rows, target, weight))
+    loss, shares = WeightedLoss(kind), torch.from_numpy(weight / weight.mean())
+    scores, y = head.eval()(torch.from_numpy(rows)).double(), torch.from_numpy(target)
+    if kind == "multiclass":
+        counts = np.bincount(target, weights=weight, minlength=scores.shape[1])
+        guess = torch.from_numpy((counts / weight.sum()).clip(1e-12)).log()
+    else:
+        y = y.double()
+        guess = torch.from_numpy((weight @ target / weight.sum()).clip(1e-12, 1 - 1e-12)).logit()
+    wanted = _LOSS_SHARE * float(loss((guess.expand(len(y), -1), shares), y))
+
+    def excess(log_temperature: float) -> float:
+        return float(loss((scores / np.exp(log_temperature), shares), y)) - wanted
+
+    if excess(0.0) >= 0:
+        return 1.0
+    highest = float(np.log(_MAX_TEMPERATURE))
+    return float(np.exp(brentq(excess, 0.0, highest) if excess(highest) > 0 else highest))

@@ -21,7 +21,7 @@ from sktransfer.fine_tuning._batches import (
     embed_rows,
     frozen_outputs,
 )
-from sktransfer.fine_tuning._probe import CornerViews
+from sktransfer.fine_tuning._head import CornerViews
 from sktransfer.fine_tuning._tuned import TunedModule
 from sktransfer.images._images import BadImage, Images
 from sktransfer.networks._backbone import Backbone
