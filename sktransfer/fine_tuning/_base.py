@@ -433,7 +433,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             from sktransfer.fine_tuning._train import make_net
 
             settings = self._training_settings(tuned, device=resolve_device(self.device), seed=0)
-            tuned.net = make_net(tuned.module(), tuned.first_trained_stage, settings)
+            module, first = tuned.module(), tuned.first_trained_stage
+            module.freeze(first)
+            tuned.net = make_net(module, first, settings)
         return tuned.net
 
     def __sklearn_is_fitted__(self) -> bool:

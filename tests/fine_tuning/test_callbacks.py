@@ -191,3 +191,14 @@ def test_checkpoints_hold_no_rows(stripes, unfreeze, augment, tmp_path):
     score = (model.classes_[pickle.loads(file).predict(pixels_of(X))] == y).mean()
     assert score == model.history_[1]["valid_score"]
     assert len(file) < 60_000
+
+
+@pytest.mark.parametrize("unfreeze", [0, 1, "all"])
+def test_the_net_of_a_pickle_trains_the_same_weights(stripes, unfreeze):
+    model = small(unfreeze=unfreeze).fit(*stripes)
+    nets = model.net_, pickle.loads(pickle.dumps(model)).net_
+    trained, again = (
+        {n for n, p in net.module_.named_parameters() if p.requires_grad} for net in nets
+    )
+    assert trained == again
+    assert any(name.startswith("stages.") for name in again) == (unfreeze != 0)
