@@ -147,7 +147,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         # Pre-trained weights move, and no validation part shows when they have moved too far.
         uses_wise_ft = fine_tunes_probe and not (self._has_random_weights or data.keeps_best)
         if old is not None:
-            tuned = old.copy(first_stage, self.precision)
+            head = self._new_head(data.backbone, data.train.data.n_columns, seed)
+            tuned = old.copy(head, first_stage, self.precision)
         else:
             tuned = self._new_network(data, first_stage, seed)
             if self._starts_as_probe:
@@ -264,18 +265,21 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     def _has_random_weights(self) -> bool:
         return self.weights is None and isinstance(self.backbone, str)
 
-    def _new_network(self, data: _Data, first_trained_stage: int, seed: int) -> TunedNetwork:
+    def _new_head(self, backbone: Backbone, n_columns: int, seed: int) -> nn.Module:
         from sktransfer._threads import own_random_state
         from sktransfer.fine_tuning._head import make_head
+
+        width = n_columns * backbone.n_features
+        with own_random_state(seed):
+            return make_head(self.head, width, self._n_outputs, self.dropout)
+
+    def _new_network(self, data: _Data, first_trained_stage: int, seed: int) -> TunedNetwork:
         from sktransfer.fine_tuning._tuned import TunedNetwork
 
         n_columns = data.train.data.n_columns
-        with own_random_state(seed):
-            width = n_columns * data.backbone.n_features
-            head = make_head(self.head, width, self._n_outputs, self.dropout)
         return TunedNetwork(
             data.backbone,
-            head,
+            self._new_head(data.backbone, n_columns, seed),
             n_columns,
             first_trained_stage,
             # Batch statistics of pre-training are kept; those of random weights mean nothing.

@@ -287,7 +287,6 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         X_val, y_val : default=None
             A validation part, like `X` and `y`, on which the best epoch is chosen.
 
-
         Returns
         -------
         self : FineTuningClassifier
@@ -299,7 +298,8 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         """Train one more epoch, at constant learning rates.
 
         It trains a copy of the network and of the optimizer's state: if it fails, the model is
-        as before. Nothing is held out, averaged or stopped early.
+        as before. Nothing is held out, averaged or stopped early. Changes of `backbone`, `weights`,
+        `layer`, `pooling` and `preprocessing` have no effect before the next `fit`.
 
         Parameters
         ----------

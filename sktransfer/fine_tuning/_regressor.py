@@ -272,7 +272,8 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         """Train one more epoch, at constant learning rates.
 
         It trains a copy of the network and of the optimizer's state: if it fails, the model is
-        as before. Nothing is held out, averaged or stopped early.
+        as before. Nothing is held out, averaged or stopped early. Changes of `backbone`, `weights`,
+        `layer`, `pooling` and `preprocessing` have no effect before the next `fit`.
 
         Parameters
         ----------
