@@ -132,8 +132,8 @@ def _flattened(augment: str | Callable | Sequence) -> Iterator[str | Callable]:
 def _mixes_in(step: object) -> Iterator[v2.MixUp | v2.CutMix]:
     if isinstance(step, (v2.MixUp, v2.CutMix)):
         yield step
-    elif isinstance(step, v2.RandomChoice):
-        for part in step.transforms:
+    else:  # v2.RandomChoice, RandomApply and RandomOrder hold transforms
+        for part in getattr(step, "transforms", ()):
             yield from _mixes_in(part)
 
 

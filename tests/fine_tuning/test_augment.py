@@ -16,6 +16,8 @@ MIXES = {
     "mixup": v2.MixUp,
     "cutmix": v2.CutMix,
     "either": lambda **settings: v2.RandomChoice([v2.MixUp(**settings), v2.CutMix(**settings)]),
+    "apply": lambda **settings: v2.RandomApply([v2.CutMix(**settings)], p=1.0),
+    "order": lambda **settings: v2.RandomOrder([v2.RandomHorizontalFlip(), v2.MixUp(**settings)]),
 }
 
 
