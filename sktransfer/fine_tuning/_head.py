@@ -120,6 +120,8 @@ class WeightedLoss(nn.Module):
 
     def __init__(self, kind: str, loss: Loss = "auto"):
         super().__init__()
+        if isinstance(loss, type):
+            raise TypeError(f"loss={loss!r} is a class: give an instance of it.")
         self.kind = kind
         self.loss = copy.deepcopy(loss) if isinstance(loss, nn.Module) else loss
 
@@ -128,6 +130,11 @@ class WeightedLoss(nn.Module):
     ) -> torch.Tensor:
         scores, weight = y_pred
         losses = self._losses(scores, target)
+        if not isinstance(losses, torch.Tensor):
+            raise TypeError(
+                f"loss={self.loss!r} returns {losses!r}: it must return a tensor with one value "
+                "per row."
+            )
         if losses.ndim == 0:
             if ((weight - 1).abs() > 1e-6).any():
                 raise ValueError(

@@ -106,6 +106,13 @@ def test_a_loss_of_another_shape(stripes):
         small(loss=lambda scores, target: scores[:2, 0]).fit(*stripes)
 
 
+def test_a_loss_that_returns_no_tensor(stripes):
+    with pytest.raises(TypeError, match=r"loss=.* returns None: it must return a tensor"):
+        small(loss=lambda scores, target: None).fit(*stripes)
+    with pytest.raises(TypeError, match=r"CrossEntropyLoss'> is a class: give an instance of it"):
+        small(loss=nn.CrossEntropyLoss).fit(*stripes)
+
+
 def test_what_the_loss_is_given(coded):
     seen = {}
 
