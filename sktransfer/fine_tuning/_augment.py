@@ -91,12 +91,14 @@ class BatchAugment:
         self, x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return images (n, n_columns, …), targets and weights of a batch."""
-        n_columns = x.shape[1]
+        n_columns, are_pixels = x.shape[1], x.dtype == torch.uint8
         for step, is_mix in self.steps:
             if is_mix:
                 x, target, weight = self._mixed(step, x, target, weight)
             else:
                 flat = x.flatten(0, 1)
+                if are_pixels and flat.is_floating_point():  # still 0…255, from the step before
+                    flat = flat.round().to(torch.uint8)
                 flat = step(flat) if isinstance(step, RandomViews) else _one_by_one(step, flat)
                 x = flat.unflatten(0, (-1, n_columns))
         return x, target, weight
@@ -154,7 +156,11 @@ def _one_by_one(function: Callable, pixels: torch.Tensor) -> torch.Tensor:
     """Call a user's function with one image (C×H×W) after another."""
     out = []
     for image in pixels:
-        changed = torch.as_tensor(function(image))
+        try:
+            changed = torch.as_tensor(function(image))
+        except Exception as error:
+            error.add_note(f"augment={function!r} must turn a tensor of one image into another.")
+            raise
         if changed.shape != image.shape:
             raise ValueError(
                 f"augment returned an image of shape {tuple(changed.shape)} for one of "

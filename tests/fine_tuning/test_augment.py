@@ -107,6 +107,27 @@ def test_transforms_and_lists_of_them(stripes):
     assert_same_model(small(augment=both, lr=0.01).fit(*stripes), turned, rtol=1e-6)
 
 
+@pytest.mark.parametrize("before", ["light", "strong", v2.MixUp(), v2.CutMix()], ids=str)
+def test_each_step_of_a_list_takes_uint8(coded, before):
+    """A transform takes floats as 0…1, and "light" and mixes compute floats in 0…255."""
+    seen = []
+
+    def note(image):
+        seen.append((image.dtype, int(image.max())))
+        return image
+
+    X, k = coded
+    small(augment=[before, note], max_epochs=1).fit(X, k)
+    assert {dtype for dtype, _ in seen} == {torch.uint8}
+    assert max(largest for _, largest in seen) > 1
+
+
+def test_an_error_of_a_function_names_it(stripes):
+    with pytest.raises(RuntimeError) as caught:
+        small(augment=lambda image: None).fit(*stripes)
+    assert "must turn a tensor of one image into another" in caught.value.__notes__[0]
+
+
 def test_transforms_are_repeatable(stripes):
     augment = [v2.RandomResizedCrop(16, scale=(0.5, 1.0)), v2.MixUp(num_classes=3)]
     before = torch.get_rng_state()
