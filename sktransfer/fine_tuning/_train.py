@@ -178,7 +178,7 @@ def train(
 ) -> EpochLog:
     """Train `tuned` in place.
 
-    `first_stage` tells the lowest stage trained in an epoch, counted from 1. `first_epoch` epochs
+    `first_stage` gives the lowest stage trained in an epoch, counted from 1. `first_epoch` epochs
     were trained before with `old_net`, whose optimizer's state is continued.
     """
     module, first = tuned.module(), tuned.first_trained_stage

@@ -231,8 +231,8 @@ class TunedNetwork:
             head.load_state_dict(self.head.state_dict())
         except RuntimeError as error:
             raise ValueError(
-                f"The trained head is {self.head}, but `head` is now {head}, which cannot take its "
-                "weights. Set `head` to what it was, or call fit to start again."
+                f"The trained head's weights do not fit the parameter `head` any more ({error}). "
+                "Set `head` to what it was, or call fit to start again."
             ) from error
         tuned = TunedNetwork(
             self.backbone,

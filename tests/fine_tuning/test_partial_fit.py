@@ -100,7 +100,7 @@ def test_the_head_may_change_its_dropout_but_not_its_shape(stripes, own):
     model = small(head=head(4)).fit(X, y)
     before = model.predict_proba(X)
     model.set_params(head=head(5))
-    with pytest.raises(ValueError, match=r"trained head is [\s\S]*call fit to start again"):
+    with pytest.raises(ValueError, match=r"head.s weights do not fit [\s\S]*call fit to start"):
         model.partial_fit(X, y)
     np.testing.assert_array_equal(model.predict_proba(X), before)
     model.set_params(head=head(4), dropout=0.5, lr=1e-9).partial_fit(X, y)
