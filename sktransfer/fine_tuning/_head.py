@@ -144,10 +144,13 @@ class WeightedLoss(nn.Module):
                     'reduction="none".'
                 )
             return losses
-        if len(losses) != len(weight):
+        # A value for each score is averaged over a row; (n, n) comes of a wrong broadcast.
+        n_values = (len(weight), scores.numel())
+        if len(losses) != len(weight) or losses.numel() not in n_values:
             raise ValueError(
-                f"loss={self.loss!r} returns values of shape {tuple(losses.shape)} for "
-                f"{len(weight)} rows: it must return one value per row."
+                f"loss={self.loss!r} returns values of shape {tuple(losses.shape)} for scores of "
+                f"shape {tuple(scores.shape)} and targets of shape {tuple(target.shape)}: it must "
+                "return one value per row."
             )
         return (losses.reshape(len(weight), -1).mean(1) * weight).mean()
 
