@@ -151,8 +151,8 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
 
     If stages are trained from pre-trained weights and a linear probe, and no validation part
     chooses the epoch, then the final weights are interpolated between the start and the end of
-    training [3]_: half way up to 200 rows, three quarters of the way from 600 rows on. With fewer
-    than 1000 rows the probe is also fitted on two enlarged corners of each image.
+    training [3]_: half way up to 200 rows, three quarters of the way from 600 rows on. Its
+    probe is fitted on two enlarged corners of each image, too, if there are fewer than 1000 rows.
 
     Ctrl-C ends the training; the weights of that moment, or of the best epoch, are kept. A pickle
     holds what was trained and how to load the rest, see :func:`save`.
