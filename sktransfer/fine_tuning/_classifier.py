@@ -63,7 +63,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         embeddings, which distorts pre-training less than a random start [1]_; epoch 0 is the
         linear probe. Before stages are trained, its scores are divided by a temperature that makes
         the training loss half that of guessing, as the gradient of an over-confident head
-        vanishes [4]_. A module as `head` starts as it is.
+        vanishes [4]_. A module given as `head` starts with its own weights.
     dropout : float, default=0.0
         Share of the embedding that is dropped in training.
     loss : "auto", callable or torch.nn.Module, default="auto"
@@ -385,7 +385,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         return self.classes_[scores.argmax(axis=1)]
 
     def score(self, X, y, sample_weight=None):
-        """Return the accuracy; of several labels per row all must be right.
+        """Return the accuracy; with several labels per row, the share of rows that are all right.
 
         Parameters
         ----------

@@ -300,7 +300,7 @@ def _one_label(
 ) -> tuple[np.ndarray, float]:
     target = target.astype(int)
     if len(np.unique(target)) == 1:
-        # Never, or always, seen: n + 1 to 1 against what was not.
+        # No row has this label, or all have it: odds of n + 1 to 1.
         odds = np.log(len(z) + 1.0)
         return np.zeros(z.shape[2]), float(odds if target[0] else -odds)
     coef, intercept = _logistic(z, target, weight, 2, rng)

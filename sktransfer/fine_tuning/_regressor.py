@@ -53,7 +53,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     head_init : {"linear_probe", "random"}, default="linear_probe"
         ``"linear_probe"``: the head starts as scikit-learn's ridge regression on the frozen
         embeddings, which distorts pre-training less than a random start [1]_; epoch 0 is the
-        linear probe. A module as `head` starts as it is.
+        linear probe. A module given as `head` starts with its own weights.
     dropout : float, default=0.0
         Share of the embedding that is dropped in training.
     loss : {"auto", "huber"}, callable or torch.nn.Module, default="auto"
