@@ -92,9 +92,12 @@ class BatchAugment:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return images (n, n_columns, …), targets and weights of a batch."""
         n_columns, are_pixels = x.shape[1], x.dtype == torch.uint8
+        white = 255.0 if are_pixels else 1.0
         for step, is_mix in self.steps:
             if is_mix:
-                x, target, weight = self._mixed(step, x, target, weight)
+                # Transforms of torchvision take float pixels as 0…1.
+                x, target, weight = self._mixed(step, x / white, target, weight)
+                x = x * white
             else:
                 flat = x.flatten(0, 1)
                 if are_pixels and flat.is_floating_point():  # still 0…255, from the step before
@@ -110,7 +113,7 @@ class BatchAugment:
         if target.ndim == 1:
             target = F.one_hot(target, self.n_outputs)
         # A row's image columns are mixed alike, as if they were channels.
-        flat, weighted = mix(x.flatten(1, 2).float(), target * weight[:, None])
+        flat, weighted = mix(x.flatten(1, 2), target * weight[:, None])
         weight = weighted.sum(1)
         target = weighted / weight.clamp(min=1e-12)[:, None]
         return flat.unflatten(1, x.shape[1:3]), target, weight

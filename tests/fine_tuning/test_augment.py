@@ -122,6 +122,14 @@ def test_each_step_of_a_list_takes_uint8(coded, before):
     assert max(largest for _, largest in seen) > 1
 
 
+def test_a_transform_beside_a_mix_takes_floats_up_to_1(coded, first_inputs):
+    X, k = coded
+    augment = v2.RandomOrder([v2.ColorJitter(brightness=(0.9, 0.9)), v2.MixUp()])
+    darker = trained_on(first_inputs, X, k, augment=augment)
+    plain = trained_on(first_inputs, X, k)
+    assert darker.mean() == pytest.approx(0.9 * float(plain.mean()), rel=1e-3)
+
+
 def test_an_error_of_a_function_names_it(stripes):
     with pytest.raises(RuntimeError) as caught:
         small(augment=lambda image: None).fit(*stripes)
