@@ -91,12 +91,17 @@ class BatchAugment:
         self, x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return images (n, n_columns, …), targets and weights of a batch."""
-        n_columns = x.shape[1]
+        n_columns, are_pixels = x.shape[1], x.dtype == torch.uint8
+        white = 255.0 if are_pixels else 1.0
         for step, is_mix in self.steps:
             if is_mix:
-                x, target, weight = self._mixed(step, x, target, weight)
+                # Transforms of torchvision take float pixels as 0…1.
+                x, target, weight = self._mixed(step, x / white, target, weight)
+                x = x * white
             else:
                 flat = x.flatten(0, 1)
+                if are_pixels and flat.is_floating_point():  # still 0…255, from the step before
+                    flat = flat.round().to(torch.uint8)
                 flat = step(flat) if isinstance(step, RandomViews) else _one_by_one(step, flat)
                 x = flat.unflatten(0, (-1, n_columns))
         return x, target, weight
@@ -108,7 +113,7 @@ class BatchAugment:
         if target.ndim == 1:
             target = F.one_hot(target, self.n_outputs)
         # A row's image columns are mixed alike, as if they were channels.
-        flat, weighted = mix(x.flatten(1, 2).float(), target * weight[:, None])
+        flat, weighted = mix(x.flatten(1, 2), target * weight[:, None])
         weight = weighted.sum(1)
         target = weighted / weight.clamp(min=1e-12)[:, None]
         return flat.unflatten(1, x.shape[1:3]), target, weight
@@ -132,8 +137,8 @@ def _flattened(augment: str | Callable | Sequence) -> Iterator[str | Callable]:
 def _mixes_in(step: object) -> Iterator[v2.MixUp | v2.CutMix]:
     if isinstance(step, (v2.MixUp, v2.CutMix)):
         yield step
-    elif isinstance(step, v2.RandomChoice):
-        for part in step.transforms:
+    else:  # v2.RandomChoice, RandomApply and RandomOrder hold transforms
+        for part in getattr(step, "transforms", ()):
             yield from _mixes_in(part)
 
 
@@ -154,7 +159,11 @@ def _one_by_one(function: Callable, pixels: torch.Tensor) -> torch.Tensor:
     """Call a user's function with one image (C×H×W) after another."""
     out = []
     for image in pixels:
-        changed = torch.as_tensor(function(image))
+        try:
+            changed = torch.as_tensor(function(image))
+        except Exception as error:
+            error.add_note(f"augment={function!r} must turn a tensor of one image into another.")
+            raise
         if changed.shape != image.shape:
             raise ValueError(
                 f"augment returned an image of shape {tuple(changed.shape)} for one of "

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 # With this many rows a tenth of them is held out to choose the best epoch.
 _N_ROWS_TO_SPLIT = 1000
-# How far the weights are kept of the way from the start to the end, by the number of rows: what
-# more rows have taught can be trusted further (docs/benchmarks/fine_tuning.md).
+# Numbers of rows, and for each the share of the way from the start to the end of training at which
+# the weights are kept: the more rows, the farther (docs/benchmarks/fine_tuning.md).
 _WISE_FT = (200, 600), (0.5, 0.75)
 
 
@@ -99,7 +99,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     @abstractmethod
     def _prepare_target(self, target: np.ndarray, weight: np.ndarray, *, reset: bool) -> np.ndarray:
-        """Make of merged rows' targets what the loss takes; with `reset` set their statistics."""
+        """Turn merged rows' targets into the loss's; with `reset` set their statistics."""
 
     @abstractmethod
     def _scores_without_image(self) -> np.ndarray:
@@ -147,7 +147,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         # Pre-trained weights move, and no validation part shows when they have moved too far.
         uses_wise_ft = fine_tunes_probe and not (self._has_random_weights or data.keeps_best)
         if old is not None:
-            tuned = old.copy(first_stage, self.precision)
+            head = self._new_head(data.backbone, data.train.all_rows.n_columns, seed)
+            tuned = old.copy(head, first_stage, self.precision)
         else:
             tuned = self._new_network(data, first_stage, seed)
             if self._starts_as_probe:
@@ -195,13 +196,13 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         target = self._prepare_target(rows.target, rows.weight, reset=old is None)
         index = np.arange(len(rows))
         if X_val is not None or y_val is not None:
-            images, own = self._check_validation(X_val, y_val)
+            images, target_val = self._check_validation(X_val, y_val)
             weight = np.ones(images.n_rows)
             valid_rows = TrainingRows(
-                images, own, weight, backbone, settings, wants_embeddings, "validation"
+                images, target_val, weight, backbone, settings, wants_embeddings, "validation"
             )
-            own = self._prepare_target(valid_rows.target, valid_rows.weight, reset=False)
-            valid = self._part(valid_rows, own, np.arange(len(valid_rows)))
+            target_val = self._prepare_target(valid_rows.target, valid_rows.weight, reset=False)
+            valid = self._part(valid_rows, target_val, np.arange(len(valid_rows)))
         else:
             valid = None
         keeps_best = bool(self.early_stopping)
@@ -236,11 +237,11 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             )
         return held_out
 
-    def _part(self, data: TrainingRows, target: np.ndarray, rows: np.ndarray) -> Part:
+    def _part(self, all_rows: TrainingRows, target: np.ndarray, rows: np.ndarray) -> Part:
         from sktransfer.fine_tuning._rows import Part
 
-        weight = self._training_weight(target[rows], data.weight[rows])
-        return Part(data, rows, target[rows], weight)
+        weight = self._training_weight(target[rows], all_rows.weight[rows])
+        return Part(all_rows, rows, target[rows], weight)
 
     def _load_backbone(self) -> Backbone:
         from sktransfer._threads import own_random_state
@@ -264,18 +265,21 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     def _has_random_weights(self) -> bool:
         return self.weights is None and isinstance(self.backbone, str)
 
-    def _new_network(self, data: _Data, first_trained_stage: int, seed: int) -> TunedNetwork:
+    def _new_head(self, backbone: Backbone, n_columns: int, seed: int) -> nn.Module:
         from sktransfer._threads import own_random_state
         from sktransfer.fine_tuning._head import make_head
+
+        width = n_columns * backbone.n_features
+        with own_random_state(seed):
+            return make_head(self.head, width, self._n_outputs, self.dropout)
+
+    def _new_network(self, data: _Data, first_trained_stage: int, seed: int) -> TunedNetwork:
         from sktransfer.fine_tuning._tuned import TunedNetwork
 
-        n_columns = data.train.data.n_columns
-        with own_random_state(seed):
-            width = n_columns * data.backbone.n_features
-            head = make_head(self.head, width, self._n_outputs, self.dropout)
+        n_columns = data.train.all_rows.n_columns
         return TunedNetwork(
             data.backbone,
-            head,
+            self._new_head(data.backbone, n_columns, seed),
             n_columns,
             first_trained_stage,
             # Batch statistics of pre-training are kept; those of random weights mean nothing.
@@ -288,7 +292,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
         views = part.embeddings[:, None]
         if has_corners and len(part.rows) < _N_ROWS_TO_SPLIT:
-            views = part.data.with_corners(part.rows)
+            views = part.all_rows.with_corners(part.rows)
         probe = fit_probe(views, part.target, part.weight, self._kind, self._n_outputs, rng)
         head.start_from(*probe)  # type: ignore[operator]
 
@@ -307,21 +311,21 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         if self.augment is not None or (max_epochs == 0 and input_stage < n_stages):
             input_stage = 0  # new images in each epoch, or none
         parts = [data.train] if data.valid is None else [data.train, data.valid]
-        rows = list(dict.fromkeys(part.data for part in parts))
+        sources = list(dict.fromkeys(part.all_rows for part in parts))
         module = tuned.module(whole=input_stage < n_stages)
         phases, n_head = [], 0
-        if self.augment is None and data.train.data.embeddings is not None:
+        if self.augment is None and data.train.all_rows.embeddings is not None:
             first_stages = [data.plan.first_stage(epoch) for epoch in range(1, max_epochs + 1)]
             n_head = first_stages.count(n_stages)
             if n_head or input_stage == n_stages:
-                sets = [part.training_set(part.data.embedded()) for part in parts]
+                sets = [part.training_set(part.all_rows.embedded()) for part in parts]
                 phases.append(Phase(n_head, n_stages, *sets))
         if n_head < max_epochs or not phases:
             if input_stage > 0 and not all(
-                own.keep_frozen_outputs(module, input_stage) for own in rows
+                rows.keep_frozen_outputs(module, input_stage) for rows in sources
             ):
                 input_stage = 0  # too large to be kept
-            sets = [part.training_set(part.data.inputs(input_stage)) for part in parts]
+            sets = [part.training_set(part.all_rows.inputs(input_stage)) for part in parts]
             phases.append(Phase(max_epochs - n_head, input_stage, *sets))
         return phases
 
@@ -341,8 +345,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
         for part in (data.train, data.valid):
             if part is not None:
-                part.data.report_lost()
-        rows = data.train.data
+                part.all_rows.report_lost()
+        rows = data.train.all_rows
         self.backbone_, self._tuned, self.bad_images_ = data.backbone, tuned, rows.bad
         self._n_image_columns = rows.n_columns
         self.n_features_out_ = rows.n_columns * data.backbone.n_features
@@ -433,7 +437,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             from sktransfer.fine_tuning._train import make_net
 
             settings = self._training_settings(tuned, device=resolve_device(self.device), seed=0)
-            tuned.net = make_net(tuned.module(), tuned.first_trained_stage, settings)
+            module, first = tuned.module(), tuned.first_trained_stage
+            module.freeze(first)
+            tuned.net = make_net(module, first, settings)
         return tuned.net
 
     def __sklearn_is_fitted__(self) -> bool:

@@ -124,7 +124,7 @@ class Pixels:
         return np.array(self._preprocessing.resize_crop(image))
 
 
-class Kept:
+class Precomputed:
     """Inputs (n_rows, n_columns, …) that are computed already, except for rows that are bad."""
 
     is_kept = True
@@ -163,7 +163,7 @@ class FrozenStages(Backbone):
 
 def frozen_outputs(
     images: Images, n_columns: int, frozen: FrozenStages, settings: EmbeddingSettings
-) -> Kept | None:
+) -> Precomputed | None:
     """Compute the outputs of frozen stages once, or find those that an earlier fit computed.
 
     Unless `memory` keeps nothing, they are kept in this process. None if they are too large.
@@ -188,7 +188,7 @@ def frozen_outputs(
         raise _no_longer_readable(bad[-1])
     rows_in_X = np.array([images.row(i) for i in range(0, len(images), n_columns)])
     is_bad = np.isin(rows_in_X, [b.row for b in bad])
-    return Kept(out.reshape(-1, n_columns, *frozen.shape), bad, is_bad)
+    return Precomputed(out.reshape(-1, n_columns, *frozen.shape), bad, is_bad)
 
 
 def _no_longer_readable(bad: BadRow) -> ValueError:
@@ -205,7 +205,11 @@ class TrainingSet(Dataset):
     """
 
     def __init__(
-        self, source: Pixels | Kept, index: np.ndarray, target: np.ndarray, weight: np.ndarray
+        self,
+        source: Pixels | Precomputed,
+        index: np.ndarray,
+        target: np.ndarray,
+        weight: np.ndarray,
     ):
         self.source, self.index = source, index
         self.target = torch.from_numpy(np.ascontiguousarray(target))

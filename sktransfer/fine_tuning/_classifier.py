@@ -63,7 +63,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         embeddings, which distorts pre-training less than a random start [1]_; epoch 0 is the
         linear probe. Before stages are trained, its scores are divided by a temperature that makes
         the training loss half that of guessing, as the gradient of an over-confident head
-        vanishes [4]_. A module as `head` starts as it is.
+        vanishes [4]_. A module given as `head` starts with its own weights.
     dropout : float, default=0.0
         Share of the embedding that is dropped in training.
     loss : "auto", callable or torch.nn.Module, default="auto"
@@ -170,8 +170,8 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
 
     If stages are trained from pre-trained weights and a linear probe, and no validation part
     chooses the epoch, then the final weights are interpolated between the start and the end of
-    training [3]_: half way up to 200 rows, three quarters of the way from 600 rows on. With fewer
-    than 1000 rows the probe is also fitted on two enlarged corners of each image.
+    training [3]_: half way up to 200 rows, three quarters of the way from 600 rows on. Its
+    probe is fitted on two enlarged corners of each image, too, if there are fewer than 1000 rows.
 
     Ctrl-C ends the training; the weights of that moment, or of the best epoch, are kept. A pickle
     holds what was trained and how to load the rest, see :func:`save`.
@@ -287,7 +287,6 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         X_val, y_val : default=None
             A validation part, like `X` and `y`, on which the best epoch is chosen.
 
-
         Returns
         -------
         self : FineTuningClassifier
@@ -299,7 +298,8 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         """Train one more epoch, at constant learning rates.
 
         It trains a copy of the network and of the optimizer's state: if it fails, the model is
-        as before. Nothing is held out, averaged or stopped early.
+        as before. Nothing is held out, averaged or stopped early. Changes of `backbone`, `weights`,
+        `layer`, `pooling` and `preprocessing` have no effect before the next `fit`.
 
         Parameters
         ----------
@@ -377,7 +377,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         Returns
         -------
         y : ndarray of shape (n_samples,) or (n_samples, n_labels)
-            Of the type that `fit` got.
+            Labels of the type that `fit` got; for several labels per row 0 and 1.
         """
         scores = self._scores(X)
         if self._kind == "multilabel":
@@ -385,7 +385,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         return self.classes_[scores.argmax(axis=1)]
 
     def score(self, X, y, sample_weight=None):
-        """Return the accuracy; of several labels per row all must be right.
+        """Return the accuracy; with several labels per row, the share of rows that are all right.
 
         Parameters
         ----------

@@ -120,6 +120,8 @@ class WeightedLoss(nn.Module):
 
     def __init__(self, kind: str, loss: Loss = "auto"):
         super().__init__()
+        if isinstance(loss, type):
+            raise TypeError(f"loss={loss!r} is a class: give an instance of it.")
         self.kind = kind
         self.loss = copy.deepcopy(loss) if isinstance(loss, nn.Module) else loss
 
@@ -128,6 +130,11 @@ class WeightedLoss(nn.Module):
     ) -> torch.Tensor:
         scores, weight = y_pred
         losses = self._losses(scores, target)
+        if not isinstance(losses, torch.Tensor):
+            raise TypeError(
+                f"loss={self.loss!r} returns {losses!r}: it must return a tensor with one value "
+                "per row."
+            )
         if losses.ndim == 0:
             if ((weight - 1).abs() > 1e-6).any():
                 raise ValueError(
@@ -137,10 +144,13 @@ class WeightedLoss(nn.Module):
                     'reduction="none".'
                 )
             return losses
-        if len(losses) != len(weight):
+        # A value for each score is averaged over a row; (n, n) comes of a wrong broadcast.
+        n_values = (len(weight), scores.numel())
+        if len(losses) != len(weight) or losses.numel() not in n_values:
             raise ValueError(
-                f"loss={self.loss!r} returns values of shape {tuple(losses.shape)} for "
-                f"{len(weight)} rows: it must return one value per row."
+                f"loss={self.loss!r} returns values of shape {tuple(losses.shape)} for scores of "
+                f"shape {tuple(scores.shape)} and targets of shape {tuple(target.shape)}: it must "
+                "return one value per row."
             )
         return (losses.reshape(len(weight), -1).mean(1) * weight).mean()
 
@@ -290,7 +300,7 @@ def _one_label(
 ) -> tuple[np.ndarray, float]:
     target = target.astype(int)
     if len(np.unique(target)) == 1:
-        # Never, or always, seen: n + 1 to 1 against what was not.
+        # No row has this label, or all have it: odds of n + 1 to 1.
         odds = np.log(len(z) + 1.0)
         return np.zeros(z.shape[2]), float(odds if target[0] else -odds)
     coef, intercept = _logistic(z, target, weight, 2, rng)

@@ -53,7 +53,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     head_init : {"linear_probe", "random"}, default="linear_probe"
         ``"linear_probe"``: the head starts as scikit-learn's ridge regression on the frozen
         embeddings, which distorts pre-training less than a random start [1]_; epoch 0 is the
-        linear probe. A module as `head` starts as it is.
+        linear probe. A module given as `head` starts with its own weights.
     dropout : float, default=0.0
         Share of the embedding that is dropped in training.
     loss : {"auto", "huber"}, callable or torch.nn.Module, default="auto"
@@ -151,8 +151,8 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
 
     If stages are trained from pre-trained weights and a linear probe, and no validation part
     chooses the epoch, then the final weights are interpolated between the start and the end of
-    training [3]_: half way up to 200 rows, three quarters of the way from 600 rows on. With fewer
-    than 1000 rows the probe is also fitted on two enlarged corners of each image.
+    training [3]_: half way up to 200 rows, three quarters of the way from 600 rows on. Its
+    probe is fitted on two enlarged corners of each image, too, if there are fewer than 1000 rows.
 
     Ctrl-C ends the training; the weights of that moment, or of the best epoch, are kept. A pickle
     holds what was trained and how to load the rest, see :func:`save`.
@@ -272,7 +272,8 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         """Train one more epoch, at constant learning rates.
 
         It trains a copy of the network and of the optimizer's state: if it fails, the model is
-        as before. Nothing is held out, averaged or stopped early.
+        as before. Nothing is held out, averaged or stopped early. Changes of `backbone`, `weights`,
+        `layer`, `pooling` and `preprocessing` have no effect before the next `fit`.
 
         Parameters
         ----------

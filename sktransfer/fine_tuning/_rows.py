@@ -15,8 +15,8 @@ from sktransfer.embedding._embed import BadRow
 from sktransfer.fine_tuning._batches import (
     EmbeddingSettings,
     FrozenStages,
-    Kept,
     Pixels,
+    Precomputed,
     TrainingSet,
     embed_rows,
     frozen_outputs,
@@ -49,7 +49,7 @@ class TrainingRows:
     ):
         self._backbone, self._settings, self._what = backbone, settings, what
         self.n_columns, self._n_rows = images.n_columns, images.n_rows
-        self._outputs: Kept | None = None
+        self._outputs: Precomputed | None = None
         keys, bad = _keys_of(images, settings)
         bad = [b for b in bad if weight[b.row] != 0]
         index, weight = merge_rows(keys, target, weight)
@@ -96,10 +96,10 @@ class TrainingRows:
         # Of each view, the embeddings of a row's image columns follow one another.
         return views.swapaxes(1, 2).reshape(len(rows), views.shape[2], -1)
 
-    def embedded(self) -> Kept:
+    def embedded(self) -> Precomputed:
         """The embeddings as inputs, (n_columns, n_features) each."""
         assert self.embeddings is not None
-        return Kept(self.embeddings.reshape(len(self), self.n_columns, -1))
+        return Precomputed(self.embeddings.reshape(len(self), self.n_columns, -1))
 
     def keep_frozen_outputs(self, module: TunedModule, stop: int) -> bool:
         """Compute the outputs of the stages before `stop`; False if they are too large."""
@@ -108,7 +108,7 @@ class TrainingRows:
         self._outputs = frozen_outputs(self.images, self.n_columns, frozen, self._settings)
         return self._outputs is not None
 
-    def inputs(self, input_stage: int) -> Pixels | Kept:
+    def inputs(self, input_stage: int) -> Pixels | Precomputed:
         """The inputs of a stage: pixels, or the outputs of the stages before it."""
         if input_stage > 0 and self._outputs is not None:
             return self._outputs
@@ -128,19 +128,19 @@ class TrainingRows:
 
 
 class Part(NamedTuple):
-    """Some rows of `data`, to train or to validate on, with what the loss takes of them."""
+    """The rows at the positions `rows` of `all_rows`, to train or to validate on."""
 
-    data: TrainingRows
+    all_rows: TrainingRows
     rows: np.ndarray
     target: np.ndarray
     weight: np.ndarray
 
     @property
     def embeddings(self) -> np.ndarray:
-        assert self.data.embeddings is not None
-        return self.data.embeddings[self.rows]
+        assert self.all_rows.embeddings is not None
+        return self.all_rows.embeddings[self.rows]
 
-    def training_set(self, source: Pixels | Kept) -> TrainingSet:
+    def training_set(self, source: Pixels | Precomputed) -> TrainingSet:
         return TrainingSet(source, self.rows, self.target, self.weight)
 
 

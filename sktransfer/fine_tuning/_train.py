@@ -153,7 +153,7 @@ class UnfreezePlan:
         if int(value) > n:
             names = [self.stage_names[i] for i in self._counted]
             raise ValueError(
-                f"{name}={value!r}, but this network has {n} stages below its head: {names}. "
+                f"{name}={value!r}, but the stages below this network's head are {names}. "
                 f"Give at most {n}, or 'all'."
             )
         return int(value)
@@ -178,7 +178,7 @@ def train(
 ) -> EpochLog:
     """Train `tuned` in place.
 
-    `first_stage` tells the lowest stage trained in an epoch, counted from 1. `first_epoch` epochs
+    `first_stage` gives the lowest stage trained in an epoch, counted from 1. `first_epoch` epochs
     were trained before with `old_net`, whose optimizer's state is continued.
     """
     module, first = tuned.module(), tuned.first_trained_stage
@@ -320,7 +320,13 @@ def _make_optimizer(
     if of.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=of.lr, momentum=0.9)
     assert callable(of.optimizer)
-    return of.optimizer(groups, lr=of.lr)
+    optimizer = of.optimizer(groups, lr=of.lr)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer={of.optimizer!r} returns {optimizer!r}: it must return a "
+            "torch.optim.Optimizer."
+        )
+    return optimizer
 
 
 def _continue(net: NeuralNet, old: NeuralNet, has_scheduler: bool) -> None:
@@ -368,14 +374,15 @@ def report(log: EpochLog, class_name: str, start: str, trains_stages: bool) -> N
     """Warn of an interruption, and of a training that did not improve on its start."""
     if log.is_interrupted:
         warn(
-            f"The training of {class_name} was interrupted after {log.epoch} epochs; the "
+            f"The training of {class_name} was interrupted in epoch {log.epoch + 1}; the "
             f"weights of epoch {log.kept_epoch} are kept, and the estimator is fitted."
         )
     elif log.kept_epoch == 0 and log.epoch:
         what = "Fine-tuning" if trains_stages else "Training the head"
+        first, *later = [row["valid_score"] for row in log.history]
         warn(
             f"{what} did not improve on the {start} (validation score "
-            f"{log.history[0]['valid_score']:.3f}, best of {log.epoch} epochs no better): "
-            f"the {start} (epoch 0) is kept. More data, a smaller lr, fewer unfrozen stages or a "
-            "stronger layer_decay may help; or the frozen features are the better model here."
+            f"{first:.3f}, afterwards at most {max(later):.3f}): the {start} (epoch 0) is kept. "
+            "More data, a smaller lr, fewer unfrozen stages or a smaller layer_decay may help; or "
+            "the frozen features are the better model here."
         )

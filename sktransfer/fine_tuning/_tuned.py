@@ -222,11 +222,21 @@ class TunedNetwork:
                 self._root, self._module = self._build(whole or self.has_own_stages)
             return self._module
 
-    def copy(self, first_trained_stage: int, precision: str) -> TunedNetwork:
-        """An independent network with these weights, to be trained from another stage on."""
+    def copy(self, head: nn.Module, first_trained_stage: int, precision: str) -> TunedNetwork:
+        """An independent network with these weights, to be trained from another stage on.
+
+        `head` takes the trained head's weights: ValueError if they do not fit.
+        """
+        try:
+            head.load_state_dict(self.head.state_dict())
+        except RuntimeError as error:
+            raise ValueError(
+                f"The trained head's weights do not fit the parameter `head` any more ({error}). "
+                "Set `head` to what it was, or call fit to start again."
+            ) from error
         tuned = TunedNetwork(
             self.backbone,
-            copy.deepcopy(self.head).cpu(),
+            head,
             self.n_columns,
             min(first_trained_stage, self.first_trained_stage),
             moves_statistics=self.moves_statistics,

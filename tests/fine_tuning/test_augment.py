@@ -16,6 +16,8 @@ MIXES = {
     "mixup": v2.MixUp,
     "cutmix": v2.CutMix,
     "either": lambda **settings: v2.RandomChoice([v2.MixUp(**settings), v2.CutMix(**settings)]),
+    "apply": lambda **settings: v2.RandomApply([v2.CutMix(**settings)], p=1.0),
+    "order": lambda **settings: v2.RandomOrder([v2.RandomHorizontalFlip(), v2.MixUp(**settings)]),
 }
 
 
@@ -103,6 +105,35 @@ def test_transforms_and_lists_of_them(stripes):
     both = [left, v2.RandomVerticalFlip(p=1.0)]
     turned = small(augment=lambda image: image.flip(-1, -2), lr=0.01).fit(*stripes)
     assert_same_model(small(augment=both, lr=0.01).fit(*stripes), turned, rtol=1e-6)
+
+
+@pytest.mark.parametrize("before", ["light", "strong", v2.MixUp(), v2.CutMix()], ids=str)
+def test_each_step_of_a_list_takes_uint8(coded, before):
+    """A transform takes floats as 0…1, and "light" and mixes compute floats in 0…255."""
+    seen = []
+
+    def note(image):
+        seen.append((image.dtype, int(image.max())))
+        return image
+
+    X, k = coded
+    small(augment=[before, note], max_epochs=1).fit(X, k)
+    assert {dtype for dtype, _ in seen} == {torch.uint8}
+    assert max(largest for _, largest in seen) > 1
+
+
+def test_a_transform_beside_a_mix_takes_floats_up_to_1(coded, first_inputs):
+    X, k = coded
+    augment = v2.RandomOrder([v2.ColorJitter(brightness=(0.9, 0.9)), v2.MixUp()])
+    darker = trained_on(first_inputs, X, k, augment=augment)
+    plain = trained_on(first_inputs, X, k)
+    assert darker.mean() == pytest.approx(0.9 * float(plain.mean()), rel=1e-3)
+
+
+def test_an_error_of_a_function_names_it(stripes):
+    with pytest.raises(RuntimeError) as caught:
+        small(augment=lambda image: None).fit(*stripes)
+    assert "must turn a tensor of one image into another" in caught.value.__notes__[0]
 
 
 def test_transforms_are_repeatable(stripes):

@@ -92,7 +92,7 @@ def test_a_scheduler_of_skorch_switches_the_built_in_schedule_off(stripes, has_n
     np.testing.assert_allclose(sorted(last), [2.5e-6, 5e-6, 1e-5])
 
 
-def test_a_scheduler_goes_on_with_partial_fit(stripes):
+def test_a_scheduler_continues_with_partial_fit(stripes):
     scheduler = LRScheduler(policy="StepLR", step_size=1, gamma=0.1)
     model = quick(callbacks=[scheduler], lr=1e-2).fit(*stripes)
     for _ in range(2):
@@ -127,7 +127,7 @@ class Interrupt(Callback):
 
 def test_an_interrupt_keeps_what_was_trained(stripes):
     model = small(callbacks=[Interrupt(3, "on_batch_end")], max_epochs=50)
-    with pytest.warns(UserWarning, match="was interrupted after 2 epochs; the weights of epoch 2"):
+    with pytest.warns(UserWarning, match="was interrupted in epoch 3; the weights of epoch 2"):
         model.fit(*stripes)
     assert model.n_iter_ == len(model.history_) == 2
     assert model.score(*stripes) > 0.6
@@ -191,3 +191,14 @@ def test_checkpoints_hold_no_rows(stripes, unfreeze, augment, tmp_path):
     score = (model.classes_[pickle.loads(file).predict(pixels_of(X))] == y).mean()
     assert score == model.history_[1]["valid_score"]
     assert len(file) < 60_000
+
+
+@pytest.mark.parametrize("unfreeze", [0, 1, "all"])
+def test_the_net_of_a_pickle_trains_the_same_weights(stripes, unfreeze):
+    model = small(unfreeze=unfreeze).fit(*stripes)
+    nets = model.net_, pickle.loads(pickle.dumps(model)).net_
+    trained, again = (
+        {n for n, p in net.module_.named_parameters() if p.requires_grad} for net in nets
+    )
+    assert trained == again
+    assert any(name.startswith("stages.") for name in again) == (unfreeze != 0)

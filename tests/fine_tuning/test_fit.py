@@ -183,8 +183,8 @@ def test_the_best_epoch_may_be_one_of_the_head_alone(stripes):
 @pytest.mark.parametrize(
     ("unfreeze", "message"),
     [
-        (9, r"unfreeze=9, but this network has 2 stages below its head: \[.*Give at most 2"),
-        ({1: 5}, r"unfreeze\[1\]=5, but this network has 2 stages"),
+        (9, r"unfreeze=9, but the stages below this network's head are \[.*Give at most 2"),
+        ({1: 5}, r"unfreeze\[1\]=5, but the stages below this"),
         ({0: 1}, "the keys are epochs and count from 1; got 0"),
         ({1: 2, 2: 1}, "freezes stages again in epoch 2: the numbers of stages must not fall"),
         ({1: "some"}, r"unfreeze\[1\]='some' is not accepted: give a number of stages from 0 to 2"),

@@ -100,10 +100,23 @@ def test_a_loss_that_gives_one_number_needs_equal_weights(stripes):
 
 
 def test_a_loss_of_another_shape(stripes):
-    with pytest.raises(
-        ValueError, match=r"loss=.* shape \(2,\) for \d+ rows: .* one value per row"
-    ):
+    with pytest.raises(ValueError, match=r"loss=.* shape \(2,\) for scores .* one value per row"):
         small(loss=lambda scores, target: scores[:2, 0]).fit(*stripes)
+
+
+def test_a_loss_that_broadcasts_rows_against_rows(numbers):
+    wrong = {"loss": lambda scores, target: (scores[:, 0] - target) ** 2, "batch_size": 24}
+    with pytest.raises(
+        ValueError, match=r"\(24, 24\) for scores .*\(24, 1\) and targets .*\(24, 1"
+    ):
+        small(FineTuningRegressor, **wrong).fit(*numbers)
+
+
+def test_a_loss_that_returns_no_tensor(stripes):
+    with pytest.raises(TypeError, match=r"loss=.* returns None: it must return a tensor"):
+        small(loss=lambda scores, target: None).fit(*stripes)
+    with pytest.raises(TypeError, match=r"CrossEntropyLoss'> is a class: give an instance of it"):
+        small(loss=nn.CrossEntropyLoss).fit(*stripes)
 
 
 def test_what_the_loss_is_given(coded):

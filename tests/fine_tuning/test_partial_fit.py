@@ -8,6 +8,7 @@ import pytest
 import torch
 from skorch.callbacks import Callback
 from small_models import assert_same_model, quick, small, state_of
+from torch import nn
 
 from sktransfer import FineTuningRegressor
 
@@ -34,7 +35,7 @@ def test_one_epoch_after_another(stripes):
 
 
 @pytest.mark.parametrize("again", [lambda m: m, lambda m: pickle.loads(pickle.dumps(m))])
-def test_it_goes_on_from_fit(stripes, again):
+def test_it_continues_from_fit(stripes, again):
     X, y = stripes
     model = again(small(unfreeze=1).fit(X, y))
     before = state_of(model)["head.linear.weight"]
@@ -87,6 +88,25 @@ def test_what_may_change(stripes):
     model.partial_fit(X, y)
     assert len(seen) == 2
     assert model.n_iter_ == 4
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["sizes", "module"])
+def test_the_head_may_change_its_dropout_but_not_its_shape(stripes, own):
+    X, y = stripes
+
+    def head(size):
+        return nn.Sequential(nn.Linear(6, size), nn.Linear(size, 3)) if own else (size,)
+
+    model = small(head=head(4)).fit(X, y)
+    before = model.predict_proba(X)
+    model.set_params(head=head(5))
+    with pytest.raises(ValueError, match=r"head.s weights do not fit [\s\S]*call fit to start"):
+        model.partial_fit(X, y)
+    np.testing.assert_array_equal(model.predict_proba(X), before)
+    model.set_params(head=head(4), dropout=0.5, lr=1e-9).partial_fit(X, y)
+    np.testing.assert_allclose(model.predict_proba(X), before, atol=1e-4)
+    if not own:
+        assert model.net_.module_.head.dropout.p == 0.5
 
 
 def test_stages_may_be_frozen_again(stripes):

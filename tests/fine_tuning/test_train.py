@@ -122,6 +122,11 @@ def test_a_partial_or_a_class_is_an_optimizer(stripes):
     assert {g["weight_decay"] for g in model.net_.optimizer_.param_groups} == {0.0, 0.01}
 
 
+def test_a_callable_that_returns_no_optimizer(stripes):
+    with pytest.raises(TypeError, match=r"optimizer=.* returns None: it must return a torch.optim"):
+        small(optimizer=lambda groups, lr: None).fit(*stripes)
+
+
 # -- averaging -------------------------------------------------------------------------------
 def share_of_the_way(model, start, end):
     """How far the kept weights are on the way from `start` to `end`: one share for all."""

@@ -214,5 +214,5 @@ def test_fine_tuning(stripes, unfreeze):
     rows = model.predict_proba(stripes[0])
     np.testing.assert_allclose(again.predict_proba(stripes[0]), rows, rtol=1e-5)
     assert model.transform(stripes[0]).shape == (24, 6)
-    with pytest.raises(ValueError, match=r"has 1 stages below its head: \['body'\]"):
+    with pytest.raises(ValueError, match=r"stages below this network's head are \['body'\]"):
         model.set_params(unfreeze=2).fit(*stripes)
