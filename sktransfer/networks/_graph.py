@@ -57,9 +57,10 @@ class _Tracer(fx.Tracer):
             m.__module__.startswith(_LEAF_PACKAGES)
             or isinstance(m, self._notrace)
             or type(m).__name__ in ("DropPath", "StochasticDepth")
-            # timm's batch norms with an activation can be folded; a user's own cannot.
+            # timm's linear layers may be heads, and its batch norms with an activation can be
+            # folded; a user's own cannot.
             or (
-                isinstance(m, nn.BatchNorm2d)
+                isinstance(m, (nn.BatchNorm2d, nn.Linear))
                 and m.forward.__module__.startswith(("torch.", "timm."))
             )
         )

@@ -311,7 +311,7 @@ class StagePlan:
     def stages(self, root: nn.Module | None = None) -> Stages:
         """The stages as modules, made of the layers of `root`: this module or a copy of it."""
         root = self.traced.root if root is None else root
-        modules = [StageModule(root, *graphs) for graphs in self._parts]
+        modules = [StageModule(root, *graphs).eval() for graphs in self._parts]
         return Stages(map(Stage, self.names, modules))
 
     def head_layers(self) -> set[str]:

@@ -178,6 +178,13 @@ def test_frozen_stages_do_not_do_it():
     assert not torch.equal(run(stages.run, x, 0), run(stages.run, x, 1))
 
 
+def test_stages_of_a_backbone_are_frozen():
+    stages = load_backbone(Functional(by_name), preprocessing=SIZE).stages
+    assert not any(stage.module.training for stage in stages)
+    x = torch.randn(4, 3, 16, 16)
+    assert torch.equal(run(stages.run, x, 0), run(stages.run, x, 1))
+
+
 def test_the_first_of_several_outputs_counts():
     network, stages = copied(Auxiliary(by_name))
     x = torch.randn(4, 3, 16, 16)
