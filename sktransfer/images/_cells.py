@@ -9,6 +9,7 @@ import io
 import os
 import re
 import stat
+from copy import deepcopy
 from hashlib import sha256
 from urllib.parse import unquote, unquote_to_bytes
 
@@ -189,6 +190,10 @@ def own_copy(cell) -> object:
         return cell.clone()
     if isinstance(cell, (bytearray, memoryview)):
         return bytes(cell)
+    if isinstance(cell, dict):
+        return {key: own_copy(value) for key, value in cell.items()}
+    if isinstance(cell, list):  # rows of numbers
+        return deepcopy(cell)
     return np.array(cell) if hasattr(cell, "__array__") else cell
 
 

@@ -213,6 +213,8 @@ class Images:
         with one_reader:
             try:
                 return own_copy(container[row])
+            except BadImage:
+                raise
             except Exception as error:
                 raise BadImage(f"X[{row}] raises {type(error).__name__}: {error}") from error
 
