@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import random
 import re
 import sys
 import threading
@@ -127,6 +128,7 @@ def trace(module: nn.Module, opened: set[str] | None = None) -> Traced:
     if is_patched(module):
         raise TracingError("hooks or a forward set on the instance")
     tracer = _Tracer(opened)
+    states = random.getstate(), torch.get_rng_state()
     try:
         with _lock:
             copied = copy_with_parameters(module).train(training)
@@ -139,8 +141,9 @@ def trace(module: nn.Module, opened: set[str] | None = None) -> Traced:
             }
     except Exception as error:
         raise TracingError(f"{type(error).__name__}: {error}") from error
-    if training and constants:  # they may be random numbers
-        raise TracingError("forward makes tensors in training")
+    drawn = random.getstate() != states[0] or not torch.equal(torch.get_rng_state(), states[1])
+    if training and (constants or drawn):  # each step would use the same numbers
+        raise TracingError("forward makes tensors or draws random numbers in training")
     output = graph.output_node().args[0]
     if training and isinstance(output, tuple):  # the others are for auxiliary losses
         output = output[0]
