@@ -20,7 +20,6 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from sktransfer._progress import warn
 from sktransfer.images._containers import is_tensor
 from sktransfer.images._images import Images, as_images
 
@@ -42,7 +41,6 @@ __all__ = [
     "is_empty_part",
     "keep_index",
     "set_image_tags",
-    "warn",
 ]
 
 # Of the parameters that the extractor and the fine-tuning estimators have in common.

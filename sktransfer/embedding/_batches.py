@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 
-from sktransfer._validation import warn
+from sktransfer._progress import warn
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

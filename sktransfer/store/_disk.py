@@ -8,7 +8,6 @@ import os
 import shutil
 import sqlite3
 import threading
-import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -17,6 +16,7 @@ from typing import TypeVar
 import filelock
 import numpy as np
 
+from sktransfer._progress import warn
 from sktransfer.store._memory import BaseStore, FileStat, Lock, StoreInfo, as_bytes, settled_files
 
 DEFAULT_DISK_BYTES = 10 * 2**30
@@ -181,14 +181,12 @@ class DiskStore(BaseStore):
                 self._can_write = False
                 self._can_read &= writes
                 if is_first:
-                    warnings.warn(
+                    warn(
                         f"The embedding store {self.path!r} cannot be used: {error}. Embeddings "
                         "are computed, and new ones are not kept. Check that the disk is not full, "
                         "that the folder is writable and that no other program locks the file; "
                         "delete the folder if the file is damaged. The store is tried again in a "
-                        f"new process, or after embedding_store({self.folder!r}).close().",
-                        UserWarning,
-                        stacklevel=2,
+                        f"new process, or after embedding_store({self.folder!r}).close()."
                     )
                 return None
 

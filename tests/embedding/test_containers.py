@@ -119,7 +119,9 @@ def many_pictures(pictures):
 
 
 @pytest.mark.parametrize("memory", [None, False])
-@pytest.mark.parametrize("kind", [OneBuffer, OneTensor, OneDict, OneList, OneFile, OneStream, Frames])
+@pytest.mark.parametrize(
+    "kind", [OneBuffer, OneTensor, OneDict, OneList, OneFile, OneStream, Frames]
+)
 def test_a_container_with_a_state_gives_right_rows(many_pictures, kind, memory):
     expected = PretrainedFeatureExtractor(memory=False).fit_transform(many_pictures)
     X = kind(many_pictures)
