@@ -1,4 +1,4 @@
-"""One cell of X, read once: its digest and its pixels come of the same bytes."""
+"""One cell of X, read once: its digest and its pixels are from the same bytes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Cell:
             digest.update(self.content.reshape(-1).data)  # releases the GIL
         return digest.digest()[:16]
 
-    def picture(self, min_size: tuple[int, int] | None = None) -> Image.Image | np.ndarray:
+    def decode(self, min_size: tuple[int, int] | None = None) -> Image.Image | np.ndarray:
         """Decode the image: upright, the first frame, in RGB, what is transparent over white.
 
         Parameters
@@ -89,8 +89,8 @@ class Cell:
         """
         if isinstance(self.content, np.ndarray):
             return self.content
-        simple = _decode(self.content, min_size)
-        return simple if simple.mode == "RGB" else to_rgb(np.asarray(simple), self._note)
+        image = _decode(self.content, min_size)
+        return image if image.mode == "RGB" else to_rgb(np.asarray(image), self._note)
 
 
 def _decode(data: bytes, min_size: tuple[int, int] | None) -> Image.Image:
@@ -356,7 +356,7 @@ def _read_tensor(tensor) -> np.ndarray | bytes:
 
 def _read_dict(cell: dict) -> bytes:
     data, path = cell.get("bytes"), cell.get("path")
-    if data is not None and not is_missing(data):
+    if not is_missing(data):
         if isinstance(data, (bytes, bytearray, memoryview)):
             return bytes(data)
         raise BadImage(f'"bytes" of the cell is of type {type(data).__name__}')

@@ -91,7 +91,7 @@ class Network:
 
 
 def get_network(source: Source, input_size: tuple[int, int, int]) -> Network:
-    """The one network of this process for `source`; the least used beyond four is let go."""
+    """The one network of this process for `source`; at most four are kept, the last used."""
     key = (type(source).__name__, source.name, source.digest, input_size)
     if found := _look_up(key):
         return found
@@ -114,7 +114,7 @@ def _look_up(key: tuple) -> Network | None:
 
 
 def clear_networks() -> None:
-    """Let go of all networks."""
+    """Forget all networks."""
     with _lock:
         _networks.clear()
 

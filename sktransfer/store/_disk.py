@@ -204,7 +204,7 @@ class DiskStore(BaseStore):
 
     def _connected(self) -> sqlite3.Connection:
         if self._connection is not None and not os.path.exists(self.path):
-            self._disconnect()  # somebody has deleted the folder
+            self._disconnect()  # the folder was deleted
         if self._connection is None:
             os.makedirs(self.folder, exist_ok=True)
             self._connection = sqlite3.connect(

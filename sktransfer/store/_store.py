@@ -47,7 +47,7 @@ def block_of(digest: bytes) -> int:
 
 
 def as_store(memory: object) -> Store:
-    """The store that a ``memory`` parameter stands for.
+    """The store that a ``memory`` parameter describes.
 
     None: the store of this process. False, or a `joblib.Memory` without a location: a store that
     keeps nothing. A folder, or a `joblib.Memory` with one: a file there. A store: itself.

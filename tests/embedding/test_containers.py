@@ -156,7 +156,7 @@ def test_the_next_cell_does_not_change_the_one_before(pictures, kind):
     X = kind(pictures)
     cell = own_copy(X[0])
     _ = X[1]
-    np.testing.assert_array_equal(as_images([cell]).picture(0), pictures[0])
+    np.testing.assert_array_equal(as_images([cell]).decode(0), pictures[0])
 
 
 def test_a_container_of_unusable_streams():

@@ -178,7 +178,7 @@ def test_pillow_is_left_as_it_was(picture):
     filters = list(warnings.filters)
     data = encode(picture, "JPEG")
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(as_images([data] * 20).picture, range(20)))
+        list(pool.map(as_images([data] * 20).decode, range(20)))
     assert state == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
     assert filters == list(warnings.filters)
 
