@@ -174,7 +174,9 @@ def read_cell(cell) -> bytes | np.ndarray:
         try:
             array = np.asarray(cell)
         except (ValueError, TypeError) as error:
-            raise BadImage(f"it does not become an array: {error}") from error
+            is_pair = isinstance(cell, tuple) and len(cell) == 2
+            hint = "; of pairs (image, label) give the images alone" if is_pair else ""
+            raise BadImage(f"it does not become an array: {error}{hint}") from error
         return _read_array(array)
     raise BadImage(
         f"the cell is of type {type(cell).__name__}; an image is a path, a URL, bytes, a PIL "
