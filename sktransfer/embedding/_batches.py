@@ -129,7 +129,7 @@ def n_decoding_threads(n_jobs: int | None) -> int:
 
 
 def cpu_batch_size(input_size: Sequence[int]) -> int:
-    """Images, or maps within a network, to take at once on a CPU, by their size (C, H, W)."""
+    """Return how many images or maps of this size (C, H, W) a CPU should take at once."""
     n_values = max(3, input_size[0]) * math.prod(input_size[1:])
     return max(_SMALLEST_CPU_BATCH, min(_CPU_VALUES // n_values, _LARGEST_CPU_BATCH))
 
@@ -206,7 +206,7 @@ class BatchLimit:
         self.n_sharing = 0  # workers that share the batches out among them
 
     def next_size(self, n_left: int) -> int:
-        """Size of the next batch if at most so many images are left."""
+        """Return the size of the next batch if at most so many images are left."""
         if not self.n_sharing:
             return self.size
         share = -(-n_left // (2 * self.n_sharing))

@@ -33,7 +33,7 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def architecture_digest(module: nn.Module) -> str:
-    """Digest of all in a module but the values of its parameters and buffers.
+    """Return the digest of all in a module but the values of its parameters and buffers.
 
     Train and eval mode give the same one. An attribute `fingerprint`, a string, is used instead.
     """
@@ -42,7 +42,7 @@ def architecture_digest(module: nn.Module) -> str:
 
 
 def function_digest(function: Callable) -> str:
-    """Digest of a function or a callable object, or its attribute `fingerprint`, a string."""
+    """Return the digest of a callable, or its attribute `fingerprint`, a string."""
     own = getattr(function, "fingerprint", None)
     return own if isinstance(own, str) else _Digester().of(function)
 

@@ -63,7 +63,7 @@ _digests: dict[tuple[str | int, ...], str] = {}
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, computed once while the file is not changed."""
+    """Compute the SHA-256 of a file's content, once while the file does not change."""
     stat = path.stat()
     key = (str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     if key not in _digests:
@@ -73,7 +73,7 @@ def file_digest(path: Path) -> str:
 
 
 def state_digest(module: nn.Module) -> str:
-    """Digest of a module's parameters and buffers: names, types, shapes, values."""
+    """Return the digest of a module's parameters and buffers: names, types, shapes, values."""
     digest = hashlib.blake2b(digest_size=32)
     tensors = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
