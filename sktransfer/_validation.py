@@ -20,8 +20,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from sktransfer._progress import warn
-from sktransfer.images._containers import is_tensor
+from sktransfer.images._containers import is_number_dtype, is_tensor
 from sktransfer.images._images import Images, as_images
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ __all__ = [
     "is_empty_part",
     "keep_index",
     "set_image_tags",
-    "warn",
 ]
 
 # Of the parameters that the extractor and the fine-tuning estimators have in common.
@@ -96,12 +94,6 @@ def check_images(estimator: BaseEstimator, X, *, reset: bool, name: str = "X") -
 
 def _check_columns(estimator: BaseEstimator, X, images: Images, reset: bool) -> None:
     """Set or check `n_features_in_` and `feature_names_in_`."""
-    class_name = type(estimator).__name__
-    if len(images) == 0:
-        raise ValueError(
-            "Found array with 0 sample(s) while a minimum of 1 is required by "
-            f"{class_name}: X holds no image."
-        )
     if hasattr(X, "columns"):
         _check_feature_names(estimator, X, reset=reset)
     elif reset:
@@ -112,8 +104,8 @@ def _check_columns(estimator: BaseEstimator, X, images: Images, reset: bool) -> 
         estimator.n_features_in_ = images.n_columns
     elif images.n_columns != estimator.n_features_in_:
         raise ValueError(
-            f"X has {images.n_columns} image column(s), but {class_name} was fitted on "
-            f"{estimator.n_features_in_} columns. Give X in the form it had in fit: the same "
+            f"X has {images.n_columns} image column(s), but {type(estimator).__name__} was fitted "
+            f"on {estimator.n_features_in_} columns. Give X in the form it had in fit: the same "
             "image columns, or flat rows of as many pixels."
         )
 
@@ -179,7 +171,7 @@ def keep_index(estimator: BaseEstimator, columns: np.ndarray, X):
 def _is_flat(X) -> bool:
     """Whether ``X`` is a table of numbers, or what scikit-learn should refuse as one."""
     if hasattr(X, "columns"):  # a data frame is flat unless it holds strings, bytes, images …
-        return all(_is_number_dtype(dtype) for dtype in X.dtypes)
+        return all(is_number_dtype(dtype) for dtype in X.dtypes)
     if hasattr(X, "toarray"):  # scipy sparse
         return True
     if isinstance(X, (list, tuple)):
@@ -192,16 +184,9 @@ def _is_flat(X) -> bool:
         X = np.asarray(X)
     if not hasattr(X, "dtype") or getattr(X, "ndim", 3) > 2:
         return False
-    if _is_number_dtype(X.dtype) or getattr(X.dtype, "kind", "") == "c":
+    if is_number_dtype(X.dtype):
         return True
     return isinstance(X, np.ndarray) and X.ndim == 2 and X.size > 0 and _is_number(X.flat[0])
-
-
-def _is_number_dtype(dtype) -> bool:
-    is_numeric = getattr(dtype, "is_numeric", None)  # polars
-    if callable(is_numeric):
-        return bool(is_numeric())
-    return getattr(dtype, "kind", "O") in "biuf"
 
 
 def _is_number(value) -> bool:

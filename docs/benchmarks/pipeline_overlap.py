@@ -49,7 +49,7 @@ def parts_alone(extractor, paths):
 
     def decode(indices):
         arrays = [
-            preprocessing.resize_crop(images.picture(i, min_size=preprocessing.min_size))
+            preprocessing.resize_crop(images.decode(i, min_size=preprocessing.min_size))
             for i in indices
         ]
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 
-from sktransfer._validation import warn
+from sktransfer._progress import warn
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _ACCELERATOR_BATCH = 256
-# On a CPU a batch is as large as lets the widest layers' values stay in memory that the process
-# has: what is larger is asked of the system anew, and zeroed by it, at every layer. With 8 images
-# of 224 × 224 that is 1.0 to 1.3 times as fast as with 32 (docs/benchmarks/batch_size.py).
+# On a CPU a batch is small enough for the allocator to reuse memory between layers: larger tensors
+# are allocated and zeroed by the system at every layer. 8 images of 224 × 224 are 1.0 to 1.3 times
+# as fast as 32 (docs/benchmarks/batch_size.py).
 _CPU_VALUES, _SMALLEST_CPU_BATCH, _LARGEST_CPU_BATCH = 8 * 3 * 224 * 224, 4, 32
-# Towards the end batches shrink to this, so that all workers end at about the same time.
+# Towards the end batches shrink to this, so that all workers finish at about the same time.
 _LAST_BATCH = 8
 _MOST_WORKERS = 8  # on a CPU: a few wide ones rather than many narrow ones
 
@@ -99,7 +99,7 @@ def resolve_device(device: str) -> torch.device:
                 f"device={device!r} is not a torch device: 'auto', 'cpu', 'cuda', 'cuda:1' or "
                 "'mps' are accepted."
             ) from error
-        # Who asks for the CPU need not wake the others.
+        # Counting initialises CUDA, which a user of the CPU does not need.
         if named.type in _COUNTS and (n_found := _COUNTS[named.type]()) <= (named.index or 0):
             raise ValueError(
                 f"device={device!r}, but torch finds {n_found} devices of that kind here: "
@@ -115,12 +115,12 @@ def resolve_device(device: str) -> torch.device:
     except RuntimeError as error:
         warn(f"CUDA cannot be used in this worker process, so the CPU is used: {error}")
         return torch.device("cpu")
-    # Workers of one pool have neighbouring process ids: deal the devices out by them.
+    # Workers of one pool have neighbouring process ids, so that each gets another device.
     return torch.device("cuda", os.getpid() % torch.cuda.device_count())
 
 
 def n_decoding_threads(n_jobs: int | None) -> int:
-    """Return the number of threads that ``n_jobs`` stands for in this process."""
+    """Return the number of threads that ``n_jobs`` means in this process."""
     # torch's own number already respects the limits that joblib sets inside its workers.
     available = torch.get_num_threads()
     if n_jobs is None:
@@ -129,7 +129,7 @@ def n_decoding_threads(n_jobs: int | None) -> int:
 
 
 def cpu_batch_size(input_size: Sequence[int]) -> int:
-    """Images, or maps within a network, to take at once on a CPU, by their size (C, H, W)."""
+    """Return how many images or maps of this size (C, H, W) a CPU should take at once."""
     n_values = max(3, input_size[0]) * math.prod(input_size[1:])
     return max(_SMALLEST_CPU_BATCH, min(_CPU_VALUES // n_values, _LARGEST_CPU_BATCH))
 
@@ -206,7 +206,7 @@ class BatchLimit:
         self.n_sharing = 0  # workers that share the batches out among them
 
     def next_size(self, n_left: int) -> int:
-        """Size of the next batch if at most so many images are left."""
+        """Return the size of the next batch if at most so many images are left."""
         if not self.n_sharing:
             return self.size
         share = -(-n_left // (2 * self.n_sharing))

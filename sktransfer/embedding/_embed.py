@@ -198,11 +198,11 @@ class EmbeddingRun:
         self.input_size = backbone.input_size
         self._fingerprints = [f"{f}-{precision}" for f in backbone.group_fingerprints]
         self._keeps = store.max_bytes != 0
-        self._n_left = self._n_untold = len(images)  # to compute at most; not reported yet
+        self._n_left = self._n_unreported = len(images)  # to compute at most; not reported yet
         self._started_at = time.time_ns()
         self._stats: dict[int, tuple] = {}  # of files whose digest is not known yet
         self._first: dict[bytes, int] = {}  # digest -> the row that is computed for it
-        self._twins: list[tuple[int, int]] = []  # (row, the row computed for an equal image)
+        self._duplicates: list[tuple[int, int]] = []  # (row, the row computed for an equal image)
         self._locks: dict[int, Lock] = {}  # held, of blocks of digests
         self._n_locked: Counter[int] = Counter()  # rows of a block to compute, or under way
         self._later: list[_Row] = []  # rows of blocks that other threads or processes hold
@@ -214,15 +214,15 @@ class EmbeddingRun:
 
         Other processes or threads may embed the same images at the same time. Rows are
         computed under the lock of the block that their digest falls into, and looked up once
-        more when the lock is acquired. Nobody waits for a lock while holding one. None asks to
-        have all rows kept that are under way.
+        more when the lock is acquired. No call waits for a lock while it holds one: it yields
+        None first, so that all rows being computed are kept and their locks released.
         """
         yield from self._batched(self._missing(workers, limit), limit)
         while self._later:
             rows, self._later = sorted(self._later, key=lambda row: row.i), []
             n_waiting = len(rows)
             yield from self._batched(self._locked(self._not_stored(rows)), limit)
-            if len(self._later) == n_waiting:
+            if len(self._later) == n_waiting:  # no lock was free
                 yield None
                 time.sleep(_POLL_SECONDS)
 
@@ -256,7 +256,7 @@ class EmbeddingRun:
                 yield unknown[k : k + n_together]
 
     def _not_known(self, chunk: range) -> list[int]:
-        """Fill in the rows of files that are as they were when they were read."""
+        """Fill in the rows of files that have not changed since they were read; return the rest."""
         stats = [self._images.stat(i) for i in chunk]
         digests = self._store.get_file_digests(stats)
         triples = zip(chunk, stats, digests, strict=True)
@@ -288,11 +288,11 @@ class EmbeddingRun:
             if (first := self._first.setdefault(row.digest, row.i)) == row.i:
                 new.append(row)
             else:
-                self._twins.append((row.i, first))
+                self._duplicates.append((row.i, first))
         return new
 
     def _locked(self, rows: list[_Row]) -> Iterator[_Row]:
-        """Yield rows whose block's lock this call holds; put the others off."""
+        """Yield rows whose block's lock this call holds; defer the others."""
         if not self._keeps:
             yield from rows
             return
@@ -337,11 +337,11 @@ class EmbeddingRun:
             self._out[np.asarray(indices, dtype=np.intp)[found]] = rows[found]
         n_found = int(found.sum())
         self._n_left -= n_found
-        self._tell(n_found)
+        self._report(n_found)
         return found
 
     def _count(self, block: int, n_rows: int) -> None:
-        """Count rows of a block, or down; with none left, release its lock."""
+        """Add to the number of a block's rows in work; at 0 release its lock."""
         self._n_locked[block] += n_rows
         if self._n_locked[block] == 0:
             self._locks.pop(block).release()
@@ -387,15 +387,15 @@ class EmbeddingRun:
         return good, pixels.permute(0, 3, 1, 2) if pixels.dtype == torch.uint8 else pixels
 
     def _decode(self, row: _Row) -> np.ndarray:
-        cell, row.cell = row.cell, None  # its bytes are let go of
+        cell, row.cell = row.cell, None  # frees its bytes after decoding
         if cell is None:
             cell = self._images.read(row.i)
             if cell.digest != row.digest:
-                raise BadImage("it changed while it was waited for")
+                raise BadImage("it changed during this call")
         preprocessing = self._backbone.preprocessing
-        picture = cell.picture(preprocessing.min_size)
+        image = cell.decode(preprocessing.min_size)
         try:
-            return preprocessing.resize_crop(picture)
+            return preprocessing.resize_crop(image)
         except Exception as error:
             error.add_note(f"This happened in the preprocessing of {self._images.where(row.i)}.")
             raise
@@ -433,16 +433,16 @@ class EmbeddingRun:
         for row in batch:
             if row.block >= 0:
                 self._count(row.block, -1)
-        self._tell(len(batch))
+        self._report(len(batch))
 
     # -- the end -------------------------------------------------------------------------
     def finish(self) -> list[BadRow]:
         """Give equal images their row, and list the images that gave none, in their order."""
-        for i, first in self._twins:
+        for i, first in self._duplicates:
             self._out[i] = self._out[first]
             if first in self._bad:
                 self._bad[i] = self._bad[first]
-        self._tell(self._n_untold)
+        self._report(self._n_unreported)
         images = self._images
         return [BadRow(images.row(i), images.where(i), self._bad[i]) for i in sorted(self._bad)]
 
@@ -450,6 +450,6 @@ class EmbeddingRun:
         self._out[i] = self._fill
         self._bad[i] = str(error)
 
-    def _tell(self, n_done: int) -> None:
-        self._n_untold -= n_done
+    def _report(self, n_done: int) -> None:
+        self._n_unreported -= n_done
         self._progress(n_done)

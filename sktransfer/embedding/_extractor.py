@@ -9,6 +9,7 @@ import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
+from sktransfer._progress import warn
 from sktransfer._validation import (
     SHARED_CONSTRAINTS,
     Interval,
@@ -19,7 +20,6 @@ from sktransfer._validation import (
     is_empty_part,
     keep_index,
     set_image_tags,
-    warn,
 )
 
 if TYPE_CHECKING:

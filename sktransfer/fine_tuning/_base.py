@@ -14,6 +14,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
+from sktransfer._progress import warn
 from sktransfer._validation import (
     SHARED_CONSTRAINTS,
     HasMethods,
@@ -24,7 +25,6 @@ from sktransfer._validation import (
     image_column_names,
     keep_index,
     set_image_tags,
-    warn,
 )
 
 if TYPE_CHECKING:

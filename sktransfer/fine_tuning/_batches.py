@@ -117,7 +117,7 @@ class Pixels:
         if self.is_bad[i // self._n_columns]:
             return None
         try:
-            image = self._images.picture(i, self._preprocessing.min_size)
+            image = self._images.decode(i, self._preprocessing.min_size)
         except BadImage as error:
             self.bad.append(BadRow(self._images.row(i), self._images.where(i), str(error)))
             return None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sktransfer._validation import warn
+from sktransfer._progress import warn
 from sktransfer.embedding._batches import n_decoding_threads
 from sktransfer.embedding._embed import BadRow
 from sktransfer.fine_tuning._batches import (

@@ -14,8 +14,8 @@ from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
 from skorch.callbacks import Callback, LRScheduler
 from skorch.helper import predefined_split
 
+from sktransfer._progress import warn
 from sktransfer._threads import own_random_state, repeatable_kernels
-from sktransfer._validation import warn
 from sktransfer.fine_tuning._batches import Batches, TrainingSet
 from sktransfer.fine_tuning._callbacks import (
     EpochLog,

@@ -1,4 +1,4 @@
-"""One cell of X, read once: its digest and its pixels come of the same bytes."""
+"""One cell of X, read once: its digest and its pixels are from the same bytes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import io
 import os
 import re
 import stat
+from copy import deepcopy
 from hashlib import sha256
 from urllib.parse import unquote, unquote_to_bytes
 
@@ -67,7 +68,7 @@ class Cell:
             digest.update(self.content.reshape(-1).data)  # releases the GIL
         return digest.digest()[:16]
 
-    def picture(self, min_size: tuple[int, int] | None = None) -> Image.Image | np.ndarray:
+    def decode(self, min_size: tuple[int, int] | None = None) -> Image.Image | np.ndarray:
         """Decode the image: upright, the first frame, in RGB, what is transparent over white.
 
         Parameters
@@ -88,8 +89,8 @@ class Cell:
         """
         if isinstance(self.content, np.ndarray):
             return self.content
-        simple = _decode(self.content, min_size)
-        return simple if simple.mode == "RGB" else to_rgb(np.asarray(simple), self._note)
+        image = _decode(self.content, min_size)
+        return image if image.mode == "RGB" else to_rgb(np.asarray(image), self._note)
 
 
 def _decode(data: bytes, min_size: tuple[int, int] | None) -> Image.Image:
@@ -173,7 +174,9 @@ def read_cell(cell) -> bytes | np.ndarray:
         try:
             array = np.asarray(cell)
         except (ValueError, TypeError) as error:
-            raise BadImage(f"it does not become an array: {error}") from error
+            is_pair = isinstance(cell, tuple) and len(cell) == 2
+            hint = "; of pairs (image, label) give the images alone" if is_pair else ""
+            raise BadImage(f"it does not become an array: {error}{hint}") from error
         return _read_array(array)
     raise BadImage(
         f"the cell is of type {type(cell).__name__}; an image is a path, a URL, bytes, a PIL "
@@ -189,6 +192,10 @@ def own_copy(cell) -> object:
         return cell.clone()
     if isinstance(cell, (bytearray, memoryview)):
         return bytes(cell)
+    if isinstance(cell, dict):
+        return {key: own_copy(value) for key, value in cell.items()}
+    if isinstance(cell, list):  # rows of numbers
+        return deepcopy(cell)
     return np.array(cell) if hasattr(cell, "__array__") else cell
 
 
@@ -351,7 +358,7 @@ def _read_tensor(tensor) -> np.ndarray | bytes:
 
 def _read_dict(cell: dict) -> bytes:
     data, path = cell.get("bytes"), cell.get("path")
-    if data is not None and not is_missing(data):
+    if not is_missing(data):
         if isinstance(data, (bytes, bytearray, memoryview)):
             return bytes(data)
         raise BadImage(f'"bytes" of the cell is of type {type(data).__name__}')

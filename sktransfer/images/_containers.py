@@ -24,7 +24,7 @@ _CHANNELS = (1, 2, 3, 4)
 class Container:
     """A container of the user's own class, which may have a state: read one cell at a time.
 
-    Its ``__getitem__`` may fill one buffer anew for each row, or read through one open file.
+    Its ``__getitem__`` may fill the same buffer for each row, or read through one open file.
     """
 
     def __init__(self, cells) -> None:
@@ -158,7 +158,7 @@ def _is_frame(X) -> bool:
 
 def _from_frame(X, image_shape: Shape) -> Columns:
     _check_size(X.shape)
-    if image_shape is not None and all(map(_is_number_dtype, getattr(X, "dtypes", [None]))):
+    if image_shape is not None and all(map(is_number_dtype, getattr(X, "dtypes", [None]))):
         rows = X.to_numpy()  # pixels, perhaps thousands of columns of them
         if rows.dtype != object:
             return _from_array(rows, image_shape)
@@ -185,7 +185,8 @@ def _from_frame(X, image_shape: Shape) -> Columns:
     return columns, names if all(isinstance(name, str) for name in names) else None, image_shape
 
 
-def _is_number_dtype(dtype) -> bool:
+def is_number_dtype(dtype) -> bool:
+    """Whether a dtype of NumPy, pandas or polars is of numbers or booleans."""
     if hasattr(dtype, "is_numeric"):  # polars
         return dtype.is_numeric() or str(dtype) == "Boolean"
     return getattr(dtype, "kind", "O") in "biufc"
@@ -195,10 +196,10 @@ def _cells_of_series(series) -> tuple[Sequence, bool]:
     """Return a sequence of the cells of a Series, without a copy, and whether it is numeric."""
     dtype = series.dtype
     if hasattr(dtype, "is_numeric"):  # polars
-        if _is_number_dtype(dtype) and series.null_count() < len(series):
+        if is_number_dtype(dtype) and series.null_count() < len(series):
             return series.to_numpy(), True
         return series, False
-    if _is_number_dtype(dtype):
+    if is_number_dtype(dtype):
         numbers = series.to_numpy()
         if numbers.dtype == object:  # nullable integers with a missing one
             numbers = series.to_numpy(dtype="float64", na_value=np.nan)

@@ -155,9 +155,9 @@ class Images:
         """Return ``read(i).digest``."""
         return self.read(i).digest
 
-    def picture(self, i: int, min_size: tuple[int, int] | None = None) -> Image.Image | np.ndarray:
-        """Return ``read(i).picture(min_size)``."""
-        return self.read(i).picture(min_size)
+    def decode(self, i: int, min_size: tuple[int, int] | None = None) -> Image.Image | np.ndarray:
+        """Return ``read(i).decode(min_size)``."""
+        return self.read(i).decode(min_size)
 
     def stat(self, i: int) -> tuple[str, int, int, int] | None:
         """Return what identifies the state of a local file; None if image `i` is not one.
@@ -197,7 +197,7 @@ class Images:
         return _warning(self._notes.take(), self._place)
 
     def take_notes(self) -> dict:
-        """Return and forget what was assumed: a worker process sends it home."""
+        """Return and forget what was assumed, for the process that a worker works for."""
         return self._notes.take()
 
     def merge_notes(self, notes: dict) -> None:
@@ -213,6 +213,8 @@ class Images:
         with one_reader:
             try:
                 return own_copy(container[row])
+            except BadImage:
+                raise
             except Exception as error:
                 raise BadImage(f"X[{row}] raises {type(error).__name__}: {error}") from error
 

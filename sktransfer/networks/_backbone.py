@@ -261,18 +261,18 @@ class Backbone:
         return self.name, self._keys, self._poolings, self.preprocessing.identity
 
     def make_pooling(self) -> Pooling:
-        """What turns the values of the first layer into rows."""
+        """Make what turns the values of the first layer into rows."""
         return Pooling(*self._poolings[0])
 
     def copy_network(self) -> tuple[nn.Module, Stages]:
-        """An independent copy of the network, and its stages, which call the copy's layers."""
+        """Copy the network; return the copy and its stages, which call the copy's layers."""
         network = self.network
         _ = network.module  # the weights
         root = copy.deepcopy(network.plan.root)
         return root, network.plan.stages(root)
 
     def with_weights(self, module: nn.Module, digest: str) -> Backbone:
-        """The same cut of `module`, a copy of the network whose weights have this digest."""
+        """Return the same cut of `module`, a copy of the network with weights of this digest."""
         other = copy.copy(self)
         other._source = GivenSource(self.name, self._source.preprocessing, module, digest)
         other._source.is_foreign = self._source.is_foreign
@@ -283,7 +283,7 @@ class Backbone:
     def inference_module(
         self, device: torch.device | str = "cpu", precision: str = "float32"
     ) -> nn.Module:
-        """The network for inference: batch norms folded, channels last, frozen.
+        """Return the network for inference: batch norms folded, channels last, frozen.
 
         Parameters
         ----------
@@ -308,7 +308,7 @@ class Backbone:
 
 
 def with_cached_layers(layer: str | list | None, cache_layers: list | None) -> str | list | None:
-    """The layers to load: those asked for, then those that are for the store alone."""
+    """Join the layers asked for and those that are for the store alone."""
     asked = [layer] if layer is None or isinstance(layer, str) else list(layer)
     extra = [name for name in cache_layers or [] if name not in asked]
     return [*asked, *extra] if extra else layer

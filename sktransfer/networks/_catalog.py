@@ -57,7 +57,7 @@ class BackboneTable(list[BackboneInfo]):
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         if isinstance(index, str):
-            return next(row for row in self if row.name == index)
+            return {row.name: row for row in self}[index]
         got = super().__getitem__(index)
         return BackboneTable(got) if isinstance(index, slice) else got
 

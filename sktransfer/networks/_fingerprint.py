@@ -8,6 +8,7 @@ nothing else has, so that embeddings made with it are not shared.
 
 from __future__ import annotations
 
+import dis
 import functools
 import hashlib
 import sys
@@ -32,7 +33,7 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def architecture_digest(module: nn.Module) -> str:
-    """Digest of all in a module but the values of its parameters and buffers.
+    """Return the digest of all in a module but the values of its parameters and buffers.
 
     Train and eval mode give the same one. An attribute `fingerprint`, a string, is used instead.
     """
@@ -41,7 +42,7 @@ def architecture_digest(module: nn.Module) -> str:
 
 
 def function_digest(function: Callable) -> str:
-    """Digest of a function or a callable object, or its attribute `fingerprint`, a string."""
+    """Return the digest of a callable, or its attribute `fingerprint`, a string."""
     own = getattr(function, "fingerprint", None)
     return own if isinstance(own, str) else _Digester().of(function)
 
@@ -125,9 +126,11 @@ class _Digester:
 
 
 def _globals_read(code: types.CodeType, names: dict[str, object]) -> Iterator[tuple[str, object]]:
-    """Find all globals that code may read, but for what it takes from other files' modules."""
-    for name in code.co_names:
-        if name in names and not isinstance(names[name], types.ModuleType):
+    """Find all globals that code reads, but for what it takes from other files' modules."""
+    for step in dis.get_instructions(code):
+        name = step.argval
+        is_read = step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in names
+        if is_read and not isinstance(names[name], types.ModuleType):
             yield name, names[name]
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

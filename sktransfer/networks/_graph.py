@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import random
 import re
 import sys
 import threading
@@ -57,9 +58,10 @@ class _Tracer(fx.Tracer):
             m.__module__.startswith(_LEAF_PACKAGES)
             or isinstance(m, self._notrace)
             or type(m).__name__ in ("DropPath", "StochasticDepth")
-            # timm's batch norms with an activation can be folded; a user's own cannot.
+            # timm's linear layers may be heads, and its batch norms with an activation can be
+            # folded; a user's own cannot.
             or (
-                isinstance(m, nn.BatchNorm2d)
+                isinstance(m, (nn.BatchNorm2d, nn.Linear))
                 and m.forward.__module__.startswith(("torch.", "timm."))
             )
         )
@@ -126,6 +128,7 @@ def trace(module: nn.Module, opened: set[str] | None = None) -> Traced:
     if is_patched(module):
         raise TracingError("hooks or a forward set on the instance")
     tracer = _Tracer(opened)
+    states = random.getstate(), torch.get_rng_state()
     try:
         with _lock:
             copied = copy_with_parameters(module).train(training)
@@ -138,8 +141,9 @@ def trace(module: nn.Module, opened: set[str] | None = None) -> Traced:
             }
     except Exception as error:
         raise TracingError(f"{type(error).__name__}: {error}") from error
-    if training and constants:  # they may be random numbers
-        raise TracingError("forward makes tensors in training")
+    drawn = random.getstate() != states[0] or not torch.equal(torch.get_rng_state(), states[1])
+    if training and (constants or drawn):  # each step would use the same numbers
+        raise TracingError("forward makes tensors or draws random numbers in training")
     output = graph.output_node().args[0]
     if training and isinstance(output, tuple):  # the others are for auxiliary losses
         output = output[0]
@@ -155,7 +159,7 @@ def trace(module: nn.Module, opened: set[str] | None = None) -> Traced:
 
 
 def copy_with_parameters(module: nn.Module) -> nn.Module:
-    """A copy that shares the parameters; buffers and all else are its own."""
+    """Copy all of a module but its parameters, which both share."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})
 
 
@@ -231,11 +235,11 @@ class Traced:
         return found
 
     def layer(self, node: fx.Node) -> nn.Module | None:
-        """The module that `node` calls, if it calls one."""
+        """Return the module that `node` calls, if it calls one."""
         return self.modules[str(node.target)] if node.op == "call_module" else None
 
     def parameters(self, node: fx.Node) -> dict[str, nn.Parameter]:
-        """The parameters that an operation reads, by name."""
+        """Return the parameters that an operation reads, by name."""
         target = str(node.target)
         if node.op == "call_module":
             return {f"{target}.{k}": p for k, p in self.modules[target].named_parameters()}
@@ -246,7 +250,7 @@ class Traced:
 
     # -- parts ------------------------------------------------------------------------------
     def part(self, source: fx.Node, result: fx.Node) -> fx.Graph:
-        """The graph of one input (`source`) from behind one cut to another (`result`)."""
+        """Return the graph of the operations after one cut (`source`) up to another (`result`)."""
         graph = fx.Graph()
         # A copy, because the first operation may work in place.
         values = {source: graph.call_method("clone", (graph.placeholder("x"),))}
@@ -263,7 +267,7 @@ class Traced:
         return graph
 
     def extractor(self, nodes: Sequence[fx.Node], poolings: Sequence[nn.Module]) -> fx.GraphModule:
-        """The network up to the deepest of `nodes`, returning a list: each of them, pooled.
+        """Make the network up to the deepest of `nodes`; it returns a list: each of them, pooled.
 
         A value is pooled at once: a later operation may work in place.
         """
@@ -291,7 +295,7 @@ class Traced:
         return torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * scale, equal_nan=True)
 
     def shapes(self, input_size: tuple[int, int, int]) -> dict[fx.Node, tuple[int, ...]]:
-        """Shape of every tensor in the graph for 2 black images."""
+        """Return the shape of every tensor in the graph for 2 black images."""
         if input_size not in self._shapes:
             device = "cpu" if self._needs_values else "meta"
             copied = (
@@ -330,7 +334,7 @@ class _ShapeRun(fx.Interpreter):
 
 
 def _meta_copy(module: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes and no values."""
+    """Copy a module with shapes instead of values."""
     memo: dict[int, object] = {
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in module.parameters()
     }
@@ -341,7 +345,7 @@ def _meta_copy(module: nn.Module) -> nn.Module:
 def targets(
     root: nn.Module, graph: fx.Graph, others: dict[str, nn.Module] | None = None
 ) -> dict[str, object]:
-    """All modules and tensors that a graph names, those of `root` and `others`."""
+    """Return all modules and tensors that a graph names, those of `root` and `others`."""
     others = others or {}
     names = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
     return {**{k: operator.attrgetter(k)(root) for k in names - others.keys()}, **others}
@@ -404,7 +408,7 @@ class StageModule(nn.Module):
 
 # -- errors ---------------------------------------------------------------------------------
 def unknown_layer(layer: str, network: str, stages: list[str], names: list[str]) -> ValueError:
-    """The error for a layer that a network does not have."""
+    """Make the error for a layer that a network does not have."""
     known = list(dict.fromkeys([*stages, *names]))
     close = get_close_matches(layer, known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
@@ -416,7 +420,7 @@ def unknown_layer(layer: str, network: str, stages: list[str], names: list[str])
 
 
 def checked_shape(shape: tuple[int, ...], key: str, network: str) -> tuple[int, ...]:
-    """The shape of a layer's value for two images, if its first axis is the images'."""
+    """Return the shape of a layer's value for two images; raise unless its first axis is theirs."""
     if shape and shape[0] != 2:
         raise ValueError(
             f"{key.removeprefix('>')!r} of {network} gives values of shape {shape} for two "
@@ -427,7 +431,7 @@ def checked_shape(shape: tuple[int, ...], key: str, network: str) -> tuple[int, 
 
 
 def not_accepted(network: str, input_size: tuple[int, int, int], error: Exception) -> ValueError:
-    """The error for an input size that a network cannot take."""
+    """Make the error for an input size that a network cannot take."""
     reason: BaseException = error
     while reason.__cause__ is not None:
         reason = reason.__cause__

@@ -46,7 +46,7 @@ class HookedPlan:
         self.stage_keys = [self.embedding_key, ""][: len(self.names)]
 
     def stages(self, root: nn.Module | None = None) -> Stages:
-        """The stages as modules, made of the layers of `root`: this module or a copy of it."""
+        """Make the stages as modules of the layers of `root`: this module or a copy of it."""
         root = self.root if root is None else root
         if not self._head:
             return Stages([Stage("body", root)])
@@ -54,7 +54,7 @@ class HookedPlan:
         return Stages([Stage("body", _Body(root, self._head)), Stage("head", head)])
 
     def head_layers(self) -> set[str]:
-        """Dotted name of the head, if there is one."""
+        """Return the dotted name of the head, if there is one."""
         return {self._head} if self._head else set()
 
     # -- layers by name ---------------------------------------------------------------------
@@ -68,7 +68,7 @@ class HookedPlan:
         return self.embedding_key
 
     def resolve(self, layer: str) -> str:
-        """The key of a stage or sub-module."""
+        """Return the key of a stage or sub-module."""
         if layer in self.names:
             return self.stage_keys[self.names.index(layer)]
         if layer not in self._layers:
@@ -76,7 +76,7 @@ class HookedPlan:
         return layer
 
     def shape(self, key: str, input_size: tuple[int, int, int]) -> tuple[int, ...]:
-        """Shape of a layer's value for two images of `input_size`."""
+        """Return the shape of a layer's value for two images of `input_size`."""
         shapes = self._run(input_size).shapes
         if key not in shapes:
             raise ValueError(
@@ -91,11 +91,11 @@ class HookedPlan:
         return len(shape) == 4 and shape[1] == shape[2] != shape[3]
 
     def tokens(self, key: str) -> tuple[int | None, int]:
-        """No class token and no prefix tokens are known."""
+        """Return (None, 0): neither a class token nor prefix tokens are known."""
         return None, 0
 
     def extractor(self, keys: list[str], poolings: list[nn.Module]) -> HookedExtractor:
-        """The network up to the last of the layers, returning their pooled values."""
+        """Make the network up to the last of the layers; it returns their pooled values."""
         return HookedExtractor(self.root, keys, poolings)
 
     def _run(self, input_size: tuple[int, int, int]) -> _Run:
@@ -154,7 +154,7 @@ class HookedExtractor(nn.Module):
         self.poolings = nn.ModuleList(poolings)
 
     def copy_to(self, device: torch.device, dtype: torch.dtype) -> HookedExtractor:
-        """An independent copy elsewhere or in another type, in eval mode."""
+        """Copy it to another device or type, in eval mode."""
         copied = copy.deepcopy(self.module).to(device=device, dtype=dtype)
         return HookedExtractor(copied.eval(), self.keys, list(self.poolings))
 

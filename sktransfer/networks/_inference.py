@@ -66,7 +66,7 @@ class Network:
         device: torch.device,
         precision: str,
     ) -> EmbeddingNetwork:
-        """What turns a batch of pixels into rows: made once for each set of arguments."""
+        """Return what turns pixels into rows, made once for each set of arguments."""
         mean = std = None
         if isinstance(preprocessing, Preprocessing):
             mean, std = preprocessing.mean, preprocessing.std
@@ -91,7 +91,7 @@ class Network:
 
 
 def get_network(source: Source, input_size: tuple[int, int, int]) -> Network:
-    """The one network of this process for `source`; the least used beyond four is let go."""
+    """Return the one network of this process for `source`; the last four used are kept."""
     key = (type(source).__name__, source.name, source.digest, input_size)
     if found := _look_up(key):
         return found
@@ -114,7 +114,7 @@ def _look_up(key: tuple) -> Network | None:
 
 
 def clear_networks() -> None:
-    """Let go of all networks."""
+    """Forget all networks."""
     with _lock:
         _networks.clear()
 
@@ -123,7 +123,7 @@ def clear_networks() -> None:
 def scale_and_shift(
     mean: Sequence[float], std: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two 1×C×1×1 factors that normalise pixels of 0…255: x · scale + shift.
+    """Compute 1×C×1×1 factors that normalise pixels of 0…255: x · scale + shift.
 
     `mean` and `std` are those of pixels in 0…1:
     (x / 255 - mean) / std = x · 1 / (255 std) - mean / std.
@@ -178,7 +178,7 @@ class EmbeddingNetwork(nn.Module):
 def inference_copy(
     network: fx.GraphModule, device: torch.device, dtype: torch.dtype, *, channels_last: bool
 ) -> fx.GraphModule:
-    """A copy of `network` for inference alone.
+    """Copy `network` for inference alone.
 
     Parameters
     ----------
@@ -241,7 +241,7 @@ def _fold_batch_norms(network: fx.GraphModule) -> None:
 
 
 def _after_norm(norm: nn.Module) -> nn.Module | None:
-    """What a layer that is more than a batch norm (timm's) does behind it."""
+    """Return what timm's layers do after their batch norm, if they do more."""
     rest = [child for child in norm.children() if not isinstance(child, (nn.Identity, *_NORMS))]
     return nn.Sequential(*rest) if rest else None
 
@@ -314,7 +314,7 @@ def layout_of(shape: tuple[int, ...], is_channels_last: bool) -> str | None:
 
 
 def resolve_pooling(pooling: str, layout: str, layer: str, class_token: int | None) -> str:
-    """The kind of pooling for one layer; a ValueError where that layer cannot be pooled so."""
+    """Return the kind of pooling for one layer; raise ValueError where it does not fit."""
     if pooling == "auto":
         if layout == "vector":
             return "avg"
@@ -334,7 +334,7 @@ def resolve_pooling(pooling: str, layout: str, layer: str, class_token: int | No
 
 
 def pooled_width(kind: str, layout: str, shape: tuple[int, ...]) -> int:
-    """Number of columns that pooling a value of `shape` (with its batch axis) gives."""
+    """Return the number of columns that pooling a value of `shape` (with its batch axis) gives."""
     if kind == "flatten" and layout != "vector":
         width = 1
         for length in shape[1:]:

@@ -116,7 +116,7 @@ class StagePlan:
         self._ends = nodes
 
     def _label(self, name: str, node: fx.Node, marks: list[tuple[str, int]]) -> str:
-        """Name of the outermost module that returns `node` and holds no other stage."""
+        """Return the name of the outermost module that returns `node` and holds no other stage."""
         if name in ("pool", "head"):
             return name
         paths = [path for path, value in self.traced.module_outputs.items() if value is node]
@@ -129,7 +129,7 @@ class StagePlan:
 
     # -- where stages end -------------------------------------------------------------------
     def _head_start(self) -> int:
-        """Position of the last linear layer (or 1×1 convolution), if no other layer follows.
+        """Find the last linear layer (or 1×1 convolution), if no other layer follows.
 
         Dropout just before it belongs to the head: what enters the head is never random.
         """
@@ -153,7 +153,7 @@ class StagePlan:
         return len(traced.nodes)
 
     def _family_ends(self, end: int) -> list[tuple[str, int]]:
-        """Ends of the stages of one of torchvision's networks, by the modules' names."""
+        """Find the ends of the stages of one of torchvision's networks, by the modules' names."""
         root = self.traced.root
         kinds = [c.__name__ for c in type(root).__mro__ if c.__module__.startswith("torchvision.")]
         if not kinds or kinds[0] not in _STAGE_ENDS:
@@ -170,7 +170,7 @@ class StagePlan:
         return sorted(found, key=operator.itemgetter(1))
 
     def _group_ends(self, end: int) -> list[tuple[str, int]]:
-        """Ends of stages given by groups of parameters: one ends where the next begins."""
+        """Find the ends of stages by groups of parameters: one ends where the next begins."""
         reads = {
             i: self.traced.parameters(node) for i, node in enumerate(self.traced.nodes[: end + 1])
         }
@@ -192,7 +192,7 @@ class StagePlan:
         return [*found, (name, end)] if name else []
 
     def _timm_groups(self, weights: dict[str, nn.Parameter]) -> dict[str, str]:
-        """The stage of each parameter, as timm itself groups them."""
+        """Return the stage of each parameter, as timm itself groups them."""
         root = self.traced.root
         if not hasattr(root, "group_matcher") or not hasattr(root, "pretrained_cfg"):
             return {}
@@ -207,7 +207,7 @@ class StagePlan:
         return {name: labels[group] for name, group in groups.items() if group in labels}
 
     def _children(self, weights: dict[str, nn.Parameter]) -> dict[str, str]:
-        """The child that each parameter belongs to, of the module that holds most of them."""
+        """Find the child that each parameter belongs to, of the module that holds most of them."""
         names = [n for n, _ in self.traced.root.named_parameters(remove_duplicate=False)]
         opened = {""}
 
@@ -254,7 +254,7 @@ class StagePlan:
         return found
 
     def _block_end(self, name: str, first: int, last: int) -> int:
-        """Where the block called `name` returns, if that is a place to cut in this range."""
+        """Find where the block called `name` returns, if that is a place to cut in this range."""
         module = self.traced.modules.get(name)
         if module is None or next(module.children(), None) is None:
             return last
@@ -309,13 +309,13 @@ class StagePlan:
         return self.traced.root
 
     def stages(self, root: nn.Module | None = None) -> Stages:
-        """The stages as modules, made of the layers of `root`: this module or a copy of it."""
+        """Make the stages as modules of the layers of `root`: this module or a copy of it."""
         root = self.traced.root if root is None else root
-        modules = [StageModule(root, *graphs) for graphs in self._parts]
+        modules = [StageModule(root, *graphs).eval() for graphs in self._parts]
         return Stages(map(Stage, self.names, modules))
 
     def head_layers(self) -> set[str]:
-        """Dotted names of the head's layers and parameters."""
+        """Return the dotted names of the head's layers and parameters."""
         if not self._has_head:
             return set()
         nodes = self.traced.nodes[self.traced.cuts[self._embedding] + 1 :]
@@ -336,7 +336,7 @@ class StagePlan:
         return self.embedding_key
 
     def resolve(self, layer: str) -> str:
-        """Name of the operation that gives the value of a stage, module or operation."""
+        """Return the name of the operation that gives the value of a stage, module or operation."""
         if layer in self.names:
             return self.stage_keys[self.names.index(layer)]
         if layer not in self.traced.names:
@@ -344,7 +344,7 @@ class StagePlan:
         return self.traced.names[layer].meta.get("key", "input")
 
     def shape(self, key: str, input_size: tuple[int, int, int]) -> tuple[int, ...]:
-        """Shape of a layer's value for two images of `input_size`."""
+        """Return the shape of a layer's value for two images of `input_size`."""
         shape = self._shapes(input_size).get(self._node(key), ())
         return checked_shape(shape, key, self.network_name)
 
@@ -363,7 +363,7 @@ class StagePlan:
         return other[1] != shape[1] and other[3] == shape[3]
 
     def tokens(self, key: str) -> tuple[int | None, int]:
-        """Position of the class token in a layer's sequence, if any; number of prefix tokens.
+        """Find the class token in a layer's sequence, if any, and the number of prefix tokens.
 
         ``x[:, 0]`` between the layer and the head takes a class token, ``x[:, k:]`` leaves out
         the k first ones.
@@ -384,7 +384,7 @@ class StagePlan:
         return None, 0
 
     def extractor(self, keys: list[str], poolings: list[nn.Module]) -> fx.GraphModule:
-        """The network up to the deepest of the layers, returning their pooled values."""
+        """Make the network up to the deepest of the layers; it returns their pooled values."""
         return self.traced.extractor([self._node(key) for key in keys], poolings)
 
     def _node(self, key: str) -> fx.Node:
@@ -398,14 +398,14 @@ class StagePlan:
 
 
 def _common_module(names: list[str]) -> str:
-    """The innermost module that holds all these parameters, or that of the first."""
+    """Find the innermost module that holds all these parameters, or that of the first."""
     paths = [name.split(".")[:-1] for name in names]
     same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
     return ".".join([parts[0] for parts in same] or paths[0]) or names[0]
 
 
 def _unique(labels: list[str]) -> list[str]:
-    """Names of stages: short ones where they are words, each one once."""
+    """Make names of stages: short ones where they are words, each one once."""
     names: list[str] = []
     for k, label in enumerate(labels):
         name = "stem" if k == 0 and len(labels) > 1 else label

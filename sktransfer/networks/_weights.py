@@ -31,20 +31,20 @@ def fetch(url: str, name: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     expected = re.search(r"-([0-9a-f]{8,64})\.", path.name)
-    with FileLock(f"{path}.lock"):
-        try:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
             if not path.exists():
                 digits = expected.group(1) if expected else None
                 torch.hub.download_url_to_file(url, str(path), digits, progress=False)
-        except OSError as error:
-            raise not_downloaded(name, str(error), url, str(path)) from error
-        except RuntimeError as error:  # torch.hub checks the hash before the file gets its name
-            raise ValueError(
-                f"The weights of {name} from {url} are damaged ({error}). Nothing was kept: try "
-                f"again, or put the right file at {path}."
-            ) from error
+    except OSError as error:
+        raise not_downloaded(name, str(error), url, str(path)) from error
+    except RuntimeError as error:  # torch.hub checks the hash before the file gets its name
+        raise ValueError(
+            f"The weights of {name} from {url} are damaged ({error}). Nothing was kept: try "
+            f"again, or put the right file at {path}."
+        ) from error
     return path
 
 
@@ -63,7 +63,7 @@ _digests: dict[tuple[str | int, ...], str] = {}
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, computed once while the file is not changed."""
+    """Compute the SHA-256 of a file's content, once while the file does not change."""
     stat = path.stat()
     key = (str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     if key not in _digests:
@@ -73,7 +73,7 @@ def file_digest(path: Path) -> str:
 
 
 def state_digest(module: nn.Module) -> str:
-    """Digest of a module's parameters and buffers: names, types, shapes, values."""
+    """Return the digest of a module's parameters and buffers: names, types, shapes, values."""
     digest = hashlib.blake2b(digest_size=32)
     tensors = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in sorted(tensors, key=lambda item: item[0]):

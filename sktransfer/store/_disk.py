@@ -8,7 +8,6 @@ import os
 import shutil
 import sqlite3
 import threading
-import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -17,6 +16,7 @@ from typing import TypeVar
 import filelock
 import numpy as np
 
+from sktransfer._progress import warn
 from sktransfer.store._memory import BaseStore, FileStat, Lock, StoreInfo, as_bytes, settled_files
 
 DEFAULT_DISK_BYTES = 10 * 2**30
@@ -91,7 +91,7 @@ class DiskStore(BaseStore):
         _stores.add(self)
 
     def get_many(self, fingerprint: str, digests: Sequence[bytes]) -> list[np.ndarray | None]:
-        """The rows (read-only arrays), None for each that is not kept."""
+        """Return rows (read-only arrays), None for each that is not kept."""
         rows = self._run(lambda connection: _read_rows(connection, fingerprint, digests)) or {}
         return [rows.get(digest) for digest in digests]
 
@@ -102,7 +102,7 @@ class DiskStore(BaseStore):
             self._write(lambda connection: _write_rows(connection, fingerprint, whole))
 
     def get_file_digests(self, stats: Sequence[FileStat | None]) -> list[bytes | None]:
-        """The content digests of files whose stat has not changed; None for all others."""
+        """Return the digests of files whose stat has not changed; None for all others."""
         # In this process each file is looked up once: a hundred times as fast.
         known, read = self._known_files, {}
         asked = [stat for stat in stats if stat is not None and stat not in known]
@@ -125,7 +125,7 @@ class DiskStore(BaseStore):
             self._known_files.update(files)
 
     def lock(self, fingerprint: str, block: int) -> Lock:
-        """The lock to hold while computing the rows of one fingerprint and block of digests.
+        """Return the lock to hold while computing the rows of one fingerprint and block of digests.
 
         It excludes other threads and processes, and the system frees it when its process dies.
         Where no file can be locked, it is always free.
@@ -147,7 +147,7 @@ class DiskStore(BaseStore):
         return self._run(lambda connection: _value(connection, "SELECT count(*) FROM vectors")) or 0
 
     def info(self) -> StoreInfo:
-        """What is kept."""
+        """Return what is kept."""
         n_files, n_bytes, counts = self._run(_summary) or (0, 0, {})
         n_rows = sum(counts.values())
         return StoreInfo(self.path, n_rows, n_bytes, self.max_bytes, n_files, counts)
@@ -167,7 +167,7 @@ class DiskStore(BaseStore):
     # The file --------------------------------------------------------------------------------
 
     def _run(self, work: Callable[[sqlite3.Connection], T], writes: bool = False) -> T | None:
-        """``work(connection)``, or None once the file has failed."""
+        """Return ``work(connection)``, or None once the file has failed."""
         with _mutex:
             if not (self._can_write if writes else self._can_read):
                 return None
@@ -181,14 +181,12 @@ class DiskStore(BaseStore):
                 self._can_write = False
                 self._can_read &= writes
                 if is_first:
-                    warnings.warn(
+                    warn(
                         f"The embedding store {self.path!r} cannot be used: {error}. Embeddings "
                         "are computed, and new ones are not kept. Check that the disk is not full, "
                         "that the folder is writable and that no other program locks the file; "
                         "delete the folder if the file is damaged. The store is tried again in a "
-                        f"new process, or after embedding_store({self.folder!r}).close().",
-                        UserWarning,
-                        stacklevel=2,
+                        f"new process, or after embedding_store({self.folder!r}).close()."
                     )
                 return None
 
@@ -206,7 +204,7 @@ class DiskStore(BaseStore):
 
     def _connected(self) -> sqlite3.Connection:
         if self._connection is not None and not os.path.exists(self.path):
-            self._disconnect()  # somebody has deleted the folder
+            self._disconnect()  # the folder was deleted
         if self._connection is None:
             os.makedirs(self.folder, exist_ok=True)
             self._connection = sqlite3.connect(
@@ -318,7 +316,7 @@ def _write_rows(
 
 
 def _read_files(connection: sqlite3.Connection, stats: Sequence[FileStat]) -> dict[FileStat, bytes]:
-    """The digests of the files whose stat has not changed."""
+    """Return the digests of the files whose stat has not changed."""
     known = {}
     for batch in _batches(stats):
         by_path = {os.fsencode(stat[0]): stat for stat in batch}
@@ -359,7 +357,7 @@ def _delete_all(connection: sqlite3.Connection) -> None:
 
 
 def _summary(connection: sqlite3.Connection) -> tuple[int, int, dict[str, int]]:
-    """The number of files, the bytes, and the number of rows of each fingerprint."""
+    """Return the number of files, the bytes, and the number of rows of each fingerprint."""
     n_files = _value(connection, "SELECT count(*) FROM files")
     counts = connection.execute(
         "SELECT text, count(*) FROM vectors v JOIN fingerprints f ON f.id = v.fingerprint"
@@ -369,7 +367,7 @@ def _summary(connection: sqlite3.Connection) -> tuple[int, int, dict[str, int]]:
 
 
 def _n_bytes(connection: sqlite3.Connection) -> int:
-    """Bytes of the pages in use; free ones are given back at the end of the transaction."""
+    """Count the bytes of the pages in use; the end of the transaction gives back the others."""
     n_pages = _value(connection, "PRAGMA page_count") - _value(connection, "PRAGMA freelist_count")
     return n_pages * _value(connection, "PRAGMA page_size")
 

@@ -74,7 +74,7 @@ class StoreInfo:
 def settled_files(
     stats: Sequence[FileStat | None], digests: Sequence[bytes], taken_at_ns: int
 ) -> dict[FileStat, bytes]:
-    """The files any later change of which will show in their stat, taken at that time."""
+    """Select the files of which every later change will show in their stat."""
     settled_before = taken_at_ns - _SETTLED_AFTER_NS
     return {
         stat: digest
@@ -84,7 +84,7 @@ def settled_files(
 
 
 def as_bytes(max_bytes: int | str | None) -> int | None:
-    """A bound in bytes from an int or from a text such as ``"500M"``, as joblib reads it."""
+    """Convert a bound, an int or a text such as ``"500M"``, into bytes, as joblib does."""
     if max_bytes is None:
         return None
     text = str(max_bytes).upper()
@@ -161,7 +161,7 @@ class MemoryStore(BaseStore):
         self._pid = os.getpid()
 
     def get_many(self, fingerprint: str, digests: Sequence[bytes]) -> list[np.ndarray | None]:
-        """The rows (read-only arrays), None for each that is not kept."""
+        """Return rows (read-only arrays), None for each that is not kept."""
         rows: list[np.ndarray | None] = []
         with _mutex:
             for digest in digests:
@@ -188,7 +188,7 @@ class MemoryStore(BaseStore):
             self._drop_excess()
 
     def get_file_digests(self, stats: Sequence[FileStat | None]) -> list[bytes | None]:
-        """The content digests of files whose stat has not changed; None for all others."""
+        """Return the digests of files whose stat has not changed; None for all others."""
         digests: list[bytes | None] = []
         with _mutex:
             for stat in stats:
@@ -212,7 +212,7 @@ class MemoryStore(BaseStore):
             self._drop_excess()
 
     def lock(self, fingerprint: str, block: int) -> Lock:
-        """The lock to hold while computing the rows of one fingerprint and block of digests.
+        """Return the lock to hold while computing the rows of one fingerprint and block of digests.
 
         ``acquire(blocking, timeout)`` and ``release()`` work as in `threading.Lock`. It excludes
         other threads; where nothing is kept, it is always free.
@@ -236,7 +236,7 @@ class MemoryStore(BaseStore):
         return len(self._rows)
 
     def info(self) -> StoreInfo:
-        """What is kept."""
+        """Return what is kept."""
         with _mutex:
             counts = dict(Counter(fingerprint for fingerprint, _ in self._rows))
             n_rows, n_files = len(self._rows), len(self._files)

@@ -42,12 +42,12 @@ _disk_store = functools.lru_cache(maxsize=8)(DiskStore)
 
 
 def block_of(digest: bytes) -> int:
-    """The block, from 0 to N_BLOCKS - 1, of a digest."""
+    """Return the block, from 0 to N_BLOCKS - 1, of a digest."""
     return digest[0] % N_BLOCKS
 
 
 def as_store(memory: object) -> Store:
-    """The store that a ``memory`` parameter stands for.
+    """Return the store that a ``memory`` parameter describes.
 
     None: the store of this process. False, or a `joblib.Memory` without a location: a store that
     keeps nothing. A folder, or a `joblib.Memory` with one: a file there. A store: itself.
@@ -84,7 +84,7 @@ def as_store(memory: object) -> Store:
 
 
 def embedding_store(memory: object = None, *, max_bytes: int | str | None = "default") -> Store:
-    """The store behind a ``memory`` parameter: to look into, to empty, or with a bound of its own.
+    """Return the store behind a ``memory`` parameter, to look into it, empty it or set a bound.
 
     Parameters
     ----------

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from sktransfer import PretrainedFeatureExtractor
+from sktransfer.images._cells import own_copy
+from sktransfer.images._images import as_images
 
 
 class OneBuffer:
@@ -36,6 +38,32 @@ class OneTensor(OneBuffer):
         import torch
 
         return torch.from_numpy(buffer).permute(2, 0, 1)
+
+
+class OneDict(OneBuffer):
+    """The same with a dict."""
+
+    def __init__(self, pictures):
+        super().__init__(pictures)
+        self.dict = {}
+
+    def convert(self, buffer):
+        stream = io.BytesIO()
+        Image.fromarray(buffer).save(stream, "PNG")
+        self.dict["bytes"] = stream.getvalue()
+        return self.dict
+
+
+class OneList(OneBuffer):
+    """The same with a nested list."""
+
+    def __init__(self, pictures):
+        super().__init__(pictures)
+        self.rows = []
+
+    def convert(self, buffer):
+        self.rows[:] = buffer.tolist()
+        return self.rows
 
 
 class OneFile(OneBuffer):
@@ -91,7 +119,9 @@ def many_pictures(pictures):
 
 
 @pytest.mark.parametrize("memory", [None, False])
-@pytest.mark.parametrize("kind", [OneBuffer, OneTensor, OneFile, OneStream, Frames])
+@pytest.mark.parametrize(
+    "kind", [OneBuffer, OneTensor, OneDict, OneList, OneFile, OneStream, Frames]
+)
 def test_a_container_with_a_state_gives_right_rows(many_pictures, kind, memory):
     expected = PretrainedFeatureExtractor(memory=False).fit_transform(many_pictures)
     X = kind(many_pictures)
@@ -119,6 +149,23 @@ def test_sequences_of_paths(picture_files):
     for X in (deque(picture_files), ImageCollection(picture_files)):
         rows = PretrainedFeatureExtractor(memory=False, n_jobs=2).fit_transform(X)
         np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [OneBuffer, OneTensor, OneDict, OneList, OneFile, OneStream])
+def test_the_next_cell_does_not_change_the_one_before(pictures, kind):
+    X = kind(pictures)
+    cell = own_copy(X[0])
+    _ = X[1]
+    np.testing.assert_array_equal(as_images([cell]).decode(0), pictures[0])
+
+
+def test_a_container_of_unusable_streams():
+    class Texts(OneBuffer):
+        def convert(self, buffer):
+            return io.StringIO("text")
+
+    with pytest.raises(ValueError, match="row 0: the file is open in text mode"):
+        PretrainedFeatureExtractor().fit_transform(Texts(np.zeros((1, 8, 8, 3), np.uint8)))
 
 
 def test_what_a_container_raises_is_a_bad_image(pictures):

@@ -22,7 +22,7 @@ N, H, W = 4, 7, 9
 
 def pixels(images, i, min_size=None):
     """The pixels of image `i`, as an array."""
-    return np.asarray(images.picture(i, min_size))
+    return np.asarray(images.decode(i, min_size))
 
 
 def paths(stack, folder):

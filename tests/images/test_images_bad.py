@@ -78,6 +78,7 @@ BAD_CELLS = {
     "inf alpha": (np.array([[[0.5, np.inf]]]), "1 of its 1 values are NaN or infinite"),
     "complex": (np.zeros((4, 4), complex), "Complex data not supported"),
     "strings": (np.array([["a", "b"]]), "its dtype is <U1; pixels are bool, integers or floats"),
+    "pair": ((np.zeros((4, 4, 3)), 1), r"of pairs \(image, label\) give the images alone"),
     "ragged": ([[1, 2], [3]], "it does not become an array"),
     "PIL, no pixel": (Image.new("RGB", (0, 5)), "it has no pixels: its size is 0 × 5"),
     "PIL, no grey pixel": (Image.new("L", (5, 0)), "it has no pixels: its size is 5 × 0"),
@@ -178,7 +179,7 @@ def test_pillow_is_left_as_it_was(picture):
     filters = list(warnings.filters)
     data = encode(picture, "JPEG")
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(as_images([data] * 20).picture, range(20)))
+        list(pool.map(as_images([data] * 20).decode, range(20)))
     assert state == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
     assert filters == list(warnings.filters)
 

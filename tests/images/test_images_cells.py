@@ -83,7 +83,7 @@ def test_what_is_decoded_is_what_was_digested(form, stack, folder, tmp_path):
     with open(path, "r+b") as file:  # in place: an open file sees it
         file.write((folder / "1.png").read_bytes())
         file.truncate()
-    np.testing.assert_array_equal(read.picture(), stack[0])
+    np.testing.assert_array_equal(read.decode(), stack[0])
     assert read.digest == as_images(contents(stack, folder)).digest(0) != images.digest(0)
     np.testing.assert_array_equal(pixels(images, 0), stack[1])
     if not isinstance(cell, str):
@@ -127,7 +127,7 @@ def test_threads(stack, folder):
     serial = [pixels(as_images([cell]), 0) for cell in X[:4]]
     images = as_images(X)
     with ThreadPoolExecutor(8) as pool:
-        decoded = list(pool.map(images.picture, range(len(X))))
+        decoded = list(pool.map(images.decode, range(len(X))))
         digests = list(pool.map(images.digest, range(len(X))))
     opened.close()
     for i, picture in enumerate(decoded):

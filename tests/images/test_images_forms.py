@@ -57,7 +57,7 @@ def test_http_is_read_once_for_digest_and_decode(stack, folder, server):
     cells = [images.read(i) for i in range(N)]
     assert len({cell.digest for cell in cells}) == N
     for cell, picture in zip(cells, stack, strict=True):
-        np.testing.assert_array_equal(cell.picture(), picture)
+        np.testing.assert_array_equal(cell.decode(), picture)
     assert server.hits.count("GET") == N
     with pytest.raises(BadImage, match="there is nothing at this URL"):
         pixels(as_images([f"{server.url}/none.png"]), 0)

@@ -14,6 +14,8 @@ def test_the_whole_list():
     assert row.parameters == pytest.approx(25.56, abs=0.01)
     assert row.multiply_adds == pytest.approx(4.09, abs=0.01)
     assert all(row.input_size and row.parameters and row.multiply_adds for row in table)
+    with pytest.raises(KeyError, match="resnet51"):
+        table["resnet51"]
 
 
 def test_patterns():

@@ -208,6 +208,12 @@ def test_functions_and_constants_of_the_modules_file(monkeypatch):
     close(embed(ReadsThisFile()), 4 * embed(Base()))
 
 
+def test_a_variable_named_as_an_attribute_does_not_count(monkeypatch):
+    before = fingerprint(Base())
+    monkeypatch.setattr(sys.modules[__name__], "conv", object(), raising=False)  # self.conv
+    assert fingerprint(Base()) == before
+
+
 def test_changes_of_a_module():
     module = tensor_attribute(1.0)
     first = embed(module)

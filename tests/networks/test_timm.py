@@ -99,6 +99,14 @@ def test_preprocessing_of_timm():
     assert load_backbone("timm:mobilenetv1_100", weights=None).n_features == 1024
 
 
+@pytest.mark.parametrize("name", ["lcnet_050", "starnet_s1", "fbnetv3_b"])
+def test_linear_layers_of_timm_are_heads(name):
+    backbone = load_backbone(f"timm:{name}", weights=None)
+    network = timm.create_model(name).eval()
+    assert backbone.n_features == network.head_hidden_size
+    assert backbone.stage_names[-1] == "head"
+
+
 @pytest.mark.parametrize(
     ("name", "weights", "error", "message"),
     [

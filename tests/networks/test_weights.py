@@ -109,6 +109,12 @@ def test_missing_on_the_server(server):
         load_backbone("shufflenet_v2_x0_5")
 
 
+def test_no_folder_for_downloads(hub):
+    hub.parent.write_text("a file")
+    with pytest.raises(OSError, match="could not be downloaded"):
+        load_backbone("resnet18")
+
+
 def test_no_network(hub, monkeypatch):
     url = "http://127.0.0.1:9/shufflenet-f37072fd.pth"  # nobody listens there
     monkeypatch.setattr(ShuffleNet_V2_X0_5_Weights.DEFAULT.value, "url", url)
