@@ -335,7 +335,7 @@ HEADERS = {
     ),
     "digits": (lambda h: json.dumps(h)[:-1] + ', "x": ' + "9" * 5000 + "}", "not JSON"),
     "nested": (
-        {("attributes", "history_"): json.loads("[" * 700 + "]" * 700)},
+        lambda h: json.dumps(h)[:-1] + ', "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
         "too deeply",
     ),
     "head": ({("parameters", "head"): [-1]}, r"head=\[-1\] has the hidden size -1"),
