@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
     from torch import nn
 
-    from sktransfer.fine_tuning._tuned import TunedNetwork
+    from sktransfer.fine_tuning._module import TunedNetwork
     from sktransfer.networks._backbone import Backbone
 
 FORMAT = 2
@@ -333,7 +333,7 @@ def _backbone(estimator: BaseEstimator, header: dict, own: Tensors, path: str) -
     backbone, pooling = estimator.backbone, estimator.pooling
     layer = with_cached_layers(estimator.layer, getattr(estimator, "cache_layers", None))
     if own and isinstance(backbone, str):
-        from sktransfer.fine_tuning._tuned import with_own_weights
+        from sktransfer.fine_tuning._module import with_own_weights
 
         settings = _decoded(header["preprocessing"], "preprocessing")
         try:
@@ -361,7 +361,7 @@ def _tuned_network(estimator: BaseEstimator, of_tuned: dict, tensors: Tensors) -
     import torch
 
     from sktransfer.fine_tuning._head import make_head
-    from sktransfer.fine_tuning._tuned import TunedNetwork
+    from sktransfer.fine_tuning._module import TunedNetwork
 
     backbone, n_columns = estimator.backbone_, estimator._n_image_columns
     state = {key: tensor.float() for key, tensor in _torch(_taken(tensors, "head/")).items()}

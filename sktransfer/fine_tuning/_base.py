@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sktransfer.embedding._embed import BadRow
-    from sktransfer.fine_tuning._batches import EmbeddingSettings
     from sktransfer.fine_tuning._callbacks import EpochLog
+    from sktransfer.fine_tuning._inputs import EmbeddingSettings
+    from sktransfer.fine_tuning._module import TunedNetwork
     from sktransfer.fine_tuning._rows import Part, TrainingRows
     from sktransfer.fine_tuning._train import Phase, TrainingSettings, UnfreezePlan
-    from sktransfer.fine_tuning._tuned import TunedNetwork
     from sktransfer.images._images import Images
     from sktransfer.networks._backbone import Backbone
 
@@ -274,7 +274,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             return make_head(self.head, width, self._n_outputs, self.dropout)
 
     def _new_network(self, data: _Data, first_trained_stage: int, seed: int) -> TunedNetwork:
-        from sktransfer.fine_tuning._tuned import TunedNetwork
+        from sktransfer.fine_tuning._module import TunedNetwork
 
         n_columns = data.train.all_rows.n_columns
         return TunedNetwork(
@@ -357,7 +357,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     # -- from images to scores --------------------------------------------------------------
     def _embedding_settings(self) -> EmbeddingSettings:
-        from sktransfer.fine_tuning._batches import EmbeddingSettings
+        from sktransfer.fine_tuning._inputs import EmbeddingSettings
 
         return EmbeddingSettings(
             self.memory, self.device, self.precision, self.n_jobs, self.on_error, self.verbose
@@ -365,7 +365,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     def _embed(self, X) -> tuple[np.ndarray, list[BadRow]]:
         """Tuned embeddings, NaN in rows of unreadable images, and these images."""
-        from sktransfer.fine_tuning._batches import embed_rows
+        from sktransfer.fine_tuning._inputs import embed_rows
         from sktransfer.fine_tuning._rows import report_bad
 
         check_is_fitted(self)

@@ -11,9 +11,9 @@ import torch
 from skorch import NeuralNet
 from skorch.callbacks import Callback
 
-from sktransfer.fine_tuning._batches import Batches
 from sktransfer.fine_tuning._head import validation_score
-from sktransfer.fine_tuning._tuned import TunedModule
+from sktransfer.fine_tuning._inputs import Batches
+from sktransfer.fine_tuning._module import TunedModule
 
 State = dict[str, torch.Tensor]
 

@@ -12,7 +12,8 @@ import numpy as np
 from sktransfer._progress import warn
 from sktransfer.embedding._batches import n_decoding_threads
 from sktransfer.embedding._embed import BadRow
-from sktransfer.fine_tuning._batches import (
+from sktransfer.fine_tuning._head import CornerViews
+from sktransfer.fine_tuning._inputs import (
     EmbeddingSettings,
     FrozenStages,
     Pixels,
@@ -21,8 +22,7 @@ from sktransfer.fine_tuning._batches import (
     embed_rows,
     frozen_outputs,
 )
-from sktransfer.fine_tuning._head import CornerViews
-from sktransfer.fine_tuning._tuned import TunedModule
+from sktransfer.fine_tuning._module import TunedModule
 from sktransfer.images._images import BadImage, Images
 from sktransfer.networks._backbone import Backbone
 from sktransfer.store._store import as_store

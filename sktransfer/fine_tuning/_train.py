@@ -16,7 +16,6 @@ from skorch.helper import predefined_split
 
 from sktransfer._progress import warn
 from sktransfer._threads import own_random_state, repeatable_kernels
-from sktransfer.fine_tuning._batches import Batches, TrainingSet
 from sktransfer.fine_tuning._callbacks import (
     EpochLog,
     OneCycle,
@@ -25,7 +24,8 @@ from sktransfer.fine_tuning._callbacks import (
     not_finite,
 )
 from sktransfer.fine_tuning._head import Loss, WeightedLoss
-from sktransfer.fine_tuning._tuned import TunedModule, TunedNetwork
+from sktransfer.fine_tuning._inputs import Batches, TrainingSet
+from sktransfer.fine_tuning._module import TunedModule, TunedNetwork
 
 Groups = list[dict]
 

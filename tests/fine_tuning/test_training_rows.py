@@ -131,7 +131,7 @@ class Remove(Callback):
 @pytest.fixture
 def keeps_nothing(monkeypatch):
     """No image is kept in memory: each is read again in each epoch."""
-    monkeypatch.setattr("sktransfer.fine_tuning._batches.MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr("sktransfer.fine_tuning._inputs.MAX_KEPT_BYTES", 0)
 
 
 @pytest.mark.usefixtures("keeps_nothing")
@@ -140,7 +140,7 @@ def test_images_that_are_read_in_each_epoch_train_the_same_model(stripes):
     for unfreeze in (1, "gradual", "all"):
         read = small(unfreeze=unfreeze, lr=1e-2, memory=False).fit(X, y)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sktransfer.fine_tuning._batches.MAX_KEPT_BYTES", 2**30)
+            patch.setattr("sktransfer.fine_tuning._inputs.MAX_KEPT_BYTES", 2**30)
             kept = small(unfreeze=unfreeze, lr=1e-2, memory=False).fit(X, y)
         assert_same_model(kept, read, rtol=2e-3, atol=2e-3)
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sktransfer.embedding._batches import n_decoding_threads
 from sktransfer.embedding._embed import BadRow, embed, embed_images
-from sktransfer.fine_tuning._tuned import TunedModule
+from sktransfer.fine_tuning._module import TunedModule
 from sktransfer.images._images import BadImage, Images
 from sktransfer.networks._backbone import Backbone
 from sktransfer.networks._preprocessing import AnyPreprocessing
