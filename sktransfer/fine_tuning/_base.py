@@ -164,9 +164,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             seed=seed + first_epoch,
             keeps_best=data.keeps_best,
             is_continued=is_partial,
-            temperature=self._probe_temperature(tuned.head, data.train)
-            if fine_tunes_probe
-            else 1.0,
             wise_ft_share=np.interp(len(data.train.rows), *_WISE_FT) if uses_wise_ft else None,
         )
         old_net = None if old is None else old.net
@@ -295,13 +292,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             views = part.all_rows.with_corners(part.rows)
         probe = fit_probe(views, part.target, part.weight, self._kind, self._n_outputs, rng)
         head.start_from(*probe)  # type: ignore[operator]
-
-    def _probe_temperature(self, head: nn.Module, part: Part) -> float:
-        from sktransfer.fine_tuning._head import probe_temperature
-
-        if self._kind == "regression":
-            return 1.0
-        return probe_temperature(head, part.embeddings, part.target, part.weight, self._kind)
 
     def _phases(self, tuned: TunedNetwork, data: _Data, max_epochs: int) -> list[Phase]:
         """The epochs of the head alone, trained on embeddings, and those of stages."""

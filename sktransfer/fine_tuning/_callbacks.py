@@ -21,19 +21,12 @@ State = dict[str, torch.Tensor]
 class Unfreezing(Callback):
     """Unfreezes stages when their epoch comes.
 
-    Before the first of them are trained, the head's scores are divided by `temperature`, and
-    `start` becomes a copy of all weights that will ever be trained, if they are given by
-    `first_trained_stage`.
+    Before the first of them are trained, `start` becomes a copy of all weights that will ever be
+    trained, if they are given by `first_trained_stage`.
     """
 
-    def __init__(
-        self,
-        first_stage: Callable[[int], int],
-        temperature: float,
-        first_trained_stage: int | None,
-    ):
-        self.first_stage, self.temperature = first_stage, temperature
-        self.first_trained_stage = first_trained_stage
+    def __init__(self, first_stage: Callable[[int], int], first_trained_stage: int | None):
+        self.first_stage, self.first_trained_stage = first_stage, first_trained_stage
         self.start: State = {}
         self._epoch = 0
 
@@ -43,12 +36,9 @@ class Unfreezing(Callback):
         first = min(self.first_stage(self._epoch), len(module.stages))
         if first < module.n_frozen:
             module.freeze(first)
-        if module.n_frozen < len(module.stages):
-            if self.temperature != 1:
-                module.head.divide_scores(self.temperature)
-                self.temperature = 1.0
-            if self.first_trained_stage is not None and not self.start:
-                self.start = snapshot(module, self.first_trained_stage)
+        trains_stages = module.n_frozen < len(module.stages)
+        if trains_stages and self.first_trained_stage is not None and not self.start:
+            self.start = snapshot(module, self.first_trained_stage)
 
 
 class OneCycle(Callback):

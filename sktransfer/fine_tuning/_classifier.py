@@ -61,9 +61,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     head_init : {"linear_probe", "random"}, default="linear_probe"
         ``"linear_probe"``: the head starts as scikit-learn's logistic regression on the frozen
         embeddings, which distorts pre-training less than a random start [1]_; epoch 0 is the
-        linear probe. Before stages are trained, its scores are divided by a temperature that makes
-        the training loss half that of guessing, as the gradient of an over-confident head
-        vanishes [4]_. A module given as `head` starts with its own weights.
+        linear probe. A module given as `head` starts with its own weights.
     dropout : float, default=0.0
         Share of the embedding that is dropped in training.
     loss : "auto", callable or torch.nn.Module, default="auto"
@@ -184,8 +182,6 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
        using large learning rates." 2019. :doi:`10.1117/12.2520589`
     .. [3] M. Wortsman et al. "Robust fine-tuning of zero-shot models." CVPR 2022.
        :doi:`10.1109/CVPR52688.2022.00780`
-    .. [4] Y. Ren, S. Guo, W. Bae, D. J. Sutherland. "How to prepare your task head for
-       finetuning." ICLR 2023. :doi:`10.48550/arXiv.2302.05779`
 
     Examples
     --------

@@ -11,7 +11,6 @@ from numbers import Integral
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from torch import nn
@@ -27,9 +26,6 @@ _C = (0.001, 0.01, 0.1, 1.0)
 _C_FEW_ROWS = 0.1
 _ALPHAS = tuple(10.0**p for p in range(-1, 6))
 _MAX_ITER = 300
-# Of the temperature: the loss to reach as a share of that of guessing, the largest value, and the
-# number of rows it is computed from.
-_LOSS_SHARE, _MAX_TEMPERATURE, _TEMPERATURE_ROWS = 0.5, 1e4, 10_000
 # Enlarged corners of an image: the share of its sides, and where they are, down and to the right.
 # Nothing is mirrored, as a "b" is not a "d".
 _CORNER = 0.85
@@ -68,13 +64,6 @@ class LinearHead(nn.Module):
         with torch.no_grad():
             self.linear.weight.copy_(torch.as_tensor(coef))
             self.linear.bias.copy_(torch.as_tensor(intercept))
-
-    @torch.no_grad()
-    def divide_scores(self, temperature: float) -> None:
-        """Divide all scores by a temperature from now on."""
-        for layer in [self.linear, *(self.hidden or [])[-1:]]:
-            for parameter in layer.parameters():
-                parameter.div_(temperature)
 
 
 def make_head(
@@ -389,38 +378,3 @@ def stratified_part(
         carried = wanted - n_part
         part.append(rng.permutation(members)[:n_part])
     return np.sort(np.concatenate(part)).astype(int)
-
-
-@torch.no_grad()
-def probe_temperature(
-    head: nn.Module, rows: np.ndarray, target: np.ndarray, weight: np.ndarray, kind: str
-) -> float:
-    """The temperature T ≥ 1 at which the loss of softmax(scores / T) is half that of guessing.
-
-    A probe of few rows and many columns fits them perfectly. The gradient that reaches the stages,
-    softmax(scores) - y, vanishes then; softened scores keep it [1]_. Guessing means predicting the
-    training class frequencies.
-
-    References
-    ----------
-    .. [1] Y. Ren, S. Guo, W. Bae, D. J. Sutherland: "How to prepare your task head for
-       finetuning", ICLR 2023. https://arxiv.org/abs/2302.05779
-    """
-    rows, target, weight = (array[:_TEMPERATURE_ROWS] for array in (rows, target, weight))
-    loss, shares = WeightedLoss(kind), torch.from_numpy(weight / weight.mean())
-    scores, y = head.eval()(torch.from_numpy(rows)).double(), torch.from_numpy(target)
-    if kind == "multiclass":
-        counts = np.bincount(target, weights=weight, minlength=scores.shape[1])
-        guess = torch.from_numpy((counts / weight.sum()).clip(1e-12)).log()
-    else:
-        y = y.double()
-        guess = torch.from_numpy((weight @ target / weight.sum()).clip(1e-12, 1 - 1e-12)).logit()
-    wanted = _LOSS_SHARE * float(loss((guess.expand(len(y), -1), shares), y))
-
-    def excess(log_temperature: float) -> float:
-        return float(loss((scores / np.exp(log_temperature), shares), y)) - wanted
-
-    if excess(0.0) >= 0:
-        return 1.0
-    highest = float(np.log(_MAX_TEMPERATURE))
-    return float(np.exp(brentq(excess, 0.0, highest) if excess(highest) > 0 else highest))

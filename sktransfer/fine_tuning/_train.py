@@ -44,8 +44,6 @@ class TrainingSettings:
         Whether the best epoch on the validation part is kept.
     is_continued : bool
         Whether this is an epoch of ``partial_fit``: at constant learning rates.
-    temperature : float
-        What the head's scores are divided by before the first stages are trained.
     wise_ft_share : float or None
         How far the weights are kept of the way from the start to the end of the training.
     """
@@ -66,7 +64,6 @@ class TrainingSettings:
     verbose: int
     keeps_best: bool = False
     is_continued: bool = False
-    temperature: float = 1.0
     wise_ft_share: float | None = None
 
 
@@ -192,7 +189,7 @@ def train(
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         module.freeze(min(first_stage(1), len(module.stages)))
         share = settings.wise_ft_share
-        unfreezing = Unfreezing(first_stage, settings.temperature, None if share is None else first)
+        unfreezing = Unfreezing(first_stage, None if share is None else first)
         valid, patience = None, settings.n_iter_no_change
         if phases[0].valid_set is not None:
             n_at_once = max(settings.batch_size, 64)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from sklearn.preprocessing import StandardScaler
 from small_models import Record, small
@@ -186,35 +185,6 @@ def test_corners_of_what_a_function_prepared(stripes):
     np.testing.assert_allclose(got, expected, rtol=0.02, atol=0.01 * np.abs(expected).max())
 
 
-# -- temperature -----------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["labels", "indicators"])
-def test_the_head_is_softened_before_stages_are_trained(coded, kind):
-    """Its loss is half that of guessing by the frequencies of the classes."""
-    X, k = coded
-    weight = np.linspace(0.5, 2, len(X))
-    Y = np.stack([k == 1, k != 2], 1)
-    y = k if kind == "labels" else Y.astype(int)
-    record = Record()
-    settings = {"unfreeze": {1: 0, 3: 1}, "max_epochs": 4, "lr": 1e-12, "batch_size": 64}
-    small(callbacks=[record], **settings, **SAME_SIZE).fit(X, y, weight)
-    coef, bias = record.start["head.linear.weight"], record.start["head.linear.bias"]
-    ratio = np.stack([coef / state["head.linear.weight"] for state in record.before])
-    np.testing.assert_allclose(ratio[:2], 1, rtol=1e-5)  # the head alone
-    temperature = ratio[2].mean()
-    assert temperature > 1.2
-    np.testing.assert_allclose(ratio[2:], temperature, rtol=1e-4)
-    scores = (embed(X) @ coef.T + bias) / temperature
-    if kind == "labels":
-        shares = np.bincount(k, weights=weight) / weight.sum()
-        losses = -log_softmax(scores, axis=1)[np.arange(48), k]
-        guesses = -np.log(shares)[k]
-    else:
-        shares = weight @ Y / weight.sum()
-        losses = np.logaddexp(0, np.where(Y, -scores, scores)).mean(axis=1)
-        guesses = -np.log(np.where(Y, shares, 1 - shares)).mean(axis=1)
-    assert weight @ losses == pytest.approx(weight @ guesses / 2, rel=1e-3)
-
-
 def test_epoch_zero_is_the_probe_as_it_is(stripes):
     X, y = stripes
     with pytest.warns(UserWarning, match=r"linear probe \(epoch 0\) is kept"):
@@ -222,13 +192,4 @@ def test_epoch_zero_is_the_probe_as_it_is(stripes):
     probe = small(unfreeze=0, max_epochs=0).fit(X, y)
     np.testing.assert_allclose(model.predict_proba(X), probe.predict_proba(X), atol=1e-5)
     epochs = {row["epoch"]: row for row in model.history_}
-    assert epochs[1]["valid_score"] == epochs[0]["valid_score"]  # the same, less surely
-    assert epochs[1]["valid_loss"] > 1.5 * epochs[0]["valid_loss"]
-
-
-@pytest.mark.parametrize("settings", [{"unfreeze": 0}, {"unfreeze": {1: 0, 9: 1}}], ids=str)
-def test_a_head_alone_is_not_softened(stripes, settings):
-    X, y = stripes
-    model = small(lr=1e-12, **settings).fit(X, y)
-    probe = small(unfreeze=0, max_epochs=0).fit(X, y)
-    np.testing.assert_allclose(model.predict_proba(X), probe.predict_proba(X), atol=1e-5)
+    assert epochs[1]["valid_loss"] == pytest.approx(epochs[0]["valid_loss"], rel=1e-4)
