@@ -15,6 +15,7 @@ import sys
 import types
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import PurePath
 
 import torch
 from torch import fx, nn
@@ -85,6 +86,8 @@ class _Digester:
             return _hash("tensor", value.dtype, tuple(value.shape), flat.numpy().tobytes())
         if isinstance(value, fx.Graph):
             return _hash("graph", value)
+        if isinstance(value, PurePath):  # equal ones may be pickled from other parts
+            return _hash("path", type(value).__name__, value)
         if isinstance(value, types.CodeType):
             return _hash("code", value.co_code, *value.co_names, *map(self.of, value.co_consts))
         if isinstance(value, types.FunctionType):

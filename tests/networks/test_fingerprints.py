@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -418,6 +419,20 @@ def test_functions_and_constants_of_the_preprocessings_file(monkeypatch):
     found.add(now())
     monkeypatch.setattr(sys.modules[__name__], "pixels", lambda image: np.ones((3, 8, 8)))
     assert len(found | {now()}) == 4
+
+
+class InFolder:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, image):
+        return image[:8, :8].transpose(2, 0, 1) / 255
+
+
+def test_equal_paths_count_as_equal():
+    makers = Path("a/b"), Path("a") / "b", Path("a/c")
+    first, same, other = (load_backbone(preprocessing=InFolder(p)).fingerprint for p in makers)
+    assert first == same != other
 
 
 def test_preprocessing_without_a_digest():
