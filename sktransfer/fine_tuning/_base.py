@@ -141,11 +141,10 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         first_stage = (
             plan.first_trained_stage if is_partial else plan.first_stage(max(1, max_epochs))
         )
-        fine_tunes_probe = (
+        # A probe trains pre-trained stages, and no validation part shows when they move too far.
+        uses_wise_ft = (
             self._starts_as_probe and first_stage < n_stages and max_epochs > 0 and not is_partial
-        )
-        # Pre-trained weights move, and no validation part shows when they have moved too far.
-        uses_wise_ft = fine_tunes_probe and not (self._has_random_weights or data.keeps_best)
+        ) and not (self._has_random_weights or data.keeps_best)
         if old is not None:
             head = self._new_head(data.backbone, data.train.all_rows.n_columns, seed)
             tuned = old.copy(head, first_stage, self.precision)
