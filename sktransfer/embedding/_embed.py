@@ -393,12 +393,13 @@ class EmbeddingRun:
             if cell.digest != row.digest:
                 raise BadImage("it changed during this call")
         preprocessing = self._backbone.preprocessing
-        image = cell.decode(preprocessing.min_size)
-        try:
-            return preprocessing.resize_crop(image)
-        except Exception as error:
-            error.add_note(f"This happened in the preprocessing of {self._images.where(row.i)}.")
-            raise
+        with cell.decoded(preprocessing.min_size) as image:
+            try:
+                return preprocessing.resize_crop(image)
+            except Exception as error:
+                where = self._images.where(row.i)
+                error.add_note(f"This happened in the preprocessing of {where}.")
+                raise
 
     def forward(
         self,

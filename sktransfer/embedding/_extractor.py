@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -229,6 +230,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
 
         images = check_images(self, X, reset=True)
         check_place(self.memory, self.device)
+        self._fit_folder = os.getcwd()
         self.backbone_ = load_backbone(
             self.backbone,
             weights=self.weights,
@@ -310,13 +312,14 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
 
     def _embed(self, images):
         from sktransfer.embedding._embed import embed_images
+        from sktransfer.store._store import resolve_memory
 
         columns = np.empty((images.n_rows, self.n_features_out_), dtype=np.float32)
         bad = embed_images(
             images,
             self.backbone_,
             out=columns.reshape(len(images), -1),
-            memory=self.memory,
+            memory=resolve_memory(self.memory, getattr(self, "_fit_folder", "")),
             batch_size=self.batch_size,
             device=self.device,
             precision=self.precision,

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
-import io
 import os
-import re
-import stat
+from collections.abc import Iterator
 from copy import deepcopy
 from hashlib import sha256
-from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image, ImageFile, ImageOps
 
-from sktransfer._threads import process_lock
-from sktransfer.images._containers import is_missing, is_stream, is_tensor
+from sktransfer._progress import shown, words
+from sktransfer.images._containers import describe, is_missing, is_stream, is_tensor
+from sktransfer.images._files import (
+    Urls,
+    is_url,
+    local_path,
+    one_reader,
+    read_data_url,
+    read_path,
+    read_stream,
+)
+from sktransfer.images._formats import open_image
 from sktransfer.images._pixels import BadImage, Note, to_rgb
 
-# Also chained ones, "simplecache::s3://…"; "C:" is a drive.
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+(::[A-Za-z0-9+.\-]+)*://")
-_ORIENTATION_TAG = 0x0112
+_GIVE_IMAGES = "of pairs (image, label) give the images alone: [image for image, _ in X]"
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
-# Open files, PIL images and containers of the user's have a state (a position, a buffer), and
-# several rows may share one: one thread at a time uses them.
-one_reader = process_lock()
 
 
 class Cell:
@@ -87,44 +86,48 @@ class Cell:
         BadImage
             With the reason.
         """
+        with self.decoded(min_size) as image:
+            return image
+
+    @contextlib.contextmanager
+    def decoded(
+        self, min_size: tuple[int, int] | None = None
+    ) -> Iterator[Image.Image | np.ndarray]:
+        """Decode as :meth:`decode`; other large images wait until the block ends."""
+        with contextlib.ExitStack() as stack:
+            yield self._decoded(min_size, stack)
+
+    def _decoded(
+        self, min_size: tuple[int, int] | None, stack: contextlib.ExitStack
+    ) -> Image.Image | np.ndarray:
         if isinstance(self.content, np.ndarray):
             return self.content
-        image = _decode(self.content, min_size)
-        return image if image.mode == "RGB" else to_rgb(np.asarray(image), self._note)
+        try:
+            opened, turn = open_image(self.content, min_size)
+            stack.enter_context(turn)
+            image = _decode(opened)
+            return image if image.mode == "RGB" else to_rgb(np.asarray(image), self._note)
+        except BadImage as error:
+            if isinstance(self.content, np.bytes_):
+                raise BadImage(
+                    f"{error}; np.array(list_of_bytes) strips the zeros that a file ends in: give "
+                    "the list, or np.array(list_of_bytes, dtype=object)"
+                ) from error
+            raise
+        except MemoryError as error:
+            raise BadImage(f"memory does not suffice to decode it: {error!r}") from error
 
 
-def _decode(data: bytes, min_size: tuple[int, int] | None) -> Image.Image:
+def _decode(image: Image.Image) -> Image.Image:
     """Decode the first frame, upright, in RGB, RGBA, I;16…, I or F."""
-    # Pillow's plugins raise nearly everything at damaged bytes: OSError, SyntaxError,
-    # struct.error, KeyError, zlib.error, MemoryError …
     try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        message = f"Pillow does not know its file format; it begins with {data[:12]!r}"
-        raise BadImage(message) from error
-    except Image.DecompressionBombError as error:
-        message = f"{error} Raise PIL.Image.MAX_IMAGE_PIXELS if the file can be trusted"
-        raise BadImage(message) from error
-    except Exception as error:
-        raise BadImage(f"the image file cannot be opened: {_words(error)}") from error
-    try:
-        if min_size is not None and isinstance(image, JpegImageFile):
-            height, width = min_size[::-1] if _is_on_its_side(image) else min_size
-            image.draft(None, (width, height))
         image.load()
         is_16_bit = _is_16_bit(image)
         with contextlib.suppress(Exception):  # damaged EXIF: the image is taken as upright
             ImageOps.exif_transpose(image, in_place=True)
         return _simplify(image, is_16_bit)
     except Exception as error:
-        raise BadImage(f"the image file cannot be decoded: {_words(error)}") from error
-
-
-def _is_on_its_side(image: Image.Image) -> bool:
-    try:
-        return image.getexif().get(_ORIENTATION_TAG, 1) >= 5
-    except Exception:  # damaged EXIF
-        return False
+        raise BadImage(f"the image file cannot be decoded: {words(error)}") from error
 
 
 def _is_16_bit(image: Image.Image) -> bool:
@@ -148,36 +151,45 @@ def _simplify(image: Image.Image, is_16_bit: bool) -> Image.Image:
 
 
 # -- what cells hold -------------------------------------------------------------------------
-def read_cell(cell) -> bytes | np.ndarray:
+def read_cell(cell, urls: Urls) -> bytes | np.ndarray:
     """Return the encoded image or the numbers that a cell holds; raise BadImage."""
     if isinstance(cell, str):
-        return _read_text(cell)
-    if isinstance(cell, (bytes, bytearray, memoryview)):
+        return _read_text(cell, urls)
+    if isinstance(cell, bytes):  # np.bytes_ stays what it is
+        return cell
+    if isinstance(cell, (bytearray, memoryview)):
         return bytes(cell)
     if isinstance(cell, np.ndarray):
-        return _read_array(cell)
+        return _read_array(cell, urls)
     if is_missing(cell):
         raise BadImage(f"the cell is missing: it holds {cell!r}")
     if isinstance(cell, os.PathLike):
-        return _read_path(local_path(os.fspath(cell)))
+        path = os.fsdecode(cell)
+        if not is_url(path):
+            return read_path(local_path(path))
     if isinstance(cell, Image.Image):
         return _read_pil(cell)
     if is_tensor(cell):
-        return _read_tensor(cell)
+        return _read_array(_from_tensor(cell), urls)
     if isinstance(cell, dict):
-        return _read_dict(cell)
+        return _read_dict(cell, urls)
     if is_stream(cell):
-        return _read_stream(cell)
+        return read_stream(cell)
+    if hasattr(cell, "read_bytes"):  # a zipfile.Path, a UPath, a resource of a package
+        with cell.open("rb") as stream:
+            return read_stream(stream)
     if hasattr(cell, "to_list"):  # a nested list in a column of polars
         cell = cell.to_list()
+    if isinstance(cell, tuple) and cell and isinstance(cell[0], (str, bytes, Image.Image)):
+        raise BadImage(f"it is a tuple that begins with {describe(cell[0])}; {_GIVE_IMAGES}")
     if hasattr(cell, "__array__") or isinstance(cell, (list, tuple)):
         try:
-            array = np.asarray(cell)
+            with one_reader:  # what a lazy array reads from may be shared
+                array = np.array(cell)
         except (ValueError, TypeError) as error:
-            is_pair = isinstance(cell, tuple) and len(cell) == 2
-            hint = "; of pairs (image, label) give the images alone" if is_pair else ""
+            hint = f"; {_GIVE_IMAGES}" if isinstance(cell, tuple) else ""
             raise BadImage(f"it does not become an array: {error}{hint}") from error
-        return _read_array(array)
+        return _read_array(array, urls)
     raise BadImage(
         f"the cell is of type {type(cell).__name__}; an image is a path, a URL, bytes, a PIL "
         'image, an array, a tensor or {"bytes": …, "path": …}'
@@ -186,101 +198,31 @@ def read_cell(cell) -> bytes | np.ndarray:
 
 def own_copy(cell) -> object:
     """Copy what a container may change when the next cell is asked for."""
-    if isinstance(cell, Image.Image) or is_stream(cell):
-        return read_cell(cell)
+    if isinstance(cell, Image.Image):
+        return _read_pil(cell)
+    if is_stream(cell):
+        return read_stream(cell)
     if is_tensor(cell):
         return cell.clone()
     if isinstance(cell, (bytearray, memoryview)):
         return bytes(cell)
     if isinstance(cell, dict):
         return {key: own_copy(value) for key, value in cell.items()}
-    if isinstance(cell, list):  # rows of numbers
-        return deepcopy(cell)
-    return np.array(cell) if hasattr(cell, "__array__") else cell
+    if isinstance(cell, (list, tuple)):
+        copies = [own_copy(value) for value in cell]
+        return copies if isinstance(cell, list) else tuple(copies)
+    if not hasattr(cell, "__array__"):
+        return cell
+    array = np.array(cell)
+    return deepcopy(array) if array.dtype == object else array
 
 
-def is_url(text: str) -> bool:
-    """Whether the text is a URL that is not of a local file."""
-    return bool(_URL.match(text)) and not text.startswith(("file://", "local://"))
-
-
-def local_path(text: str) -> str:
-    """Return the local path a string names: ``~`` expanded, ``file://`` taken off."""
-    if text.startswith(("file://", "local://")):
-        text = text.split("://", 1)[1].removeprefix("localhost")
-        if "%" in text and not os.path.lexists(text):  # Path.as_uri() quotes
-            text = unquote(text)
-    return os.path.expanduser(text) if text.startswith("~") else text
-
-
-def _read_text(text: str) -> bytes:
+def _read_text(text: str, urls: Urls) -> bytes:
     if not text.strip():
         raise BadImage("the path is an empty string")
     if text[:5].lower() == "data:":
-        return _read_data_url(text)
-    return _read_url(text) if is_url(text) else _read_path(local_path(text))
-
-
-def _read_path(path: str) -> bytes:
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise BadImage("it is a folder; give the paths of the files in it")
-        if not stat.S_ISREG(mode):
-            raise BadImage("it is not a regular file")
-        with open(path, "rb") as file:
-            return file.read()
-    except BadImage:
-        raise
-    except FileNotFoundError as error:
-        where = "" if os.path.isabs(path) else f" in {os.getcwd()!r}, where relative paths start"
-        raise BadImage(f"there is no such file{where}") from error
-    except PermissionError as error:
-        raise BadImage("there is no permission to read the file") from error
-    except (OSError, ValueError) as error:  # ValueError: a null byte, or a lone surrogate
-        raise BadImage(f"the file cannot be read: {_words(error)}") from error
-
-
-def _read_url(url: str) -> bytes:
-    import fsspec
-
-    # File systems raise errors of many libraries (aiohttp, botocore …); a missing one of these
-    # is an ImportError.
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-        return filesystem.cat_file(path)
-    except FileNotFoundError as error:
-        raise BadImage("there is nothing at this URL") from error
-    except Exception as error:
-        raise BadImage(f"the URL cannot be read: {_words(error)}") from error
-
-
-def _read_data_url(url: str) -> bytes:
-    header, comma, body = url.partition(",")
-    if not comma:
-        raise BadImage("the data URL has no comma before its data")
-    if not header.lower().endswith(";base64"):
-        return unquote_to_bytes(body)
-    try:
-        text = unquote(body) if "%" in body else body
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise BadImage(f"the data URL does not decode as base64: {error}") from error
-
-
-def _read_stream(stream) -> bytes:
-    """Read an open file from its beginning and put it back where it was."""
-    try:
-        with one_reader:
-            position = stream.tell()
-            stream.seek(0)
-            data = stream.read()
-            stream.seek(position)
-    except (OSError, ValueError, AttributeError) as error:
-        raise BadImage(f"the open file cannot be read: {_words(error)}") from error
-    if not isinstance(data, bytes):
-        raise BadImage("the file is open in text mode; open it in mode 'rb'")
-    return data
+        return read_data_url(text)
+    return urls.read(text) if is_url(text) else read_path(local_path(text))
 
 
 def _read_pil(image: Image.Image) -> bytes | np.ndarray:
@@ -290,7 +232,7 @@ def _read_pil(image: Image.Image) -> bytes | np.ndarray:
     try:
         with one_reader:
             if _is_unread_file(image):  # a list of Image.open(path) does not fill the memory
-                return _read_stream(vars(image)["fp"])
+                return read_stream(vars(image)["fp"])
             image.load()
             is_16_bit = _is_16_bit(image)
             try:
@@ -301,7 +243,13 @@ def _read_pil(image: Image.Image) -> bytes | np.ndarray:
     except BadImage:
         raise
     except Exception as error:
-        raise BadImage(f"the PIL image cannot be loaded: {_words(error)}") from error
+        is_unread = bool(getattr(image, "tile", None)) and vars(image).get("fp") is None
+        if is_unread or "closed image" in str(error):
+            raise BadImage(
+                "the PIL image is closed, by the end of its with block or by close(), and its "
+                "pixels were not read before: call its load() within the block, or give the path"
+            ) from error
+        raise BadImage(f"the PIL image cannot be loaded: {words(error)}") from error
 
 
 def _is_unread_file(image: Image.Image) -> bool:
@@ -311,13 +259,13 @@ def _is_unread_file(image: Image.Image) -> bool:
     return bool(image.tile) and not image.decoderconfig
 
 
-def _read_array(array: np.ndarray) -> np.ndarray | bytes:
+def _read_array(array: np.ndarray, urls: Urls) -> np.ndarray | bytes:
     if array.dtype == object and array.ndim:  # pandas nests arrays where parquet nests lists
         array = _stack_nested(array)
     if array.ndim == 0:
         item = array.item()
         if isinstance(item, (str, bytes)):
-            return read_cell(item)
+            return read_cell(item, urls)
         if is_missing(item):
             raise BadImage(f"the cell is missing: it holds {item!r}")
         raise BadImage(f"the cell is a single number, {item!r}; an image is an array (H, W)")
@@ -337,7 +285,7 @@ def _stack_nested(array: np.ndarray) -> np.ndarray:
         raise BadImage(f"its rows do not form an array: {error}") from error
 
 
-def _read_tensor(tensor) -> np.ndarray | bytes:
+def _from_tensor(tensor) -> np.ndarray:
     """Return a tensor (H, W) or (C, H, W) as an array, channels last."""
     shape = tuple(tensor.shape)
     if tensor.ndim == 3:
@@ -353,19 +301,20 @@ def _read_tensor(tensor) -> np.ndarray | bytes:
     tensor = tensor.detach().cpu()
     if str(tensor.dtype) == "torch.bfloat16":  # NumPy has none
         tensor = tensor.float()
-    return _read_array(tensor.numpy())
+    return tensor.numpy()
 
 
-def _read_dict(cell: dict) -> bytes:
+def _read_dict(cell: dict, urls: Urls) -> bytes:
     data, path = cell.get("bytes"), cell.get("path")
     if not is_missing(data):
         if isinstance(data, (bytes, bytearray, memoryview)):
             return bytes(data)
         raise BadImage(f'"bytes" of the cell is of type {type(data).__name__}')
     if isinstance(path, (str, os.PathLike)):
-        return _read_text(os.fspath(path))
+        return _read_text(os.fspath(path), urls)
     raise BadImage(
-        f'the cell is a dict with the keys {list(cell)}; "bytes" or "path" must hold an image'
+        f'the cell is a dict with the keys {shown(list(cell))}; "bytes" or "path" must hold an '
+        "image; of rows that are dicts give the images alone: [row[KEY] for row in X]"
     )
 
 
@@ -381,8 +330,3 @@ def unflatten(cell, shape: tuple[int, ...]) -> object:
         ) from None
     # image_shape has the channels last, for tensors too.
     return pixels.permute(2, 0, 1) if is_tensor(pixels) and pixels.ndim == 3 else pixels
-
-
-def _words(error: BaseException) -> str:
-    text = str(error).strip() or repr(error)
-    return text if isinstance(error, (OSError, SyntaxError)) else f"{type(error).__name__}: {text}"

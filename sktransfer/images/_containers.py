@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping
 from numbers import Integral, Number
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+from sktransfer._progress import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     Shape = tuple[int, ...] | None
 
 _CHANNELS = (1, 2, 3, 4)
+_PLAIN_ITEMS = (list.__getitem__, tuple.__getitem__)
+_N_LOOKED_AT = 8  # cells of a column that may hold labels
 
 
 class Container:
@@ -42,6 +47,14 @@ def as_columns(X, image_shape: Shape = None) -> Columns:
 
     Only the container is looked at, and its first cells; none is read or copied.
     """
+    columns, names, shape = _as_columns(X, image_shape)
+    if len(columns) > 1:
+        _refuse_labels(columns, names)
+    return columns, names, shape
+
+
+def _as_columns(X, image_shape: Shape) -> Columns:
+    _refuse_data_set(X)
     _refuse_single(X)
     if hasattr(X, "__dask_graph__"):
         X = X.compute()
@@ -64,7 +77,8 @@ def as_columns(X, image_shape: Shape = None) -> Columns:
         return [Container(X)], None, shape
     if hasattr(X, "__array__"):
         return _from_array(np.asarray(X), image_shape)
-    if isinstance(X, (list, tuple)):
+    # A subclass that computes its items, too, is a container of the user's own.
+    if isinstance(X, (list, tuple)) and type(X).__getitem__ in _PLAIN_ITEMS:
         return _from_sequence(X, image_shape)
     if is_sequence:
         _check_size((len(X),))
@@ -115,7 +129,7 @@ def is_stream(x) -> bool:
 def describe(cell) -> str:
     """Describe a cell for messages."""
     if isinstance(cell, dict):
-        keys = f"dict with the keys {list(cell)[:5]}"
+        keys = f"dict with the keys {shown(list(cell)[:5])}"
         cell = next((cell[key] for key in ("path", "bytes") if cell.get(key) is not None), keys)
         if cell is keys:
             return keys
@@ -126,19 +140,51 @@ def describe(cell) -> str:
     if isinstance(cell, np.ndarray) or is_tensor(cell):
         kind = "tensor" if is_tensor(cell) else "array"
         return f"{kind} of shape {tuple(cell.shape)}, {cell.dtype}"
-    # Not "np.str_('…')", nor "PosixPath('…')".
-    text = repr(str(cell) if isinstance(cell, (str, os.PathLike)) else cell)
-    return text if len(text) <= 200 else f"{text[:120]}…{text[-20:]}"
+    return shown(cell)
+
+
+def _refuse_data_set(X) -> None:
+    images, kind = _images_of(X, "X"), type(X).__name__
+    if images:
+        raise TypeError(f"X is a {kind}, whose rows are more than an image: give {images}")
+    if isinstance(X, Mapping) and not {"bytes", "path"} & set(X):
+        raise TypeError(
+            f"X is a {kind} with the keys {shown(list(X))}; X holds one image per row: give one "
+            "of its values, X[KEY]"
+        )
+
+
+def _images_of(X, name: str) -> str:
+    """Return how to get the images out of `name`, a data set of torch's or Hugging Face's.
+
+    No class is imported for it, and one whose items are the user's own code is none of these.
+    """
+    package = type(X).__module__.partition(".")[0]
+    if package == "datasets" and hasattr(X, "column_names") and not isinstance(X, Mapping):
+        return f'{name}["image"]'
+    kinds = {c.__name__ for c in type(X).__mro__ if c.__module__.startswith("torch")}
+    if "DataLoader" in kinds:
+        return _images_of(X.dataset, f"{name}.dataset") or f"{name}.dataset"
+    code = str(getattr(getattr(X, "__getitem__", None), "__module__", ""))
+    parts = X.datasets if "ConcatDataset" in kinds else [X.dataset] if "Subset" in kinds else []
+    if not code.startswith("torch") or not all(_images_of(part, "") for part in parts):
+        return ""
+    if "TensorDataset" in kinds:
+        return f"{name}.tensors[0]"
+    if hasattr(X, "samples"):
+        return f"[path for path, _ in {name}.samples]"
+    return f"{name}.data" if hasattr(X, "data") else f"[image for image, _ in {name}]"
 
 
 def _refuse_single(X) -> None:
     if isinstance(X, np.ndarray) and X.ndim == 0:
         X = X.item()
     single = (str, os.PathLike, bytes, bytearray, memoryview, dict, Image.Image)
-    if isinstance(X, single) or is_stream(X):
-        raise TypeError(
-            f"X is a single cell ({describe(X)}); X holds one image per row: wrap it in a list, [X]"
-        )
+    if isinstance(X, single) or is_stream(X) or hasattr(X, "read_bytes"):
+        hint = "wrap it in a list, [X]"
+        if isinstance(X, (str, os.PathLike)) and (set("*?[") & set(str(X)) or os.path.isdir(X)):
+            hint = "the files of a folder are sorted(glob.glob('FOLDER/**/*.jpg', recursive=True))"
+        raise TypeError(f"X is a single cell ({describe(X)}); X holds one image per row: {hint}")
     if X is None or isinstance(X, Number):
         raise TypeError(f"X is {X!r}; X holds one image per row: a list, array or DataFrame")
     if hasattr(X, "toarray") and hasattr(X, "nnz"):
@@ -175,7 +221,7 @@ def _from_frame(X, image_shape: Shape) -> Columns:
         numeric += [name] if is_number else []
     if numeric and len(numeric) < len(names):
         raise ValueError(
-            f"the columns {numeric} of X hold numbers and the others images; give the image "
+            f"the columns {shown(numeric)} of X hold numbers and the others images; give the image "
             "columns alone, with a ColumnTransformer or X[[…]]"
         )
     are_objects = image_shape is not None and len(columns) > 1
@@ -224,7 +270,8 @@ def _from_array(X: np.ndarray, image_shape: Shape) -> Columns:
     _check_size(X.shape)
     if X.ndim == 1:
         return _from_sequence(X, image_shape)
-    if X.ndim == 2 and not (kind == "O" and _has_number(X[0])):
+    has_images = any(isinstance(cell, (str, bytes, os.PathLike, Image.Image)) for cell in X[0])
+    if X.ndim == 2 and (has_images or kind != "O" or not _has_number(X[0])):
         return [X[:, j] for j in range(X.shape[1])], None, image_shape
     # Numbers in an array of objects: scikit-learn takes those, too.
     return _from_array(_numbers_of(X.tolist()), image_shape)
@@ -359,6 +406,25 @@ def _check_size(shape: tuple[int, ...]) -> None:
             raise ValueError(
                 f"Found array with 0 {what}(s) (shape={shape}) while a minimum of 1 is required."
             )
+
+
+def _refuse_labels(columns: list, names: list[str] | None) -> None:
+    """Raise where one of several columns holds labels instead of images."""
+    for name, column in zip(names or range(len(columns)), columns, strict=True):
+        cells = [column[row] for row in range(min(len(column), _N_LOOKED_AT))]
+        cells = [cell for cell in cells if not is_missing(cell)]
+        if cells and all(map(_is_label, cells)):
+            raise ValueError(
+                f"the column {shown(name)} of X holds {shown(cells[0])} and the like, which are "
+                "not images; give the image columns alone, with a ColumnTransformer or X[[…]]"
+            )
+
+
+def _is_label(cell) -> bool:
+    if not isinstance(cell, str):
+        return isinstance(cell, (Number, np.number))
+    is_word = cell.strip() and not os.path.splitext(cell)[1] and not set("/\\:") & set(cell)
+    return bool(is_word) and not os.path.exists(cell)
 
 
 def _has_number(row) -> bool:

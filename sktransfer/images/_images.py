@@ -9,15 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from sktransfer.images._cells import (
-    Cell,
-    is_url,
-    local_path,
-    one_reader,
-    own_copy,
-    read_cell,
-    unflatten,
-)
+from sktransfer.images._cells import Cell, own_copy, read_cell, unflatten
 from sktransfer.images._containers import (
     Container,
     as_columns,
@@ -26,6 +18,7 @@ from sktransfer.images._containers import (
     is_tensor,
     read_image_shape,
 )
+from sktransfer.images._files import Urls, is_url, local_path, one_reader
 from sktransfer.images._pixels import BadImage
 
 __all__ = ["BadImage", "Images", "as_images"]
@@ -94,6 +87,7 @@ class Images:
         self._numbers: np.ndarray | range = self._positions  # … and in X
         self._is_view = False
         self._notes = _Notes(n_images)
+        self._urls = Urls()
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -147,9 +141,15 @@ class Images:
         """Read image `i` once, for its digest and its pixels; raise BadImage with the reason."""
         number = int(self._numbers[i])
         cell = self._cell(i)
-        if self._image_shape is not None:
-            cell = unflatten(cell, self._image_shape)
-        return Cell(read_cell(cell), lambda *what: self._notes.add(number, *what))
+        try:
+            if self._image_shape is not None:
+                cell = unflatten(cell, self._image_shape)
+            content = read_cell(cell, self._urls)
+            return Cell(content, lambda *what: self._notes.add(number, *what))
+        except BadImage:
+            raise
+        except Exception as error:  # of the user's classes, or memory that does not suffice
+            raise BadImage(f"reading it raises {_name(error)}") from error
 
     def digest(self, i: int) -> bytes:
         """Return ``read(i).digest``."""
@@ -164,18 +164,20 @@ class Images:
 
         Path, size, modification time in ns, and inode and time of the last change as a number.
         """
-        position, column = divmod(int(self._positions[i]), len(self._columns))
-        container = self._columns[column]
-        if isinstance(container, Container):  # a cell of these is asked for once
+        column = int(self._positions[i]) % len(self._columns)
+        if isinstance(self._columns[column], Container):  # a cell of these is asked for once
             return None
-        cell = container[position]
+        try:
+            cell = self._cell(i)
+        except BadImage:
+            return None
         if type(cell) is not str:
             if isinstance(cell, dict):
                 if not is_missing(cell.get("bytes")):
                     return None
                 cell = cell.get("path")
             if isinstance(cell, os.PathLike):
-                cell = os.fspath(cell)
+                cell = os.fsdecode(cell)
         if not isinstance(cell, str) or not cell:
             return None
         is_plain = cell[0] == os.sep == "/"  # absolute: the most frequent, and the quickest
@@ -208,15 +210,24 @@ class Images:
     def _cell(self, i: int) -> object:
         row, column = divmod(int(self._positions[i]), len(self._columns))
         container = self._columns[column]
-        if not isinstance(container, Container):
-            return container[row]
-        with one_reader:
-            try:
-                return own_copy(container[row])
-            except BadImage:
-                raise
-            except Exception as error:
-                raise BadImage(f"X[{row}] raises {type(error).__name__}: {error}") from error
+        try:
+            if isinstance(container, Container):
+                with one_reader:
+                    return own_copy(container[row])
+            cell = container[row]
+        except BadImage:
+            raise
+        except Exception as error:
+            raise BadImage(f"X[{row}] raises {_name(error)}") from error
+        if isinstance(cell, BadImage):  # of the process that this view came from
+            raise cell
+        return cell
+
+    def _cell_or_error(self, i: int) -> object:
+        try:
+            return _alone(self._cell(i))
+        except BadImage as error:
+            return error
 
     def _place(self, number: int) -> str:
         row, column = divmod(number, self._n_x_columns)
@@ -233,12 +244,16 @@ class Images:
             if len(self._columns) == 1 and (isinstance(first, np.ndarray) or is_tensor(first)):
                 cells = first[positions]
             else:
-                cells = [_alone(self._cell(i)) for i in range(len(self))]
+                cells = [self._cell_or_error(i) for i in range(len(self))]
             state |= {"_columns": [cells], "_positions": range(len(self))}
         return state
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state | {"_notes": _Notes(state["_notes"])})
+
+
+def _name(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:300]}"
 
 
 def _alone(cell):
