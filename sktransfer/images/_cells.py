@@ -185,7 +185,7 @@ def read_cell(cell, urls: Urls) -> bytes | np.ndarray:
     if hasattr(cell, "__array__") or isinstance(cell, (list, tuple)):
         try:
             with one_reader:  # what a lazy array reads from may be shared
-                array = np.array(cell)
+                array = np.asarray(cell).copy()
         except (ValueError, TypeError) as error:
             hint = f"; {_GIVE_IMAGES}" if isinstance(cell, tuple) else ""
             raise BadImage(f"it does not become an array: {error}{hint}") from error
@@ -213,8 +213,8 @@ def own_copy(cell) -> object:
         return copies if isinstance(cell, list) else tuple(copies)
     if not hasattr(cell, "__array__"):
         return cell
-    array = np.array(cell)
-    return deepcopy(array) if array.dtype == object else array
+    array = np.asarray(cell)  # np.array(cell) leaves it to the cell to copy
+    return deepcopy(array) if array.dtype == object else array.copy()
 
 
 def _read_text(text: str, urls: Urls) -> bytes:

@@ -146,11 +146,11 @@ def describe(cell) -> str:
 def _refuse_data_set(X) -> None:
     images, kind = _images_of(X, "X"), type(X).__name__
     if images:
-        raise TypeError(f"X is a {kind}, whose rows are more than an image: give {images}")
+        raise TypeError(f"X is of type {kind}, whose rows are not images alone: give {images}")
     if isinstance(X, Mapping) and not {"bytes", "path"} & set(X):
         raise TypeError(
-            f"X is a {kind} with the keys {shown(list(X))}; X holds one image per row: give one "
-            "of its values, X[KEY]"
+            f"X is of type {kind} with the keys {shown(list(X))}; X holds one image per row: give "
+            "one of its values, X[KEY]"
         )
 
 

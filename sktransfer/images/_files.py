@@ -7,8 +7,11 @@ import binascii
 import functools
 import os
 import re
+import shutil
 import stat
+import tempfile
 import threading
+import weakref
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, unquote_to_bytes
 
@@ -144,24 +147,40 @@ class Urls:
         return data
 
     def _read(self, url: str) -> bytes:
-        links = url.split("::")
+        import fsspec
+        from fsspec.utils import infer_compression
+
+        links, at_most = url.split("::"), {"start": 0, "end": _MAX_BYTES + 1}
         k = next(k for k, link in enumerate(links) if "://" in link)
         if k == len(links) - 1:
-            filesystem, path = _filesystem(url, links, is_image=True)
+            filesystem, path = fsspec.core.url_to_fs(url, **_options(links, is_image=True))
             # A range would be one more request over HTTP, which bounds what it reads itself.
-            return filesystem.cat_file(path, **({} if links[0].startswith("http") else _AT_MOST))
+            return filesystem.cat_file(path, **({} if links[0].startswith("http") else at_most))
         # "zip://member::https://archive": the members share one position in the archive.
         archive = (*links[:k], links[k].partition("://")[0], *links[k + 1 :])
         with self._lock:
             if archive not in self._archives:
-                self._archives[archive], _ = _filesystem(url, links, is_image=False)
-            return self._archives[archive].cat_file(links[k], **_AT_MOST)
+                options = _options(links, is_image=False)
+                if links[0].startswith("tar://") and infer_compression(links[-1]):
+                    self._archives[archive] = self._unpacked("::".join(links[1:]), options)
+                else:
+                    self._archives[archive], _ = fsspec.core.url_to_fs(url, **options)
+            return self._archives[archive].cat_file(links[k], **at_most)
+
+    def _unpacked(self, url: str, options: dict) -> AbstractFileSystem:
+        # Each step back in a compressed archive would unpack it from its beginning.
+        import fsspec
+
+        file = tempfile.NamedTemporaryFile(suffix=".tar")  # noqa: SIM115
+        weakref.finalize(self, file.close)
+        with fsspec.open(url, compression="infer", **options) as packed:
+            shutil.copyfileobj(packed, file)
+        file.seek(0)
+        return fsspec.filesystem("tar", fo=file)
 
 
-_AT_MOST = {"start": 0, "end": _MAX_BYTES + 1}
-
-
-def _filesystem(url: str, links: list[str], is_image: bool) -> tuple[AbstractFileSystem, str]:
+def _options(links: list[str], is_image: bool) -> dict[str, dict]:
+    """Return the options of the file systems that a chained URL names."""
     import fsspec
 
     options = {}
@@ -179,7 +198,7 @@ def _filesystem(url: str, links: list[str], is_image: bool) -> tuple[AbstractFil
         for name in ("http", "https"):  # what the user has configured comes first
             client |= fsspec.config.conf.get(name, {}).get("client_kwargs", {})
         options[protocol] = {"client_kwargs": client}
-    return fsspec.core.url_to_fs(url, **options)
+    return options
 
 
 @functools.cache

@@ -164,29 +164,27 @@ class Images:
 
         Path, size, modification time in ns, and inode and time of the last change as a number.
         """
-        column = int(self._positions[i]) % len(self._columns)
-        if isinstance(self._columns[column], Container):  # a cell of these is asked for once
+        row, column = divmod(int(self._positions[i]), len(self._columns))
+        container = self._columns[column]
+        if isinstance(container, Container):  # a cell of these is asked for once
             return None
         try:
-            cell = self._cell(i)
-        except BadImage:
-            return None
-        if type(cell) is not str:
-            if isinstance(cell, dict):
-                if not is_missing(cell.get("bytes")):
-                    return None
-                cell = cell.get("path")
-            if isinstance(cell, os.PathLike):
-                cell = os.fsdecode(cell)
-        if not isinstance(cell, str) or not cell:
-            return None
-        is_plain = cell[0] == os.sep == "/"  # absolute: the most frequent, and the quickest
-        if not is_plain and (cell[:5].lower() == "data:" or is_url(cell)):
-            return None
-        path = cell if is_plain else local_path(cell)
-        try:
+            cell = container[row]
+            if type(cell) is not str:
+                if isinstance(cell, dict):
+                    if not is_missing(cell.get("bytes")):
+                        return None
+                    cell = cell.get("path")
+                if isinstance(cell, os.PathLike):
+                    cell = os.fsdecode(cell)
+            if not isinstance(cell, str) or not cell:
+                return None
+            is_plain = cell[0] == os.sep == "/"  # absolute: the most frequent, and the quickest
+            if not is_plain and (cell[:5].lower() == "data:" or is_url(cell)):
+                return None
+            path = cell if is_plain else local_path(cell)
             status = os.stat(path)
-        except (OSError, ValueError):
+        except Exception:  # `read` gives the reason
             return None
         full = os.path.normpath(path) if is_plain else os.path.abspath(path)
         # What copies with an old modification time (cp -p) cannot set is when that was done.
