@@ -34,10 +34,8 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 
 def shown(value: object) -> str:
     """Return the repr of a user's value for a message, cut to 80 characters."""
-    if isinstance(value, (str, os.PathLike)):  # not "np.str_('…')", nor "PosixPath('…')"
-        value = str(value)
-    try:
-        text = repr(value)
+    try:  # not "np.str_('…')", nor "PosixPath('…')"
+        text = repr(str(value) if isinstance(value, (str, os.PathLike)) else value)
     except Exception:  # of the user's own class
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:30]}…{text[-49:]}"

@@ -137,6 +137,11 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
     much larger than the network's input is decoded at a reduced size, and then differs slightly
     from an array of its pixels, unless ``preprocessing={"fast_decode": False}``.
 
+    Files are JPEG, PNG, GIF, WebP, BMP, TIFF, JPEG 2000, AVIF, PPM or, once
+    ``pillow_heif.register_heif_opener()`` was called, HEIC. An image counts as unreadable if its
+    file is larger than 256 MB, if decoding it may take more than 1 GB, or if an HTTP server sends
+    nothing for 30 s or not all within 5 minutes.
+
     Floating-point images are read as 0…1. An image whose values leave that range is read as
     0…255 where they fit there, else stretched from its least to its largest value, and a
     warning says so.

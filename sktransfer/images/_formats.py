@@ -23,11 +23,11 @@ _MAX_BYTES = 10**9  # to decode one image; Pillow has its own bound on the numbe
 _LARGE_BYTES = _MAX_BYTES // 4
 _one_large_image = process_lock()  # in all threads of the process
 
-# The most bytes per pixel that are held at once from the file to 8-bit RGB, measured by
+# The most bytes per pixel that are held at once from the file to 8-bit RGB: printed by
 # docs/benchmarks/decoding_memory.py.
 _OF_MODE = {"1": 6, "L": 6, "P": 6, "I;16": 8, "I": 33, "F": 33}
-_OF_COLOUR, _OF_ALPHA, _OF_COEFFICIENTS = 8, 22, 6
-_OF_FORMAT = {"WEBP": 16, "JPEG2000": 25, "AVIF": 16, "HEIF": 16}
+_OF_COLOURS, _WITH_ALPHA, _IF_PROGRESSIVE = 8, 26, 6
+_MORE_OF_FORMAT = {"WEBP": 9, "JPEG2000": 12, "AVIF": 3, "HEIF": 9}
 _TILE_WIDTH, _TILE_LENGTH, _ROWS_PER_STRIP, _BITS_PER_SAMPLE = 322, 323, 278, 258
 _ORIENTATION_TAG = 0x0112
 
@@ -47,7 +47,7 @@ def open_image(
         image = Image.open(io.BytesIO(data), formats=formats)
         # However small a progressive file is decoded, all its coefficients are kept.
         is_progressive = "progressive" in image.info or "progression" in image.info
-        n_bytes = _OF_COEFFICIENTS * image.width * image.height if is_progressive else 0
+        n_bytes = _IF_PROGRESSIVE * image.width * image.height if is_progressive else 0
         if min_size is not None and isinstance(image, JpegImageFile):
             height, width = min_size[::-1] if _is_on_its_side(image) else min_size
             image.draft(None, (width, height))
@@ -69,10 +69,11 @@ def open_image(
 
 
 def _decoded_bytes(image: ImageFile.ImageFile) -> int:
-    per_pixel = _OF_MODE.get(image.mode[:4], _OF_COLOUR)
+    per_pixel = _OF_MODE.get(image.mode[:4], _OF_COLOURS)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        per_pixel = _OF_ALPHA
-    n_bytes = image.width * image.height * max(per_pixel, _OF_FORMAT.get(image.format or "", 0))
+        per_pixel = _WITH_ALPHA
+    per_pixel += _MORE_OF_FORMAT.get(image.format or "", 0)
+    n_bytes = image.width * image.height * per_pixel
     if any(tile[0] == "libtiff" for tile in image.tile):  # it decodes a whole tile, or strip
         tags = image.tag_v2  # type: ignore[attr-defined]
         width = tags.get(_TILE_WIDTH, image.width)

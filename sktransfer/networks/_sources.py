@@ -150,7 +150,7 @@ def weights_path(weights: object) -> Path | None:
             return None
     elif not isinstance(weights, os.PathLike):
         return None
-    path = Path(weights).expanduser().absolute()
+    path = Path(os.path.abspath(os.path.expanduser(weights)))
     if path.suffix.lower() not in _SUFFIXES:
         raise ValueError(
             f"weights={shown(weights)}: a weights file ends in one of {', '.join(_SUFFIXES)}."
