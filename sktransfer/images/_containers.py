@@ -167,7 +167,7 @@ def _images_of(X, name: str) -> str:
         return _images_of(X.dataset, f"{name}.dataset") or f"{name}.dataset"
     code = str(getattr(getattr(X, "__getitem__", None), "__module__", ""))
     parts = X.datasets if "ConcatDataset" in kinds else [X.dataset] if "Subset" in kinds else []
-    if not code.startswith("torch") or not all(_images_of(part, "") for part in parts):
+    if not code.startswith(("torch.", "torchvision.")) or not all(_images_of(part, "") for part in parts):
         return ""
     if "TensorDataset" in kinds:
         return f"{name}.tensors[0]"
