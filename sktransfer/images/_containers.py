@@ -165,9 +165,9 @@ def _images_of(X, name: str) -> str:
     kinds = {c.__name__ for c in type(X).__mro__ if c.__module__.startswith("torch")}
     if "DataLoader" in kinds:
         return _images_of(X.dataset, f"{name}.dataset") or f"{name}.dataset"
-    code = str(getattr(getattr(X, "__getitem__", None), "__module__", ""))
+    code = str(getattr(getattr(X, "__getitem__", None), "__module__", "")).partition(".")[0]
     parts = X.datasets if "ConcatDataset" in kinds else [X.dataset] if "Subset" in kinds else []
-    if not code.startswith(("torch.", "torchvision.")) or not all(_images_of(part, "") for part in parts):
+    if code not in ("torch", "torchvision") or not all(_images_of(part, "") for part in parts):
         return ""
     if "TensorDataset" in kinds:
         return f"{name}.tensors[0]"

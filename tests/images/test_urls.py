@@ -237,7 +237,7 @@ def test_an_archive_is_listed_once(kind, place, server, opened, tmp_path):
     assert read_in_threads(X) == list(range(N_MEMBERS))
     assert len(opened) == 1
     missing = as_images([X[0].replace("0.png", "none.png")])
-    with pytest.raises(BadImage, match="there is nothing at this URL|KeyError"):
+    with pytest.raises(BadImage, match=r"there is nothing at this URL|KeyError"):
         pixels(missing, 0)
 
 
