@@ -54,7 +54,8 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
     layer : str, list of str or None, default=None
         Which layer gives the columns. ``None``: the input of the classification head. The name
         of a stage or module (``"layer3"``): its pooled output; lower stages give low-level
-        features. A list: their pooled outputs, joined.
+        features. A list: their pooled outputs, joined. ``"all"``: those of all stages between the
+        stem and the head, joined; put a :class:`~sklearn.preprocessing.StandardScaler` behind.
 
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
         How a feature map becomes a row. ``"auto"``: as the network itself does it.
@@ -237,7 +238,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
             preprocessing=self.preprocessing,
         )
         self._n_image_columns = images.n_columns
-        n_asked = 1 if self.layer is None or isinstance(self.layer, str) else len(self.layer)
+        n_asked = len(self.backbone_.layers_named(self.layer))
         widths = [width for _, width in self.backbone_.feature_groups[:n_asked]]
         self.n_features_out_ = images.n_columns * sum(widths)
         self.bad_images_ = []
