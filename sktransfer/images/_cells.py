@@ -26,7 +26,7 @@ from sktransfer.images._containers import (
     typed_integers,
 )
 from sktransfer.images._pixels import BadImage, Note, Range
-from sktransfer.images._samples import Samples, prepare, samples_of
+from sktransfer.images._samples import Samples, prepare, samples_of, unknown_format
 
 # Also chained ones, "simplecache::s3://…"; "C:" is a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+(::[A-Za-z0-9+.\-]+)*://")
@@ -113,8 +113,7 @@ def _decode(data: bytes, min_size: tuple[int, int] | None) -> Image.Image | Samp
     try:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
-        message = f"Pillow does not know its file format; it begins with {data[:12]!r}"
-        raise BadImage(message) from error
+        raise BadImage(unknown_format(data)) from error
     except Image.DecompressionBombError as error:
         message = f"{error} Raise PIL.Image.MAX_IMAGE_PIXELS if the file can be trusted"
         raise BadImage(message) from error

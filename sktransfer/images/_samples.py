@@ -53,6 +53,9 @@ def prepare(image: Image.Image, data: bytes) -> Image.Image | None:
     if not isinstance(image, (PngImageFile, TiffImageFile)):
         return None
     _correct_tiff(image)
+    n_bits, key = data[24], image.info.get("transparency")  # n_bits: of a PNG
+    if image.mode in ("1", "L") and isinstance(key, int) and n_bits < 8:
+        image.info["transparency"] = min(255, key * 255 // (2**n_bits - 1))  # as the pixels
     if "LA;16B" in _raw_modes(image):
         # 16 bits of grey and alpha have the layout of four channels of eight bits.
         header = data[12:24] + b"\x08\x06" + data[26:29]
@@ -69,6 +72,16 @@ def prepare(image: Image.Image, data: bytes) -> Image.Image | None:
     return lower
 
 
+def unknown_format(data: bytes) -> str:
+    """Return the reason for which Pillow does not open a file."""
+    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return (
+            "it is a TIFF whose numbers Pillow does not read, such as floats of 64 bits or in "
+            "colour: save it as integers of 8 or 16 bits, or give the array that tifffile reads"
+        )
+    return f"Pillow does not know its file format; it begins with {data[:12]!r}"
+
+
 def samples_of(
     image: Image.Image, upright: Image.Image, lower: Image.Image | None
 ) -> Samples | None:
@@ -77,6 +90,7 @@ def samples_of(
     `image` is as opened, `upright` has its pixels, and `lower` is what `prepare` returned.
     """
     array, declared, is_negative = np.asarray(upright), None, False
+    is_deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
     if lower is not None:
         low = np.asarray(lower)
         array = low.view(">u2") if "grey" in lower.info else array.astype(np.uint16) << 8 | low
@@ -87,18 +101,18 @@ def samples_of(
             return None
         array = np.rint(array * (maximum / scaled)).astype(np.uint16)
         declared = None if maximum == 65535 else (0, maximum)
-    elif isinstance(image, TiffImageFile) and image.mode[0] in "LIF":
+    elif isinstance(image, TiffImageFile):
         tags = image.tag_v2
         bits, sample_format = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (1,))
-        if bits == (8,) and sample_format == (2,):
-            array = array.view(np.int8)
-        elif image.mode in ("L", "La", "LA"):
+        if (bits, sample_format) == ((8,), (2,)):
+            array = array.view(np.int8)  # Pillow takes signed numbers as unsigned …
+        elif not is_deep:
             return None
-        elif bits == (32,) and sample_format == (1,):
-            array = array.view(np.uint32)
+        elif (bits, sample_format) == ((32,), (1,)):
+            array = array.view(np.uint32)  # … and unsigned ones as signed
         declared = (0, 4095) if bits == (12,) else None
         is_negative = tags.get(_PHOTOMETRIC) == 0
-    elif image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+    elif not is_deep:
         return None
     if array.dtype.itemsize == 2 and "transparency" in image.info:
         pixels = array[..., None] if array.ndim == 2 else array
