@@ -144,7 +144,7 @@ def _to_uint8(array: np.ndarray, note: Note, value_range: Range | None) -> np.nd
         return array.astype(np.uint8)
     if kind == "f" and low >= -_HALF_LEVEL and high <= 1 + _HALF_LEVEL:
         pixels = _between(array, 0, 1)
-        if 0 < high <= 1 / 16 and len(np.unique(array)) > 1 + pixels.max():
+        if high <= 1 / 16 and len(np.unique(array)) > 1 + _FEW_LEVELS:  # 12 bits of 16
             note("dark floats", low, high)
         return pixels
     return _assume(array, low, high, note)
