@@ -302,7 +302,7 @@ def _read_pil(image: Image.Image) -> bytes | Samples:
                 copy = ImageOps.exif_transpose(image)
             except Exception:  # damaged EXIF
                 copy = image.copy()
-            return samples_of(image, copy, None) or Samples(np.asarray(_simplify(copy)))
+            return samples_of(image, copy) or Samples(np.asarray(_simplify(copy)))
     except BadImage:
         raise
     except Exception as error:
