@@ -138,6 +138,8 @@ def describe(cell) -> str:
         cell = next((cell[key] for key in ("path", "bytes") if cell.get(key) is not None), keys)
         if cell is keys:
             return keys
+    if isinstance(cell, tuple):  # Samples
+        cell = getattr(cell, "array", cell)
     if isinstance(cell, (bytes, bytearray, memoryview)):
         return f"{len(cell)} bytes"
     if isinstance(cell, Image.Image):
@@ -186,9 +188,9 @@ def _from_frame(X, image_shape: Shape) -> Columns:
     for j, name in enumerate(names):
         column = X.iloc[:, j] if hasattr(X, "iloc") else X[name]
         if hasattr(column, "to_pylist"):
-            column = _cells_of_arrow(column)
-            is_number = _are_numbers(column)
-        else:
+            is_number = _is_arrow_number(column.type)
+            column = column.to_pandas() if is_number else _cells_of_arrow(column)
+        if hasattr(column, "to_numpy"):
             column, is_number = _cells_of_series(column)
         columns.append(column)
         numeric += [name] if is_number else []
@@ -222,7 +224,8 @@ def _cells_of_series(series) -> tuple[Sequence, bool]:
         numbers = series.to_numpy()
         if numbers.dtype == object:  # nullable integers with a missing one
             numbers = series.to_numpy(dtype="float64", na_value=np.nan)
-        return numbers, _are_numbers(numbers)
+        is_empty_column = numbers.dtype.kind == "f" and np.isnan(numbers).all()
+        return numbers, not is_empty_column
     if isinstance(dtype, np.dtype):
         return series.to_numpy(), False
     if "list<" in str(dtype):  # of pyarrow in pandas
@@ -230,23 +233,20 @@ def _cells_of_series(series) -> tuple[Sequence, bool]:
     return getattr(series, "array", series), False  # cells become Python objects one by one
 
 
-def _are_numbers(cells) -> bool:
-    """Whether the cells of a column are numbers, not all of which are missing."""
-    if not isinstance(cells, np.ndarray) or cells.ndim > 1 or cells.dtype.kind not in "biufc":
-        return False
-    return not (cells.dtype.kind == "f" and bool(np.isnan(cells).all()))
-
-
 def _cells_of_arrow(column):
     """Return the cells of a column of pyarrow; numbers keep their type, which Python's lack."""
     leaf = column.type
-    if hasattr(leaf, "shape") and hasattr(leaf, "storage_type"):  # fixed-shape tensors
-        chunks = column.chunks if hasattr(column, "chunks") else [column]
-        return np.concatenate([chunk.to_numpy_ndarray() for chunk in chunks])
+    if hasattr(leaf, "shape") and hasattr(column, "combine_chunks"):
+        column = column.combine_chunks()
+    if hasattr(leaf, "shape"):  # fixed-shape tensors
+        return column.to_numpy_ndarray()
     while hasattr(leaf, "value_type"):
         leaf = leaf.value_type
-    is_number = re.match("u?int|float|double|half|bool", str(leaf)) is not None
-    return np.asarray(column) if is_number else column.to_pylist()
+    return np.asarray(column) if _is_arrow_number(leaf) else column.to_pylist()
+
+
+def _is_arrow_number(data_type) -> bool:
+    return re.match("u?int|float|double|half|bool", str(data_type)) is not None
 
 
 # -- arrays, tensors, lists ------------------------------------------------------------------

@@ -283,54 +283,39 @@ class _Notes:
 
 
 def _warning(seen: dict, place: Callable[[int], str]) -> str | None:
+    if not seen:
+        return None
     sentences = []
     for kind, text in _TEXTS.items():
         if images := seen.get(kind):
             n, first = len(images), min(images)
-            lows, highs = zip(*images.values(), strict=True)
             low, high = images[first]
             where = f"the first is {place(first)}" if n > 1 else place(first)
-            n_bits = max(8, int(max(highs)).bit_length())
-            sentences.append(
-                text.format(
-                    images=f"{n} image{'s' if n > 1 else ''}",
-                    where=f"({where}: {low:.4g}…{high:.4g})",
-                    all=f"({min(lows):.6g}, {max(highs):.6g})",
-                    bits=f"(0, {2 ** (n_bits + n_bits % 2) - 1})",
-                )
-            )
-    return " ".join(sentences) or None
+            count = f"{n} image{'s' if n > 1 else ''}"
+            n_bits = max(8, int(max(high for _, high in images.values())).bit_length())
+            top = 2 ** (n_bits + n_bits % 2) - 1  # of 8, 10, 12 … bits
+            where = f"({where}: {low:.4g}…{high:.4g})"
+            sentences.append(text.format(images=count, where=where, top=top))
+    lows, highs = zip(*(ends for images in seen.values() for ends in images.values()), strict=True)
+    return (
+        f"{' '.join(sentences)} Set value_range=(low, high), the numbers that are black and white, "
+        f"to have all images read in one way; these are within {min(lows):.6g}…{max(highs):.6g}."
+    )
 
 
-_STRETCHED = (
-    " {where} were stretched, each from its own minimum…maximum, to 0…255. Set value_range=(low, "
-    "high), the numbers that are black and white, if images should keep their brightness relative "
-    "to each other; all of these are within {all}."
-)
+_STRETCHED = " {where} were stretched, each from its own minimum…maximum, to 0…255."
 _TEXTS = {
-    "clipped": (
-        "{images} of floats slightly outside 0…1 {where} were clipped to 0…1. Set value_range=(0, "
-        "1) to say so, or the (low, high) that they have."
-    ),
+    "clipped": "{images} of floats slightly outside 0…1 {where} were clipped to 0…1.",
     "0…255": (
-        "{images} of floats outside 0…1 {where} were read as 0…255. Give X / 255. or "
-        'X.astype("uint8") to say so, or set value_range=(low, high) if it is another; all of '
-        "these are within {all}."
+        "{images} of floats outside 0…1 {where} were read as 0…255. If they are, give X / 255. or "
+        'X.astype("uint8").'
     ),
     "stretched": "{images} of numbers outside 0…255" + _STRETCHED,
     "stretched floats": "{images} of floats outside 0…1" + _STRETCHED,
-    "ranked": (
-        "{images} of numbers of which some are far from the others {where} were read by the rank "
-        "of each number. Set value_range=(low, high), the numbers that are black and white; what "
-        "lies outside is clipped."
-    ),
+    "ranked": "{images} of numbers far apart {where} were read by the rank of each number.",
     "dark 16 bits": (
-        "{images} of dtype uint16 {where} were read as 16 bits, 0…65535, and are dark: they use "
-        "less than a quarter of that. Set value_range={bits} if that is their range; all of them "
-        "are within {all}."
+        "{images} of dtype uint16 {where} were read as 16 bits, 0…65535, of which they use less "
+        "than a quarter: they may need value_range=(0, {top})."
     ),
-    "dark floats": (
-        "{images} of floats within 0…1 {where} are almost black. Set value_range=(low, high) if "
-        "they have another range; all of them are within {all}."
-    ),
+    "dark floats": "{images} of floats within 0…1 {where} are almost black.",
 }

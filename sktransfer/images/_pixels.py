@@ -35,8 +35,7 @@ def to_rgb(
     note : callable
         Called for each assumption about the range of the values.
     value_range : (low, high), default=None
-        The numbers that are black and white; what lies outside is clipped. It is not about
-        bool, nor about alpha.
+        The numbers that are black and white, bool and alpha apart; others are clipped.
     is_negative : bool, default=False
         Whether the smallest numbers are white.
 
@@ -51,8 +50,7 @@ def to_rgb(
     never from the other images:
 
     - bool: black and white; uint8: as it is;
-    - uint16: 16 bits, of which the upper eight are kept, as Pillow reads 16-bit files; noted
-      where the image uses less than a quarter of them;
+    - uint16: 16 bits, of which the upper eight are kept; noted below a quarter of the range;
     - floats within 0…1: ``rint(255 * x)``, so that ``x / 255.`` is the image ``x``;
     - other integers within 0…255: as they are;
     - floats within -0.25…1.25: clipped to 0…1, and noted;
@@ -65,15 +63,16 @@ def to_rgb(
     """
     _check_shape(array)
     n_channels = array.shape[2] if array.ndim == 3 else 1
-    if array.dtype != np.uint8 or value_range is not None or is_negative:
-        alpha = array[..., -1:] if n_channels in (2, 4) else None
-        if alpha is not None and _is_uint16(alpha) and alpha.max() >= _QUARTER:
-            note = _ignore  # the colors are dark, but have 16 bits as well
-        color = _to_uint8(array if alpha is None else array[..., :-1], note, value_range)
-        color = 255 - color if is_negative else color
-        array = color
-        if alpha is not None:
+    if array.dtype != np.uint8 or value_range is not None:
+        if n_channels in (2, 4):  # the range of the colours says nothing about that of alpha
+            alpha = array[..., -1:]
+            if _is_uint16(alpha) and alpha.max() >= _QUARTER:
+                note = _ignore  # the colours are dark, but of 16 bits as alpha is
+            color = _to_uint8(array[..., :-1], note, value_range)
             array = np.concatenate([color, _alpha_to_uint8(alpha, value_range)], axis=2)
+        else:
+            array = _to_uint8(array, note, value_range)
+            array = 255 - array if is_negative else array
     if array.ndim == 2:
         array = array[..., None]
     if n_channels in (2, 4):
