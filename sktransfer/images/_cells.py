@@ -46,9 +46,7 @@ class Cell:
         An encoded image, or the pixels.
     """
 
-    def __init__(
-        self, content: bytes | Samples, note: Note, value_range: Range | None = None
-    ) -> None:
+    def __init__(self, content: bytes | Samples, note: Note, value_range: Range | None) -> None:
         if not content:
             raise BadImage("it is empty (0 bytes)")
         self.content: bytes | np.ndarray = (

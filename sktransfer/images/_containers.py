@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Shape = tuple[int, ...] | None
 
 _CHANNELS = (1, 2, 3, 4)
-MASKED = "an image has no masked pixels: give .filled(value), with the value that they should have"
+MASKED = "pixels cannot be masked: give .filled(value), with the value for the masked ones"
 
 
 class Container:
@@ -236,10 +236,9 @@ def _cells_of_series(series) -> tuple[Sequence, bool]:
 def _cells_of_arrow(column):
     """Return the cells of a column of pyarrow; numbers keep their type, which Python's lack."""
     leaf = column.type
-    if hasattr(leaf, "shape") and hasattr(column, "combine_chunks"):
-        column = column.combine_chunks()
     if hasattr(leaf, "shape"):  # fixed-shape tensors
-        return column.to_numpy_ndarray()
+        is_chunked = hasattr(column, "combine_chunks")
+        return (column.combine_chunks() if is_chunked else column).to_numpy_ndarray()
     while hasattr(leaf, "value_type"):
         leaf = leaf.value_type
     return np.asarray(column) if _is_arrow_number(leaf) else column.to_pylist()
@@ -274,10 +273,7 @@ def _from_array(X: np.ndarray, image_shape: Shape) -> Columns:
 
 
 def typed_integers(image: np.ndarray) -> np.ndarray:
-    """Take what were objects, Python's integers, as uint16 where their values are such.
-
-    NumPy makes them of uint16 images: ``np.array(images, dtype=object)``.
-    """
+    """Take Python's integers as uint16, of which ``np.array(images, object)`` makes them."""
     is_uint16 = image.dtype.kind == "i" and image.min() >= 0 and 255 < image.max() < 2**16
     return image.astype(np.uint16) if is_uint16 else image
 
