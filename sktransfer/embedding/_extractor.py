@@ -68,7 +68,13 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
     image_shape : tuple of int or None, default=None
         The shape of one image, ``(height, width)`` or ``(height, width, channels)``, for
         flat numeric rows as :func:`sklearn.datasets.load_digits` gives them. One entry may
-        be -1. Values are read as 0…1; see Notes for others.
+        be -1.
+
+    value_range : tuple of float or None, default=None
+        The numbers that are black and white, ``(low, high)``: ``(0, 4095)`` for 12 bits,
+        ``(-1, 1)`` for floats scaled so, the window of a radiologist. Values outside are clipped.
+        It applies to every image, also to arrays and files of 8 bits, where ``(0, 255)`` changes
+        nothing; not to bool, nor to transparency. ``None``: see Notes.
 
     batch_size : int or "auto", default="auto"
         Images sent through the network at once. It changes speed and memory, not results.
@@ -137,9 +143,10 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
     much larger than the network's input is decoded at a reduced size, and then differs slightly
     from an array of its pixels, unless ``preprocessing={"fast_decode": False}``.
 
-    Floating-point images are read as 0…1. An image whose values leave that range is read as
-    0…255 where they fit there, else stretched from its least to its largest value, and a
-    warning says so.
+    Without `value_range` numbers are read image by image: uint8 as 0…255, uint16 as 0…65535,
+    floats within 0…1 as such. Other numbers are clipped to 0…1 or 0…255 where they exceed it
+    slightly, else stretched from their minimum to their maximum, and a warning says which images
+    were read in which way, as it does of uint16 images that use less than a quarter of 16 bits.
 
     References
     ----------
@@ -186,6 +193,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         pooling="auto",
         preprocessing="auto",
         image_shape=None,
+        value_range=None,
         batch_size="auto",
         device="auto",
         precision="float32",
@@ -201,6 +209,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         self.pooling = pooling
         self.preprocessing = preprocessing
         self.image_shape = image_shape
+        self.value_range = value_range
         self.batch_size = batch_size
         self.device = device
         self.precision = precision

@@ -18,8 +18,15 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from sktransfer._threads import process_lock
-from sktransfer.images._containers import is_missing, is_stream, is_tensor
-from sktransfer.images._pixels import BadImage, Note, to_rgb
+from sktransfer.images._containers import (
+    MASKED,
+    is_missing,
+    is_stream,
+    is_tensor,
+    typed_integers,
+)
+from sktransfer.images._pixels import BadImage, Note, Range
+from sktransfer.images._samples import Samples, prepare, samples_of, unknown_format
 
 # Also chained ones, "simplecache::s3://…"; "C:" is a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+(::[A-Za-z0-9+.\-]+)*://")
@@ -39,13 +46,13 @@ class Cell:
         An encoded image, or the pixels.
     """
 
-    def __init__(self, content: bytes | np.ndarray, note: Note) -> None:
-        if isinstance(content, np.ndarray):
-            content = to_rgb(content, note)
-        elif not content:
+    def __init__(self, content: bytes | Samples, note: Note, value_range: Range | None) -> None:
+        if not content:
             raise BadImage("it is empty (0 bytes)")
-        self.content = content
-        self._note = note
+        self.content: bytes | np.ndarray = (
+            content if isinstance(content, bytes) else content.to_rgb(note, value_range)
+        )
+        self._note, self._value_range = note, value_range
 
     @property
     def n_bytes(self) -> int:
@@ -90,18 +97,21 @@ class Cell:
         if isinstance(self.content, np.ndarray):
             return self.content
         image = _decode(self.content, min_size)
-        return image if image.mode == "RGB" else to_rgb(np.asarray(image), self._note)
+        if isinstance(image, Image.Image):
+            if image.mode == "RGB" and self._value_range is None:
+                return image
+            image = Samples(np.asarray(image))
+        return image.to_rgb(self._note, self._value_range)
 
 
-def _decode(data: bytes, min_size: tuple[int, int] | None) -> Image.Image:
-    """Decode the first frame, upright, in RGB, RGBA, I;16…, I or F."""
+def _decode(data: bytes, min_size: tuple[int, int] | None) -> Image.Image | Samples:
+    """Decode the first frame, upright, in RGB, RGBA or 1, or as numbers."""
     # Pillow's plugins raise nearly everything at damaged bytes: OSError, SyntaxError,
     # struct.error, KeyError, zlib.error, MemoryError …
     try:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
-        message = f"Pillow does not know its file format; it begins with {data[:12]!r}"
-        raise BadImage(message) from error
+        raise BadImage(unknown_format(data)) from error
     except Image.DecompressionBombError as error:
         message = f"{error} Raise PIL.Image.MAX_IMAGE_PIXELS if the file can be trusted"
         raise BadImage(message) from error
@@ -111,11 +121,14 @@ def _decode(data: bytes, min_size: tuple[int, int] | None) -> Image.Image:
         if min_size is not None and isinstance(image, JpegImageFile):
             height, width = min_size[::-1] if _is_on_its_side(image) else min_size
             image.draft(None, (width, height))
-        image.load()
-        is_16_bit = _is_16_bit(image)
-        with contextlib.suppress(Exception):  # damaged EXIF: the image is taken as upright
-            ImageOps.exif_transpose(image, in_place=True)
-        return _simplify(image, is_16_bit)
+        lower = prepare(image, data)
+        for part in filter(None, (image, lower)):
+            part.load()
+            with contextlib.suppress(Exception):  # damaged EXIF: the image is taken as upright
+                ImageOps.exif_transpose(part, in_place=True)
+        return samples_of(image, image, lower) or _simplify(image)
+    except BadImage:
+        raise
     except Exception as error:
         raise BadImage(f"the image file cannot be decoded: {_words(error)}") from error
 
@@ -127,29 +140,20 @@ def _is_on_its_side(image: Image.Image) -> bool:
         return False
 
 
-def _is_16_bit(image: Image.Image) -> bool:
-    # Pillow gives 16-bit PNM files as 32-bit integers.
-    return image.mode == "I" and image.format == "PPM"
-
-
-def _simplify(image: Image.Image, is_16_bit: bool) -> Image.Image:
-    """Convert a loaded image to RGB, RGBA, I;16…, I or F."""
-    if is_16_bit:
-        return Image.fromarray(np.asarray(image).astype(np.uint16))
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return image
+def _simplify(image: Image.Image) -> Image.Image:
+    """Convert a loaded image of at most eight bits to RGB, RGBA or 1."""
     palette = image.palette.mode if image.mode == "P" and image.palette else ""
     if "transparency" in image.info or image.mode in _WITH_ALPHA or palette.endswith("A"):
         image = image.convert("LA") if image.mode == "La" else image
         return image.convert("RGBA")
-    if image.mode == "RGB":
-        return image
-    return image.convert("RGB")
+    return image if image.mode in ("RGB", "1") else image.convert("RGB")
 
 
 # -- what cells hold -------------------------------------------------------------------------
-def read_cell(cell) -> bytes | np.ndarray:
+def read_cell(cell) -> bytes | Samples:
     """Return the encoded image or the numbers that a cell holds; raise BadImage."""
+    if isinstance(cell, Samples):
+        return cell
     if isinstance(cell, str):
         return _read_text(cell)
     if isinstance(cell, (bytes, bytearray, memoryview)):
@@ -169,7 +173,7 @@ def read_cell(cell) -> bytes | np.ndarray:
     if is_stream(cell):
         return _read_stream(cell)
     if hasattr(cell, "to_list"):  # a nested list in a column of polars
-        cell = cell.to_list()
+        cell = cell.to_numpy()
     if hasattr(cell, "__array__") or isinstance(cell, (list, tuple)):
         try:
             array = np.asarray(cell)
@@ -196,7 +200,7 @@ def own_copy(cell) -> object:
         return {key: own_copy(value) for key, value in cell.items()}
     if isinstance(cell, list):  # rows of numbers
         return deepcopy(cell)
-    return np.array(cell) if hasattr(cell, "__array__") else cell
+    return np.array(cell, subok=True) if hasattr(cell, "__array__") else cell  # with its mask
 
 
 def is_url(text: str) -> bool:
@@ -283,7 +287,7 @@ def _read_stream(stream) -> bytes:
     return data
 
 
-def _read_pil(image: Image.Image) -> bytes | np.ndarray:
+def _read_pil(image: Image.Image) -> bytes | Samples:
     """Return the file behind an image that is not loaded yet, else its pixels, upright."""
     if 0 in image.size:
         raise BadImage(f"it has no pixels: its size is {image.width} × {image.height}")
@@ -292,12 +296,11 @@ def _read_pil(image: Image.Image) -> bytes | np.ndarray:
             if _is_unread_file(image):  # a list of Image.open(path) does not fill the memory
                 return _read_stream(vars(image)["fp"])
             image.load()
-            is_16_bit = _is_16_bit(image)
             try:
                 copy = ImageOps.exif_transpose(image)
             except Exception:  # damaged EXIF
                 copy = image.copy()
-            return np.asarray(_simplify(copy, is_16_bit))
+            return samples_of(image, copy) or Samples(np.asarray(_simplify(copy)))
     except BadImage:
         raise
     except Exception as error:
@@ -311,9 +314,13 @@ def _is_unread_file(image: Image.Image) -> bool:
     return bool(image.tile) and not image.decoderconfig
 
 
-def _read_array(array: np.ndarray) -> np.ndarray | bytes:
+def _read_array(array: np.ndarray) -> bytes | Samples:
+    if np.ma.is_masked(array):
+        raise BadImage(f"it is a masked array; {MASKED}")
     if array.dtype == object and array.ndim:  # pandas nests arrays where parquet nests lists
+        is_python = array.ndim > 1 and isinstance(array.flat[0], int)
         array = _stack_nested(array)
+        array = typed_integers(array) if is_python else array
     if array.ndim == 0:
         item = array.item()
         if isinstance(item, (str, bytes)):
@@ -325,7 +332,7 @@ def _read_array(array: np.ndarray) -> np.ndarray | bytes:
         raise BadImage(
             f"it is a flat array of shape {array.shape}; give image_shape=(H, W) or (H, W, C)"
         )
-    return array
+    return Samples(array)
 
 
 def _stack_nested(array: np.ndarray) -> np.ndarray:
@@ -337,7 +344,7 @@ def _stack_nested(array: np.ndarray) -> np.ndarray:
         raise BadImage(f"its rows do not form an array: {error}") from error
 
 
-def _read_tensor(tensor) -> np.ndarray | bytes:
+def _read_tensor(tensor) -> bytes | Samples:
     """Return a tensor (H, W) or (C, H, W) as an array, channels last."""
     shape = tuple(tensor.shape)
     if tensor.ndim == 3:
@@ -371,6 +378,7 @@ def _read_dict(cell: dict) -> bytes:
 
 def unflatten(cell, shape: tuple[int, ...]) -> object:
     """Give a flat row of numbers its shape; other cells are returned unchanged."""
+    cell = cell.to_numpy() if hasattr(cell, "to_list") else cell  # of polars
     if getattr(cell, "ndim", None) != 1:
         return cell
     try:

@@ -26,7 +26,7 @@ from sktransfer.networks._preprocessing import AnyPreprocessing, resolve_preproc
 from sktransfer.networks._sources import GivenSource, Source, named_source
 
 # Part of every fingerprint; a change of how embeddings are computed changes it.
-_FORMAT = "sktransfer-embedding-1"
+_FORMAT = "sktransfer-embedding-2"
 _EMBEDDING = "embedding"
 
 
