@@ -196,7 +196,9 @@ class EmbeddingRun:
         self._precision, self._groups, self._fill = precision, groups, fill
         self._progress = progress or (lambda n: None)
         self.input_size = backbone.input_size
-        self._fingerprints = [f"{f}-{precision}" for f in backbone.group_fingerprints]
+        # An encoded image has the same digest under any range of its values.
+        settings = f"{precision}-{images.value_range}" if images.value_range else precision
+        self._fingerprints = [f"{f}-{settings}" for f in backbone.group_fingerprints]
         self._keeps = store.max_bytes != 0
         self._n_left = self._n_unreported = len(images)  # to compute at most; not reported yet
         self._started_at = time.time_ns()

@@ -55,7 +55,8 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
     layer : str, list of str or None, default=None
         Which layer gives the columns. ``None``: the input of the classification head. The name
         of a stage or module (``"layer3"``): its pooled output; lower stages give low-level
-        features. A list: their pooled outputs, joined.
+        features. A list: their pooled outputs, joined. ``"all"``: those of all stages between the
+        stem and the head, joined; put a :class:`~sklearn.preprocessing.StandardScaler` behind.
 
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
         How a feature map becomes a row. ``"auto"``: as the network itself does it.
@@ -68,7 +69,13 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
     image_shape : tuple of int or None, default=None
         The shape of one image, ``(height, width)`` or ``(height, width, channels)``, for
         flat numeric rows as :func:`sklearn.datasets.load_digits` gives them. One entry may
-        be -1. Values are read as 0…1; see Notes for others.
+        be -1.
+
+    value_range : tuple of float or None, default=None
+        The numbers that are black and white, ``(low, high)``: ``(0, 4095)`` for 12 bits,
+        ``(-1, 1)`` for floats scaled so, the window of a radiologist. Values outside are clipped.
+        It applies to every image, also to arrays and files of 8 bits, where ``(0, 255)`` changes
+        nothing; not to bool, nor to transparency. ``None``: see Notes.
 
     batch_size : int or "auto", default="auto"
         Images sent through the network at once. It changes speed and memory, not results.
@@ -142,9 +149,10 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
     file is larger than 256 MB, if decoding it may take more than 1 GB, or if an HTTP server sends
     nothing for 30 s or not all within 5 minutes.
 
-    Floating-point images are read as 0…1. An image whose values leave that range is read as
-    0…255 where they fit there, else stretched from its least to its largest value, and a
-    warning says so.
+    Without `value_range` numbers are read image by image: uint8 as 0…255, uint16 as 0…65535,
+    floats within 0…1 as such. Other numbers are clipped to 0…1 or 0…255 where they exceed it
+    slightly, else stretched from their minimum to their maximum, and a warning says which images
+    were read in which way, as it does of uint16 images that use less than a quarter of 16 bits.
 
     References
     ----------
@@ -191,6 +199,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         pooling="auto",
         preprocessing="auto",
         image_shape=None,
+        value_range=None,
         batch_size="auto",
         device="auto",
         precision="float32",
@@ -206,6 +215,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         self.pooling = pooling
         self.preprocessing = preprocessing
         self.image_shape = image_shape
+        self.value_range = value_range
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
@@ -244,7 +254,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
             preprocessing=self.preprocessing,
         )
         self._n_image_columns = images.n_columns
-        n_asked = 1 if self.layer is None or isinstance(self.layer, str) else len(self.layer)
+        n_asked = len(self.backbone_.layers_named(self.layer))
         widths = [width for _, width in self.backbone_.feature_groups[:n_asked]]
         self.n_features_out_ = images.n_columns * sum(widths)
         self.bad_images_ = []

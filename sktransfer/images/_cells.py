@@ -12,7 +12,14 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from sktransfer._progress import shown, words
-from sktransfer.images._containers import describe, is_missing, is_stream, is_tensor
+from sktransfer.images._containers import (
+    MASKED,
+    describe,
+    is_missing,
+    is_stream,
+    is_tensor,
+    typed_integers,
+)
 from sktransfer.images._files import (
     Urls,
     is_url,
@@ -23,7 +30,8 @@ from sktransfer.images._files import (
     read_stream,
 )
 from sktransfer.images._formats import open_image
-from sktransfer.images._pixels import BadImage, Note, to_rgb
+from sktransfer.images._pixels import BadImage, Note, Range
+from sktransfer.images._samples import Samples, prepare, samples_of
 
 _GIVE_IMAGES = "of pairs (image, label) give the images alone: [image for image, _ in X]"
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
@@ -38,13 +46,13 @@ class Cell:
         An encoded image, or the pixels.
     """
 
-    def __init__(self, content: bytes | np.ndarray, note: Note) -> None:
-        if isinstance(content, np.ndarray):
-            content = to_rgb(content, note)
-        elif not content:
+    def __init__(self, content: bytes | Samples, note: Note, value_range: Range | None) -> None:
+        if not content:
             raise BadImage("it is empty (0 bytes)")
-        self.content = content
-        self._note = note
+        self.content: bytes | np.ndarray = (
+            content if isinstance(content, bytes) else content.to_rgb(note, value_range)
+        )
+        self._note, self._value_range = note, value_range
 
     @property
     def n_bytes(self) -> int:
@@ -105,8 +113,12 @@ class Cell:
         try:
             opened, turn = open_image(self.content, min_size)
             stack.enter_context(turn)
-            image = _decode(opened)
-            return image if image.mode == "RGB" else to_rgb(np.asarray(image), self._note)
+            image = _decode(opened, self.content)
+            if isinstance(image, Image.Image):
+                if image.mode == "RGB" and self._value_range is None:
+                    return image
+                image = Samples(np.asarray(image))
+            return image.to_rgb(self._note, self._value_range)
         except BadImage as error:
             if isinstance(self.content, np.bytes_):
                 raise BadImage(
@@ -118,41 +130,35 @@ class Cell:
             raise BadImage(f"memory does not suffice to decode it: {error!r}") from error
 
 
-def _decode(image: Image.Image) -> Image.Image:
-    """Decode the first frame, upright, in RGB, RGBA, I;16…, I or F."""
+def _decode(image: Image.Image, data: bytes) -> Image.Image | Samples:
+    """Decode the first frame, upright, in RGB, RGBA or 1, or as numbers."""
     try:
-        image.load()
-        is_16_bit = _is_16_bit(image)
-        with contextlib.suppress(Exception):  # damaged EXIF: the image is taken as upright
-            ImageOps.exif_transpose(image, in_place=True)
-        return _simplify(image, is_16_bit)
+        lower = prepare(image, data)
+        for part in filter(None, (image, lower)):
+            part.load()
+            with contextlib.suppress(Exception):  # damaged EXIF: the image is taken as upright
+                ImageOps.exif_transpose(part, in_place=True)
+        return samples_of(image, image, lower) or _simplify(image)
+    except BadImage:
+        raise
     except Exception as error:
         raise BadImage(f"the image file cannot be decoded: {words(error)}") from error
 
 
-def _is_16_bit(image: Image.Image) -> bool:
-    # Pillow gives 16-bit PNM files as 32-bit integers.
-    return image.mode == "I" and image.format == "PPM"
-
-
-def _simplify(image: Image.Image, is_16_bit: bool) -> Image.Image:
-    """Convert a loaded image to RGB, RGBA, I;16…, I or F."""
-    if is_16_bit:
-        return Image.fromarray(np.asarray(image).astype(np.uint16))
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return image
+def _simplify(image: Image.Image) -> Image.Image:
+    """Convert a loaded image of at most eight bits to RGB, RGBA or 1."""
     palette = image.palette.mode if image.mode == "P" and image.palette else ""
     if "transparency" in image.info or image.mode in _WITH_ALPHA or palette.endswith("A"):
         image = image.convert("LA") if image.mode == "La" else image
         return image.convert("RGBA")
-    if image.mode == "RGB":
-        return image
-    return image.convert("RGB")
+    return image if image.mode in ("RGB", "1") else image.convert("RGB")
 
 
 # -- what cells hold -------------------------------------------------------------------------
-def read_cell(cell, urls: Urls) -> bytes | np.ndarray:
+def read_cell(cell, urls: Urls) -> bytes | Samples:
     """Return the encoded image or the numbers that a cell holds; raise BadImage."""
+    if isinstance(cell, Samples):
+        return cell
     if isinstance(cell, str):
         return _read_text(cell, urls)
     if isinstance(cell, bytes):  # np.bytes_ stays what it is
@@ -179,7 +185,7 @@ def read_cell(cell, urls: Urls) -> bytes | np.ndarray:
         with cell.open("rb") as stream:
             return read_stream(stream)
     if hasattr(cell, "to_list"):  # a nested list in a column of polars
-        cell = cell.to_list()
+        cell = cell.to_numpy()
     if isinstance(cell, tuple) and cell and isinstance(cell[0], (str, bytes, Image.Image)):
         raise BadImage(f"it is a tuple that begins with {describe(cell[0])}; {_GIVE_IMAGES}")
     if hasattr(cell, "__array__") or isinstance(cell, (list, tuple)):
@@ -213,7 +219,7 @@ def own_copy(cell) -> object:
         return copies if isinstance(cell, list) else tuple(copies)
     if not hasattr(cell, "__array__"):
         return cell
-    array = np.asarray(cell)  # np.array(cell) leaves it to the cell to copy
+    array = np.asanyarray(cell)  # with its mask; np.array(cell) leaves it to the cell to copy
     return deepcopy(array) if array.dtype == object else array.copy()
 
 
@@ -225,7 +231,7 @@ def _read_text(text: str, urls: Urls) -> bytes:
     return urls.read(text) if is_url(text) else read_path(local_path(text))
 
 
-def _read_pil(image: Image.Image) -> bytes | np.ndarray:
+def _read_pil(image: Image.Image) -> bytes | Samples:
     """Return the file behind an image that is not loaded yet, else its pixels, upright."""
     if 0 in image.size:
         raise BadImage(f"it has no pixels: its size is {image.width} × {image.height}")
@@ -234,12 +240,11 @@ def _read_pil(image: Image.Image) -> bytes | np.ndarray:
             if _is_unread_file(image):  # a list of Image.open(path) does not fill the memory
                 return read_stream(vars(image)["fp"])
             image.load()
-            is_16_bit = _is_16_bit(image)
             try:
                 copy = ImageOps.exif_transpose(image)
             except Exception:  # damaged EXIF
                 copy = image.copy()
-            return np.asarray(_simplify(copy, is_16_bit))
+            return samples_of(image, copy) or Samples(np.asarray(_simplify(copy)))
     except BadImage:
         raise
     except Exception as error:
@@ -259,9 +264,13 @@ def _is_unread_file(image: Image.Image) -> bool:
     return bool(image.tile) and not image.decoderconfig
 
 
-def _read_array(array: np.ndarray, urls: Urls) -> np.ndarray | bytes:
+def _read_array(array: np.ndarray, urls: Urls) -> bytes | Samples:
+    if np.ma.is_masked(array):
+        raise BadImage(f"it is a masked array; {MASKED}")
     if array.dtype == object and array.ndim:  # pandas nests arrays where parquet nests lists
+        is_python = array.ndim > 1 and isinstance(array.flat[0], int)
         array = _stack_nested(array)
+        array = typed_integers(array) if is_python else array
     if array.ndim == 0:
         item = array.item()
         if isinstance(item, (str, bytes)):
@@ -273,7 +282,7 @@ def _read_array(array: np.ndarray, urls: Urls) -> np.ndarray | bytes:
         raise BadImage(
             f"it is a flat array of shape {array.shape}; give image_shape=(H, W) or (H, W, C)"
         )
-    return array
+    return Samples(array)
 
 
 def _stack_nested(array: np.ndarray) -> np.ndarray:
@@ -320,6 +329,7 @@ def _read_dict(cell: dict, urls: Urls) -> bytes:
 
 def unflatten(cell, shape: tuple[int, ...]) -> object:
     """Give a flat row of numbers its shape; other cells are returned unchanged."""
+    cell = cell.to_numpy() if hasattr(cell, "to_list") else cell  # of polars
     if getattr(cell, "ndim", None) != 1:
         return cell
     try:

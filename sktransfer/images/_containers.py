@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _CHANNELS = (1, 2, 3, 4)
 _PLAIN_ITEMS = (list.__getitem__, tuple.__getitem__)
 _N_LOOKED_AT = 8  # cells of a column that may hold labels
+MASKED = "pixels cannot be masked: give .filled(value), with the value for the masked ones"
 
 
 class Container:
@@ -62,8 +63,8 @@ def _as_columns(X, image_shape: Shape) -> Columns:
         return _from_frame(X, image_shape)
     if is_tensor(X):
         return _from_numbers(X, image_shape)
-    if hasattr(X, "to_pylist"):  # a column of pyarrow
-        X = X.to_pylist()
+    if hasattr(X, "to_pylist"):
+        X = _cells_of_arrow(X)
     elif hasattr(X, "to_numpy") and hasattr(X, "dtype"):  # pandas and polars Series
         name = getattr(X, "name", None)
         cells, _ = _cells_of_series(X)
@@ -75,6 +76,8 @@ def _as_columns(X, image_shape: Shape) -> Columns:
     if not isinstance(X, np.ndarray) and is_sequence and kind and kind in "biuf" and X.ndim > 1:
         columns, _, shape = _from_numbers(X, image_shape)  # read piece by piece: h5py, zarr …
         return [Container(X)], None, shape
+    if isinstance(X, np.ndarray) and np.ma.is_masked(X):
+        raise ValueError(f"X is a masked array; {MASKED}")
     if hasattr(X, "__array__"):
         return _from_array(np.asarray(X), image_shape)
     # A subclass that computes its items, too, is a container of the user's own.
@@ -108,6 +111,22 @@ def read_image_shape(image_shape) -> tuple[int, ...] | None:
     return tuple(int(n) for n in shape)
 
 
+def read_value_range(value_range) -> tuple[float, float] | None:
+    """Check value_range and return it as two floats."""
+    if value_range is None:
+        return None
+    try:
+        low, high = map(float, value_range)
+    except (TypeError, ValueError):
+        low = high = np.nan
+    if not (low < high and np.isfinite([low, high]).all()):
+        raise ValueError(
+            "value_range must be None or two finite numbers (low, high), low < high, those that "
+            f"are black and white in the images; got {value_range!r}"
+        )
+    return low, high
+
+
 def is_tensor(x) -> bool:
     """Whether `x` is a torch tensor, without importing torch for it."""
     torch = sys.modules.get("torch")
@@ -133,6 +152,8 @@ def describe(cell) -> str:
         cell = next((cell[key] for key in ("path", "bytes") if cell.get(key) is not None), keys)
         if cell is keys:
             return keys
+    if isinstance(cell, tuple):  # Samples
+        cell = getattr(cell, "array", cell)
     if isinstance(cell, (bytes, bytearray, memoryview)):
         return f"{len(cell)} bytes"
     if isinstance(cell, Image.Image):
@@ -212,10 +233,10 @@ def _from_frame(X, image_shape: Shape) -> Columns:
     columns, numeric = [], []
     for j, name in enumerate(names):
         column = X.iloc[:, j] if hasattr(X, "iloc") else X[name]
-        if hasattr(column, "to_pylist"):  # pyarrow
-            is_number = re.match("u?int|float|double|half|bool", str(column.type)) is not None
-            column = column.to_pandas() if is_number else column.to_pylist()
-        if not isinstance(column, list):
+        if hasattr(column, "to_pylist"):
+            is_number = _is_arrow_number(column.type)
+            column = column.to_pandas() if is_number else _cells_of_arrow(column)
+        if hasattr(column, "to_numpy"):
             column, is_number = _cells_of_series(column)
         columns.append(column)
         numeric += [name] if is_number else []
@@ -253,7 +274,24 @@ def _cells_of_series(series) -> tuple[Sequence, bool]:
         return numbers, not is_empty_column
     if isinstance(dtype, np.dtype):
         return series.to_numpy(), False
+    if "list<" in str(dtype):  # of pyarrow in pandas
+        return _cells_of_arrow(series.array.__arrow_array__()), False
     return getattr(series, "array", series), False  # cells become Python objects one by one
+
+
+def _cells_of_arrow(column):
+    """Return the cells of a column of pyarrow; numbers keep their type, which Python's lack."""
+    leaf = column.type
+    if hasattr(leaf, "shape"):  # fixed-shape tensors
+        is_chunked = hasattr(column, "combine_chunks")
+        return (column.combine_chunks() if is_chunked else column).to_numpy_ndarray()
+    while hasattr(leaf, "value_type"):
+        leaf = leaf.value_type
+    return np.asarray(column) if _is_arrow_number(leaf) else column.to_pylist()
+
+
+def _is_arrow_number(data_type) -> bool:
+    return re.match("u?int|float|double|half|bool", str(data_type)) is not None
 
 
 # -- arrays, tensors, lists ------------------------------------------------------------------
@@ -274,7 +312,17 @@ def _from_array(X: np.ndarray, image_shape: Shape) -> Columns:
     if X.ndim == 2 and (has_images or kind != "O" or not _has_number(X[0])):
         return [X[:, j] for j in range(X.shape[1])], None, image_shape
     # Numbers in an array of objects: scikit-learn takes those, too.
-    return _from_array(_numbers_of(X.tolist()), image_shape)
+    numbers = _numbers_of(X.tolist())
+    columns, names, shape = _from_array(numbers, image_shape)
+    if isinstance(X.flat[0], int):  # of no type
+        columns = [[typed_integers(image) for image in numbers]]
+    return columns, names, shape
+
+
+def typed_integers(image: np.ndarray) -> np.ndarray:
+    """Take Python's integers as uint16, of which ``np.array(images, object)`` makes them."""
+    is_uint16 = image.dtype.kind == "i" and image.min() >= 0 and 255 < image.max() < 2**16
+    return image.astype(np.uint16) if is_uint16 else image
 
 
 def _from_sequence(X, image_shape: Shape) -> Columns:
@@ -296,7 +344,7 @@ def _from_sequence(X, image_shape: Shape) -> Columns:
                 )
             return [list(column) for column in zip(*X, strict=True)], None, image_shape
     is_array = isinstance(first, np.ndarray) or is_tensor(first)
-    if image_shape is None and is_array and first.ndim == 1:
+    if image_shape is None and is_array and first.ndim == 1 and first.dtype != object:
         raise ValueError(_flat_message(f"a list of arrays of shape {tuple(first.shape)}"))
     return [X], None, image_shape
 

@@ -13,6 +13,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from sktransfer._progress import words
 from sktransfer._threads import process_lock
 from sktransfer.images._pixels import BadImage
+from sktransfer.images._samples import unknown_format
 
 # Pillow knows forty more, some of which start other programs: EPS runs Ghostscript.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "HEIF")
@@ -25,9 +26,9 @@ _one_large_image = process_lock()  # in all threads of the process
 
 # The most bytes per pixel that are held at once from the file to 8-bit RGB: printed by
 # docs/benchmarks/decoding_memory.py.
-_OF_MODE = {"1": 6, "L": 6, "P": 6, "I;16": 8, "I": 33, "F": 33}
-_OF_COLOURS, _WITH_ALPHA, _IF_PROGRESSIVE = 8, 26, 6
-_MORE_OF_FORMAT = {"WEBP": 9, "JPEG2000": 12, "AVIF": 3, "HEIF": 9}
+_OF_MODE = {"1": 7, "L": 6, "P": 6, "I;16": 10, "I": 18, "F": 18}
+_OF_COLOURS, _OF_16_BIT_COLOURS, _WITH_ALPHA, _IF_PROGRESSIVE = 8, 33, 22, 6
+_MORE_OF_FORMAT = {"WEBP": 8, "JPEG2000": 12, "AVIF": 4, "HEIF": 8}
 _TILE_WIDTH, _TILE_LENGTH, _ROWS_PER_STRIP, _BITS_PER_SAMPLE = 322, 323, 278, 258
 _ORIENTATION_TAG = 0x0112
 
@@ -72,6 +73,8 @@ def _decoded_bytes(image: ImageFile.ImageFile) -> int:
     per_pixel = _OF_MODE.get(image.mode[:4], _OF_COLOURS)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         per_pixel = _WITH_ALPHA
+    if image.mode[:4] not in _OF_MODE and ";16" in str(image.tile[:1]):
+        per_pixel = _OF_16_BIT_COLOURS
     per_pixel += _MORE_OF_FORMAT.get(image.format or "", 0)
     n_bytes = image.width * image.height * per_pixel
     if any(tile[0] == "libtiff" for tile in image.tile):  # it decodes a whole tile, or strip
@@ -101,4 +104,4 @@ def _why_unknown(data: bytes) -> str:
             if name not in _FORMATS and accept is not None and accept(prefix) is True:
                 name = "TGA or CUR" if name == "CUR" else name  # TGA has no signature
                 return f"it looks like a file of the format {name}; accepted are {_ACCEPTED}"
-    return f"Pillow does not know its file format; it begins with {data[:12]!r}"
+    return unknown_format(data)

@@ -75,7 +75,7 @@ ATTACKS = {
     "tile, LZW": (lambda: tiff(5, TILE), None),
     "tile, JPEG": (lambda: tiff(7, TILE), None),
     "strip": (lambda: tiff(5, STRIP, LARGE), None),
-    "float": (lambda: tiff(5, STRIP | {258: 32, 339: 3, 277: 1, 262: 1}, 8_000), None),
+    "float": (lambda: tiff(5, STRIP | {258: 32, 339: 3, 277: 1, 262: 1}, 9_000), None),
     "PNG": (png, None),
 }
 
