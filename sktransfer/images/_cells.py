@@ -33,7 +33,12 @@ from sktransfer.images._formats import open_image
 from sktransfer.images._pixels import BadImage, Note, Range
 from sktransfer.images._samples import Samples, prepare, samples_of
 
+Size = tuple[int, int] | None  # (height, width)
 _GIVE_IMAGES = "of pairs (image, label) give the images alone: [image for image, _ in X]"
+_STRIPPED = (
+    "; np.array(list_of_bytes) strips the zeros that a file ends in: give the list, or "
+    "np.array(list_of_bytes, dtype=object)"
+)
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
@@ -75,7 +80,7 @@ class Cell:
             digest.update(self.content.reshape(-1).data)  # releases the GIL
         return digest.digest()[:16]
 
-    def decode(self, min_size: tuple[int, int] | None = None) -> Image.Image | np.ndarray:
+    def decode(self, min_size: Size = None) -> Image.Image | np.ndarray:
         """Decode the image: upright, the first frame, in RGB, what is transparent over white.
 
         Parameters
@@ -98,16 +103,12 @@ class Cell:
             return image
 
     @contextlib.contextmanager
-    def decoded(
-        self, min_size: tuple[int, int] | None = None
-    ) -> Iterator[Image.Image | np.ndarray]:
+    def decoded(self, min_size: Size = None) -> Iterator[Image.Image | np.ndarray]:
         """Decode as :meth:`decode`; other large images wait until the block ends."""
         with contextlib.ExitStack() as stack:
             yield self._decoded(min_size, stack)
 
-    def _decoded(
-        self, min_size: tuple[int, int] | None, stack: contextlib.ExitStack
-    ) -> Image.Image | np.ndarray:
+    def _decoded(self, min_size: Size, stack: contextlib.ExitStack) -> Image.Image | np.ndarray:
         if isinstance(self.content, np.ndarray):
             return self.content
         try:
@@ -120,12 +121,8 @@ class Cell:
                 image = Samples(np.asarray(image))
             return image.to_rgb(self._note, self._value_range)
         except BadImage as error:
-            if isinstance(self.content, np.bytes_):
-                raise BadImage(
-                    f"{error}; np.array(list_of_bytes) strips the zeros that a file ends in: give "
-                    "the list, or np.array(list_of_bytes, dtype=object)"
-                ) from error
-            raise
+            hint = _STRIPPED if isinstance(self.content, np.bytes_) else ""
+            raise BadImage(f"{error}{hint}") from error.__cause__
         except MemoryError as error:
             raise BadImage(f"memory does not suffice to decode it: {error!r}") from error
 
@@ -161,10 +158,8 @@ def read_cell(cell, urls: Urls) -> bytes | Samples:
         return cell
     if isinstance(cell, str):
         return _read_text(cell, urls)
-    if isinstance(cell, bytes):  # np.bytes_ stays what it is
-        return cell
-    if isinstance(cell, (bytearray, memoryview)):
-        return bytes(cell)
+    if isinstance(cell, (bytes, bytearray, memoryview)):
+        return cell if isinstance(cell, np.bytes_) else bytes(cell)
     if isinstance(cell, np.ndarray):
         return _read_array(cell, urls)
     if is_missing(cell):

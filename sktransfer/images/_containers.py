@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _CHANNELS = (1, 2, 3, 4)
 _PLAIN_ITEMS = (list.__getitem__, tuple.__getitem__)
-_N_LOOKED_AT = 8  # cells of a column that may hold labels
 MASKED = "pixels cannot be masked: give .filled(value), with the value for the masked ones"
 
 
@@ -176,10 +175,7 @@ def _refuse_data_set(X) -> None:
 
 
 def _images_of(X, name: str) -> str:
-    """Return how to get the images out of `name`, a data set of torch's or Hugging Face's.
-
-    No class is imported for it, and one whose items are the user's own code is none of these.
-    """
+    """Return how to get the images alone out of `name`; "" where the items are the user's code."""
     package = type(X).__module__.partition(".")[0]
     if package == "datasets" and hasattr(X, "column_names") and not isinstance(X, Mapping):
         return f'{name}["image"]'
@@ -459,7 +455,7 @@ def _check_size(shape: tuple[int, ...]) -> None:
 def _refuse_labels(columns: list, names: list[str] | None) -> None:
     """Raise where one of several columns holds labels instead of images."""
     for name, column in zip(names or range(len(columns)), columns, strict=True):
-        cells = [column[row] for row in range(min(len(column), _N_LOOKED_AT))]
+        cells = [column[row] for row in range(min(len(column), 8))]
         cells = [cell for cell in cells if not is_missing(cell)]
         if cells and all(map(_is_label, cells)):
             raise ValueError(

@@ -88,9 +88,8 @@ def read_stream(stream) -> bytes:
             data = stream.read(_MAX_BYTES + 1)
             stream.seek(position)
     except Exception as error:
-        hint = ""
-        if getattr(stream, "closed", False):
-            hint = "; read it before its with block ends, or give the path"
+        is_closed = getattr(stream, "closed", False)
+        hint = "; read it before its with block ends, or give the path" if is_closed else ""
         raise BadImage(f"the open file cannot be read: {words(error)}{hint}") from error
     if not isinstance(data, bytes):
         raise BadImage("the file is open in text mode; open it in mode 'rb'")
@@ -188,11 +187,8 @@ def _options(links: list[str], is_image: bool) -> dict[str, dict]:
         fsspec.get_filesystem_class(protocol)  # says what to install
         import aiohttp
 
-        client: dict[str, object] = {
-            "timeout": aiohttp.ClientTimeout(
-                total=_ALL_SECONDS, sock_connect=_SILENT_SECONDS, sock_read=_SILENT_SECONDS
-            )
-        }
+        silent = dict.fromkeys(("sock_connect", "sock_read"), _SILENT_SECONDS)
+        client: dict[str, object] = {"timeout": aiohttp.ClientTimeout(_ALL_SECONDS, **silent)}
         if is_image:
             client["response_class"] = _bounded_response()
         for name in ("http", "https"):  # what the user has configured comes first

@@ -160,7 +160,7 @@ class Images:
         except BadImage:
             raise
         except Exception as error:  # of the user's classes, or memory that does not suffice
-            raise BadImage(f"reading it raises {_name(error)}") from error
+            raise BadImage(f"reading it raises {type(error).__name__}: {error!s:.300}") from error
 
     def digest(self, i: int) -> bytes:
         """Return ``read(i).digest``."""
@@ -227,7 +227,7 @@ class Images:
         except BadImage:
             raise
         except Exception as error:
-            raise BadImage(f"X[{row}] raises {_name(error)}") from error
+            raise BadImage(f"X[{row}] raises {type(error).__name__}: {error!s:.300}") from error
         if isinstance(cell, BadImage):  # of the process that this view came from
             raise cell
         return cell
@@ -259,10 +259,6 @@ class Images:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state | {"_notes": _Notes()})
-
-
-def _name(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:300]}"
 
 
 def _alone(cell):
