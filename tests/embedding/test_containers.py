@@ -173,12 +173,12 @@ def many_pictures(pictures):
     return np.concatenate([np.roll(pictures, shift, axis=1) for shift in (0, 8, 16, 24)])
 
 
-KINDS = [OneBuffer, OneTensor, OneDict, OneList, OneCanvas, OneFile, OneStream]
+KINDS = [OneBuffer, OneTensor, OneDict, OneList, OneFile, OneStream]
 
 
 @pytest.mark.parametrize("memory", [None, False])
 @pytest.mark.parametrize(
-    "kind", [*KINDS, OneObjectArray, OneBufferAsList, OneBufferAsArray, Frames]
+    "kind", [*KINDS, OneCanvas, OneObjectArray, OneBufferAsList, OneBufferAsArray, Frames]
 )
 def test_a_container_with_a_state_gives_right_rows(many_pictures, kind, memory):
     expected = PretrainedFeatureExtractor(memory=False).fit_transform(many_pictures)
