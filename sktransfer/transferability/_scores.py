@@ -36,12 +36,12 @@ def spectrum(X: ArrayLike | Spectrum) -> Spectrum:
     """Return the decomposition of X; of one that is given, itself."""
     if isinstance(X, Spectrum):
         return X
-    X = _finite(X, "X")
+    X = finite(X, "X")
     U, s, _ = np.linalg.svd(X, full_matrices=False)
     return Spectrum(U, s, X.shape[1])
 
 
-def logme_score(X: ArrayLike, y: ArrayLike, *, task: str = "auto") -> float:
+def logme_score(X: ArrayLike | Spectrum, y: ArrayLike, *, task: str = "auto") -> float:
     """Compute the logarithm of the maximum evidence of a linear model from X to y.
 
     The evidence is what Bayesian linear regression gives to the targets, with the precisions of
@@ -98,9 +98,9 @@ def logme_score(X: ArrayLike, y: ArrayLike, *, task: str = "auto") -> float:
             f"task={task!r} is not accepted: one of 'auto', 'classification', 'regression'."
         )
     if task == "regression" or (task == "auto" and _is_continuous(y)):
-        targets = _finite(y, "y", ensure_2d=False).reshape(len(U), -1)
+        targets = finite(y, "y", ensure_2d=False).reshape(len(U), -1)
     else:
-        codes, n_classes = _classes(y)
+        codes, n_classes = classes_of(y)
         targets = np.eye(n_classes)[codes]
     return float(np.mean([_log_evidence(U, s**2, target) for target in targets.T]))
 
@@ -132,7 +132,7 @@ def _log_evidence(U: np.ndarray, sigma: np.ndarray, y: np.ndarray) -> float:
     return evidence / (2 * n)
 
 
-def h_score(X: ArrayLike, y: ArrayLike, *, shrinkage: bool = True) -> float:
+def h_score(X: ArrayLike | Spectrum, y: ArrayLike, *, shrinkage: bool = True) -> float:
     """Compute the share of the variance of X that lies between the classes, summed over directions.
 
     The score is ``tr(cov(X)⁻¹ cov(class means))``: 0 where all classes have one mean, at most
@@ -176,7 +176,7 @@ def h_score(X: ArrayLike, y: ArrayLike, *, shrinkage: bool = True) -> float:
     1.178
     """
     U, s, n_features = spectrum(X)
-    codes, n_classes = _classes(y, U)
+    codes, n_classes = classes_of(y, U)
     n = len(U)
     if not shrinkage and n_features >= n - 1:
         warn(
@@ -212,7 +212,7 @@ def _ledoit_wolf(Z: np.ndarray, covariance: np.ndarray, n_features: int) -> floa
     return float(min(b, d) / d) if d > 0 else 0.0
 
 
-def transrate_score(X: ArrayLike, y: ArrayLike, *, eps: float = 1e-4) -> float:
+def transrate_score(X: ArrayLike | Spectrum, y: ArrayLike, *, eps: float = 1e-4) -> float:
     """Compute how many more nats X takes to code without the labels than within the classes.
 
     The score is ``R(X) - mean_c R(X_c)`` with the rate
@@ -259,14 +259,22 @@ def transrate_score(X: ArrayLike, y: ArrayLike, *, eps: float = 1e-4) -> float:
     """
     if not eps > 0:
         raise ValueError(f"eps={eps!r} must be positive.")
-    U, s, n_features = spectrum(X)
-    codes, n_classes = _classes(y, U)
-    if n_features >= len(U):
+    decomposed = spectrum(X)
+    score = transrate_of(decomposed, y, eps)
+    n, n_features = len(decomposed.U), decomposed.n_features
+    if n_features >= n:
         warn(
-            f"X has {n_features} columns and {len(U)} rows: TransRate then depends on these "
+            f"X has {n_features} columns and {n} rows: TransRate then depends on these "
             "numbers far more than on the labels. Use more rows, fewer columns, or a "
             "cross-validated classifier."
         )
+    return score
+
+
+def transrate_of(decomposed: Spectrum, y: ArrayLike, eps: float = 1e-4) -> float:
+    """Compute TransRate without a warning."""
+    U, s, _ = decomposed
+    codes, n_classes = classes_of(y, U)
     Z = U * s
     Z -= Z.mean(axis=0)
     within = [_coding_rate(Z[codes == c], eps) for c in range(n_classes)]
@@ -319,8 +327,8 @@ def leep_score(source_proba: ArrayLike, y: ArrayLike) -> float:
     >>> round(leep_score([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]], ["ant", "ant", "bee"]), 3)
     -0.385
     """
-    p = _finite(source_proba, "source_proba")
-    codes, n_classes = _classes(y, p)
+    p = finite(source_proba, "source_proba")
+    codes, n_classes = classes_of(y, p)
     is_wrong = (p < 0).any(axis=1) | (np.abs(p.sum(axis=1) - 1) > 1e-3)
     if is_wrong.any():
         row = int(np.argmax(is_wrong))
@@ -339,7 +347,7 @@ def _is_continuous(y: ArrayLike) -> bool:
     return type_of_target(y, input_name="y").startswith("continuous")
 
 
-def _finite(values: ArrayLike, name: str, *, ensure_2d: bool = True) -> np.ndarray:
+def finite(values: ArrayLike, name: str, *, ensure_2d: bool = True) -> np.ndarray:
     array = check_array(
         values, dtype=np.float64, ensure_2d=ensure_2d, ensure_all_finite=False, input_name=name
     )
@@ -348,7 +356,7 @@ def _finite(values: ArrayLike, name: str, *, ensure_2d: bool = True) -> np.ndarr
     return array
 
 
-def _classes(y: ArrayLike, rows: np.ndarray | None = None) -> tuple[np.ndarray, int]:
+def classes_of(y: ArrayLike, rows: np.ndarray | None = None) -> tuple[np.ndarray, int]:
     """Return the labels as 0, 1, …, and how many classes there are."""
     if rows is not None:
         check_consistent_length(rows, y)
