@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -155,10 +156,10 @@ def rank_backbones(
     folds = make_folds(target, cv, groups, not is_regression, as_seed(random_state))
     for candidate in candidates:
         candidate.load(layers, images)
-    _embed(candidates, images)
+    sample = _embed(candidates, images)
     rows = []
     for candidate in candidates:
-        rows += candidate.measure(images, target, is_regression, folds, scoring)
+        rows += candidate.measure(images, sample, target, is_regression, folds, scoring)
     rows.sort(key=lambda row: (np.isnan(row["score"]), -row["score"]))
     return BackboneRanking(rows, _score_name(scoring, is_regression))
 
@@ -297,6 +298,7 @@ class _Candidate:
     def measure(
         self,
         images: Images,
+        sample: Images,
         target: np.ndarray,
         is_regression: bool,
         folds: Folds,
@@ -327,24 +329,22 @@ class _Candidate:
                 "score_se": score.error,
                 "gain": gain.value,
                 "gain_se": gain.error,
-                "seconds": self._seconds(layer, images),
+                "seconds": self._seconds(layer, sample),
                 **_other_scores(columns["own"], target, is_regression),
             }
             extractor = clone(self.extractor).set_params(layer=layer, cache_layers=None)
             rows.append(row | {"extractor": extractor})
         return rows
 
-    def _seconds(self, layer: Layer, images: Images) -> float:
+    def _seconds(self, layer: Layer, sample: Images) -> float:
         """Measure resizing and the network, for 1,000 images; decoding is the same for all."""
         from sktransfer.embedding._embed import embed_images
         from sktransfer.networks._backbone import load_backbone
-        from sktransfer.transferability._shared import SharedImages
 
         own = self.extractor.get_params(deep=False)
         names = ("weights", "pooling", "preprocessing")
         asked = {name: own[name] for name in names}
         backbone = load_backbone(own["backbone"], layer=layer, **asked)
-        sample = SharedImages(images, slice(0, _N_TIMED))
         out = np.empty((len(sample), backbone.n_features), dtype=np.float32)
         settings = self.settings | {"memory": False, "verbose": 0}
         seconds = []
@@ -352,7 +352,7 @@ class _Candidate:
             since = time.perf_counter()
             embed_images(sample, backbone, out=out, **settings)  # type: ignore[arg-type]
             seconds.append(time.perf_counter() - since)
-        # The first run decodes the images and prepares the network.
+        # The first run prepares the network, and decodes images whose rows were in the store.
         return min(seconds[1:]) * 1000 / len(sample)
 
 
@@ -389,10 +389,8 @@ def _names_of(layer: Layer) -> list[str | None]:
 
 
 def _name_of(backbone: object) -> str:
-    if isinstance(backbone, str):
-        return backbone
-    is_function = callable(backbone) and not hasattr(backbone, "forward")
-    return getattr(backbone, "__name__", repr(backbone)) if is_function else type(backbone).__name__
+    named = backbone if isinstance(backbone, str) else getattr(backbone, "__name__", None)
+    return named or type(backbone).__name__
 
 
 def _common_image_shape(candidates: list[_Candidate]) -> tuple[int, ...] | None:
@@ -425,15 +423,20 @@ def _score_name(scoring: object, is_regression: bool) -> str:
 
 
 # -- columns and scores ----------------------------------------------------------------------
-def _embed(candidates: list[_Candidate], images: Images) -> None:
-    """Fill in the columns of all networks, a part of the images after the other."""
+def _embed(candidates: list[_Candidate], images: Images) -> Images:
+    """Fill in the columns of all networks, a part of the images after the other.
+
+    Returns the first part, in memory, to measure the time with.
+    """
     from sktransfer.embedding._embed import embed_images
     from sktransfer.transferability._shared import SharedImages
 
     bad: dict[int, BadRow] = {}
-    for start in range(0, len(images), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        shared = SharedImages(images, part)
+    sample = SharedImages(images, slice(0, _N_TIMED))
+    starts = [0, *range(_N_TIMED, len(images), _CHUNK)]
+    for start, stop in itertools.pairwise([*starts, len(images)]):
+        part = slice(start, stop)
+        shared = SharedImages(images, part) if start else sample
         for candidate in candidates:
             for name, network in candidate.networks.items():
                 out = candidate.columns[name][part]
@@ -450,6 +453,7 @@ def _embed(candidates: list[_Candidate], images: Images) -> None:
         error = ValueError("\n".join([first, *listed, "Repair or drop these rows."]))
         error.bad_images = rows  # type: ignore[attr-defined]
         raise error
+    return sample
 
 
 def _other_scores(columns: np.ndarray, target: np.ndarray, is_regression: bool) -> dict[str, float]:
