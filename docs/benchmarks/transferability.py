@@ -86,7 +86,7 @@ def measure_set(name, args):
     X, y = load_part(name, "train", args.per_class, rng)
     shuffled = rng.permutation(len(X))
     X, y = X[shuffled], y[shuffled]
-    X_test, y_test = load_part(name, "test", args.per_class, rng)
+    X_test, y_test = load_part(name, "test", args.test_per_class, rng)
     metric = balanced_accuracy_score if name == "magnetic_tile" else accuracy_score
     size = {"preprocessing": {"size": args.pixels, "crop": args.pixels}}
     rows = []
@@ -190,6 +190,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["tau", "cost", "verdicts"], nargs="?", default="tau")
     parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
     parser.add_argument("--per-class", type=int, default=20)
+    parser.add_argument("--test-per-class", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--pixels", type=int, default=96)
     parser.add_argument("--n-images", type=int, default=1000)

@@ -121,6 +121,8 @@ class TransferCurveDisplay:
             )
         if ax is None:
             (ax,) = new_axes(type(self).__name__)
+        from matplotlib.ticker import MaxNLocator
+
         by_epoch = over == "epochs"
         curves: Mapping[str, ArrayLike] = self.epochs if by_epoch else self.scores  # type: ignore[assignment]
         means = []
@@ -138,7 +140,7 @@ class TransferCurveDisplay:
         if len(means) > 1:
             self._mark(ax, means[0], means[1], has_slope=not by_epoch)
         if by_epoch:
-            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         else:
             ax.set_xscale("log", base=2)
             ax.set_xticks(x, [f"{size:.0f}" for size in x])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,18 +42,8 @@ if TYPE_CHECKING:
 _CHUNK = 64  # images that are in memory for all networks at once
 _N_TIMED = 16
 _N_REPORTED = 10
-# What the names of scikit-learn's regression scorers begin with.
-_REGRESSION_SCORERS = (
-    "r2",
-    "neg_mean",
-    "neg_root",
-    "neg_median",
-    "neg_max",
-    "max_error",
-    "explained",
-    "d2_a",
-    "d2_p",
-)
+# Names of scikit-learn's scorers of regressors.
+_OF_REGRESSORS = re.compile("r2|neg_(mean|root|median|max)|max_error|explained|d2_(abs|pin|twee)")
 Layer = str | list | None
 Layers = str | list | dict | None
 
@@ -151,7 +142,7 @@ def rank_backbones(
     PretrainedFeatureExtractor(layer='stem')
     """
     candidates = _candidates(backbones, weights, memory)
-    images = as_images(X, _common_image_shape(candidates))
+    images = as_images(X, candidates[0].extractor.image_shape)
     target, is_regression = _read_target(y, images.n_rows, scoring)
     folds = make_folds(target, cv, groups, not is_regression, as_seed(random_state))
     for candidate in candidates:
@@ -341,10 +332,11 @@ class _Candidate:
         from sktransfer.embedding._embed import embed_images
         from sktransfer.networks._backbone import load_backbone
 
-        own = self.extractor.get_params(deep=False)
-        names = ("weights", "pooling", "preprocessing")
-        asked = {name: own[name] for name in names}
-        backbone = load_backbone(own["backbone"], layer=layer, **asked)
+        backbone = self.networks["own"]
+        if len(self.layers) > 1:  # a lower layer needs but a part of the network
+            names = ("backbone", "weights", "pooling", "preprocessing")
+            same = {name: getattr(self.extractor, name) for name in names}
+            backbone = load_backbone(**same, layer=layer)
         out = np.empty((len(sample), backbone.n_features), dtype=np.float32)
         settings = self.settings | {"memory": False, "verbose": 0}
         seconds = []
@@ -357,13 +349,12 @@ class _Candidate:
 
 
 def _candidates(backbones: Sequence, weights: object, memory: object) -> list[_Candidate]:
-    if isinstance(backbones, str) or not hasattr(backbones, "__len__") or not len(backbones):
+    if not isinstance(backbones, (list, tuple)) or not backbones:
         raise ValueError(
             f"backbones={backbones!r} must be a list with at least one backbone, such as "
             "['builtin', 'resnet18']."
         )
-    is_list = isinstance(weights, (list, tuple))
-    each = list(weights) if is_list else [weights] * len(backbones)  # type: ignore[call-overload]
+    each = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(backbones)
     if len(each) != len(backbones):
         raise ValueError(
             f"weights has {len(each)} entries and backbones {len(backbones)}: give one for each "
@@ -380,6 +371,11 @@ def _candidates(backbones: Sequence, weights: object, memory: object) -> list[_C
         label = _name_of(extractor.backbone)
         n_before = sum(c.label.partition(" #")[0] == label for c in candidates)
         candidates.append(_Candidate(extractor, f"{label} #{n_before + 1}" if n_before else label))
+    shapes = {tuple(c.extractor.image_shape) for c in candidates if c.extractor.image_shape}
+    if len(shapes) > 1:
+        raise ValueError(f"The extractors' image_shape differ: {sorted(shapes)}.")
+    for candidate in candidates:
+        candidate.extractor.set_params(image_shape=next(iter(shapes), None))
     return candidates
 
 
@@ -393,13 +389,6 @@ def _name_of(backbone: object) -> str:
     return named or type(backbone).__name__
 
 
-def _common_image_shape(candidates: list[_Candidate]) -> tuple[int, ...] | None:
-    shapes = {c.extractor.image_shape and tuple(c.extractor.image_shape) for c in candidates}
-    if len(shapes - {None}) > 1:
-        raise ValueError(f"The extractors' image_shape differ: {sorted(shapes - {None})}.")
-    return next(iter(shapes - {None}), None)
-
-
 def _read_target(y: ArrayLike, n_rows: int, scoring: object) -> tuple[np.ndarray, bool]:
     """Return y as an array, and whether it holds numbers to predict rather than labels."""
     target = np.asarray(y)
@@ -407,7 +396,7 @@ def _read_target(y: ArrayLike, n_rows: int, scoring: object) -> tuple[np.ndarray
         target = target.ravel()
     check_consistent_length(np.empty(n_rows), target)
     if target.dtype.kind in "iuf" and (
-        (isinstance(scoring, str) and scoring.startswith(_REGRESSION_SCORERS))
+        (isinstance(scoring, str) and _OF_REGRESSORS.match(scoring))
         or len(np.unique(target)) > max(2, len(target) / 2)
         or type_of_target(target, input_name="y").startswith("continuous")
     ):
@@ -431,7 +420,7 @@ def _embed(candidates: list[_Candidate], images: Images) -> Images:
     from sktransfer.embedding._embed import embed_images
     from sktransfer.transferability._shared import SharedImages
 
-    bad: dict[int, BadRow] = {}
+    bad: dict[tuple[int, str], BadRow] = {}
     sample = SharedImages(images, slice(0, _N_TIMED))
     starts = [0, *range(_N_TIMED, len(images), _CHUNK)]
     for start, stop in itertools.pairwise([*starts, len(images)]):
@@ -441,11 +430,11 @@ def _embed(candidates: list[_Candidate], images: Images) -> Images:
             for name, network in candidate.networks.items():
                 out = candidate.columns[name][part]
                 found = embed_images(shared, network, out=out, **candidate.settings)  # type: ignore[arg-type]
-                bad |= {row.row: row for row in found}
+                bad |= {(row.row, row.where): row for row in found}
     if assumed := images.take_warnings():
         warn(assumed)
     if bad:
-        rows = [bad[row] for row in sorted(bad)]
+        rows = [bad[place] for place in sorted(bad)]
         listed = [f"  {row}" for row in rows[:_N_REPORTED]]
         if len(rows) > _N_REPORTED:
             listed.append(f"  … and {len(rows) - _N_REPORTED} more, all in the error's bad_images.")

@@ -117,9 +117,7 @@ def test_a_history_of_an_estimator():
     display = FineTuningDisplay.from_estimator(pipeline, axes=axes)
     losses = [row["train_loss"] for row in pipeline[-1].history_]
     assert display.axes_ == list(axes)
-    assert_allclose(
-        display.lines_["train_loss"].get_ydata(), [row["train_loss"] for row in history]
-    )
+    assert_allclose(display.lines_["train_loss"].get_ydata(), losses)
     assert "valid_score" not in display.lines_
     with pytest.raises(ValueError, match="axes holds 2 axes, and 3 are needed"):
         display.plot(axes[:2])

@@ -167,8 +167,8 @@ def test_an_extractor_brings_its_settings(faint):
     X, y = faint
     flat = X.reshape(len(X), -1)
     given = extractor(Filters(STRIPES), image_shape=(24, 24, 3))
-    ranking = rank_backbones(flat, y, [given], random_state=0)
-    assert ranking.best_.image_shape == (24, 24, 3)
+    ranking = rank_backbones(flat, y, [given, Filters(FLAT)], random_state=0)
+    assert [own.image_shape for own in ranking.extractors_] == [(24, 24, 3)] * 2
     assert ranking.table_["score"][0] > 0.9
 
 
