@@ -11,6 +11,7 @@ from sklearn.base import BaseEstimator, clone, is_classifier
 from sklearn.compose import ColumnTransformer
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -54,14 +55,13 @@ def networks_in(estimator: BaseEstimator) -> dict[str, BaseEstimator]:
     }
 
 
-def make_baseline(kind: str, estimator: BaseEstimator) -> BaseEstimator:
+def make_baseline(kind: str, estimator: BaseEstimator, has_many_labels: bool) -> BaseEstimator:
     """Return the baseline of this name for an estimator, unfitted."""
     if kind == "dummy":
         return DummyClassifier() if is_classifier(estimator) else DummyRegressor()
-    change = random_twin if kind == "random" else without_network
     baseline = clone(estimator)
-    for name in networks_in(estimator):
-        part = change(networks_in(baseline)[name])
+    for name, part in networks_in(estimator).items():
+        part = random_twin(part) if kind == "random" else without_network(part, has_many_labels)
         baseline = baseline.set_params(**{name: part}) if name else part
     return baseline
 
@@ -92,7 +92,7 @@ def twin_preprocessing(backbone: Backbone) -> dict[str, dict]:
     return {"preprocessing": asdict(backbone.preprocessing)}
 
 
-def without_network(part: BaseEstimator) -> BaseEstimator:
+def without_network(part: BaseEstimator, has_many_labels: bool = False) -> BaseEstimator:
     """Return the same estimator with raw columns of its input in place of the network's.
 
     Each kind of input has its raw columns here: those of images are their pixels.
@@ -112,10 +112,11 @@ def without_network(part: BaseEstimator) -> BaseEstimator:
     if isinstance(part, BaseFineTuning):
         same = ("image_shape", "device", "n_jobs", "memory")
         pixels = PretrainedFeatureExtractor(**{name: getattr(part, name) for name in same})
-        model = make_probe(3 * math.prod(_SIZE), not is_classifier(part))
+        scaler, model = make_probe(3 * math.prod(_SIZE), not is_classifier(part))
         if is_classifier(part):
-            model[-1].set_params(class_weight=part.class_weight)
-        return make_pipeline(without_network(pixels), *model)
+            model.set_params(class_weight=part.class_weight)
+        model = OneVsRestClassifier(model) if has_many_labels else model
+        return make_pipeline(without_network(pixels), scaler, model)
     raise TypeError(
         f"against='pixels' needs images, and {type(part).__name__} does not take them: leave it "
         "out of `against`."
@@ -128,7 +129,8 @@ def images_of(estimator: BaseEstimator, X):
         shape = getattr(estimator, "image_shape", None)
         return X if shape is None else None
     if isinstance(estimator, Pipeline):
-        return images_of(estimator.steps[0][1], X)
+        first = next(step for _, step in estimator.steps if hasattr(step, "get_params"))
+        return images_of(first, X)
     if isinstance(estimator, FeatureUnion):
         return next((images_of(part, X) for _, part in estimator.transformer_list), None)
     if isinstance(estimator, ColumnTransformer):

@@ -22,10 +22,10 @@ from sktransfer.images._images import Images, as_images
 from sktransfer.transferability._baselines import make_probe, twin_preprocessing
 from sktransfer.transferability._folds import Folds, as_seed, estimate, make_folds
 from sktransfer.transferability._scores import (
-    classes_of,
     finite,
     h_score,
     logme_score,
+    read_labels,
     spectrum,
     transrate_of,
 )
@@ -401,8 +401,9 @@ def _read_target(y: ArrayLike, n_rows: int, scoring: object) -> tuple[np.ndarray
         or type_of_target(target, input_name="y").startswith("continuous")
     ):
         return finite(target, "y", ensure_2d=False), True
-    classes_of(target)  # says what is wrong with labels
-    return target, False
+    if target.ndim > 1:
+        raise ValueError(f"y must hold one label a row, or numbers; its shape is {target.shape}.")
+    return read_labels(target), False
 
 
 def _score_name(scoring: object, is_regression: bool) -> str:

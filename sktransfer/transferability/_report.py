@@ -30,13 +30,15 @@ from sktransfer.transferability._folds import (
     make_folds,
     nested_order,
 )
+from sktransfer.transferability._scores import finite, read_labels
 from sktransfer.transferability._table import as_frame, as_html, as_text, plus_minus
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from sktransfer.inspection import TransferCurveDisplay
-    from sktransfer.transferability._table import Table
+    from sktransfer.transferability._scores import finite, read_labels
+from sktransfer.transferability._table import Table
 
 OWN = "pre-trained"
 # A verdict needs this p-value: in simulations without a difference 0.5 to 2.5 % reach it
@@ -151,13 +153,14 @@ def transfer_report(
     against = _checked_against(against)
     X, y, groups = indexable(X, y, groups)
     check_consistent_length(X, y)
-    target, seed = np.asarray(y), as_seed(random_state)
-    classifies = is_classifier(estimator)
-    folds = make_folds(target, cv, groups, classifies, seed)
-    n_least = max(2, len(np.unique(target))) if classifies else 2
+    classifies, seed = is_classifier(estimator), as_seed(random_state)
+    target = read_labels(y) if classifies else finite(y, "y", ensure_2d=False)
+    has_one_label = classifies and target.ndim == 1
+    folds = make_folds(target, cv, groups, has_one_label, seed)
+    n_least = max(2, len(np.unique(target))) if has_one_label else 2
     sizes = _as_sizes(train_sizes, min(len(train) for train, _ in folds), n_least)
     models = {OWN: clone(estimator)}
-    models |= {name: make_baseline(name, estimator) for name in against}
+    models |= {name: make_baseline(name, estimator, target.ndim > 1) for name in against}
     if random_state is not None:
         for model in models.values():
             model.set_params(**_seeds(model, seed))
@@ -166,7 +169,7 @@ def transfer_report(
     parts = []
     for train, _ in folds:
         own_groups = None if groups is None else np.asarray(groups)[train]
-        order, ends = nested_order(target[train], own_groups, classifies, rng)
+        order, ends = nested_order(target[train], own_groups, has_one_label, rng)
         stops = ends[np.minimum(np.searchsorted(ends, sizes), len(ends) - 1)]
         parts.append([train[order[:stop]] for stop in stops])
     results = Parallel(n_jobs=n_jobs, prefer="threads")(
@@ -394,8 +397,16 @@ def _fit_and_score(
             # The scores of test rows are noted and choose nothing.
             model.set_params(early_stopping=False)
             validation = {"X_val": parts[1], "y_val": y[test]}
-    model.fit(parts[0], y[train], **validation)
-    score = check_scoring(model, scoring=scoring)(model, parts[1], y[test])
+    rows = train
+    try:
+        model.fit(parts[0], y[train], **validation)
+        rows = test
+        score = check_scoring(model, scoring=scoring)(model, parts[1], y[test])
+    except ValueError as error:
+        if bad := getattr(error, "bad_images", None):
+            own = sorted({int(rows[image.row]) for image in bad})
+            error.add_note(f"These are rows of one part of X; in X itself they are rows {own}.")
+        raise
     if not follows_epochs:
         return score, None
     return score, np.array([row.get("valid_score", np.nan) for row in model.history_])

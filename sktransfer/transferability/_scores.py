@@ -372,6 +372,16 @@ def classes_of(y: ArrayLike, rows: np.ndarray | None = None) -> tuple[np.ndarray
     return codes, len(classes)
 
 
+def read_labels(y: ArrayLike) -> np.ndarray:
+    """Return labels as an array that scikit-learn takes; 0 and 1 for each if a row has several."""
+    labels = np.asarray(y)
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        return labels
+    labels = labels.reshape(len(labels))
+    classes_of(labels)
+    return np.asarray(labels.tolist()) if labels.dtype == object else labels
+
+
 def _raise_if_any(is_bad: np.ndarray, what: str) -> None:
     if is_bad.any():
         rows = np.flatnonzero(is_bad)

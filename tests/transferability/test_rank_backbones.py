@@ -173,10 +173,10 @@ def test_an_extractor_brings_its_settings(faint):
 
 
 # -- targets ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("names", [[-1, 1], [0, 7], [True, False]])
+@pytest.mark.parametrize("names", [[-1, 1], [0, 7], [True, False], np.array([3, 9], dtype=object)])
 def test_labels_of_any_type(faint, ranking, names):
     X, y = faint
-    labels = np.array(names)[(y == "down").astype(int)]
+    labels = np.asarray(names)[(y == "down").astype(int)]
     got = rank_backbones(X, labels, [extractor(Filters(STRIPES))], random_state=0)
     assert got.table_["score"][0] == pytest.approx(ranking.table_["score"][0])
     assert got.table_["logme"][0] == pytest.approx(ranking.table_["logme"][0])
@@ -290,6 +290,7 @@ def test_unreadable_images_are_listed(faint):
         ({"y": ["a", None] * 40}, "y holds missing labels in 40 of 80 rows: 1, 3"),
         ({"y": [*np.linspace(0, 1, 79), np.nan]}, "y holds NaN or infinity in 1 of 80 rows: 79"),
         ({"y": ["a", "b"]}, "inconsistent numbers of samples"),
+        ({"y": np.eye(80, 2, dtype=int)}, r"y must hold one label a row, or numbers; .* \(80, 2\)"),
         ({"layers": ["conv9"]}, "conv9"),
         (
             {

@@ -234,6 +234,31 @@ def test_fine_tuning_that_stops_early_follows_its_own_part(faint):
     assert np.isfinite(report.epochs_["random"][:, :2]).all()
 
 
+def test_several_labels_per_row(faint):
+    X, y = faint
+    labels = np.stack([y == "down", np.arange(80) % 4 == 0], axis=1).astype(int)
+    tuned = FineTuningClassifier(Filters(STRIPES), **SMALL, unfreeze=0, max_epochs=1)
+    report = transfer_report(tuned, X, labels, train_sizes=[1.0], cv=3, random_state=0)
+    assert report.gain_["random"].value > 0
+    assert set(report.scores_) == {"pre-trained", "random", "pixels", "dummy"}
+
+
+def test_a_network_behind_another_step(faint):
+    tuned = FineTuningClassifier(Filters(STRIPES), **SMALL, unfreeze=0, max_epochs=0)
+    pipeline = make_pipeline("passthrough", tuned)
+    report = transfer_report(pipeline, *faint, train_sizes=[1.0], cv=3, random_state=0)
+    assert report.verdicts_["pixels"] == "helps"
+    assert report.epochs_ == {}
+
+
+@pytest.mark.parametrize("labels", [[-1, 1], [True, False], np.array([3, 9], dtype=object)])
+def test_labels_of_any_type(faint, positive, labels):
+    X, y = faint
+    coded = pd.Series(np.asarray(labels)[(y == "down").astype(int)], index=range(80, 160))
+    report = transfer_report(model(STRIPES), X, coded, train_sizes=[64], random_state=0)
+    assert report.asymptote_["random"] == pytest.approx(positive.asymptote_["random"])
+
+
 def test_one_reading_of_pixels(faint):
     X, y = faint
     bright = X // 4 + (y == "down")[:, None, None, None].astype(np.uint8) * 100
@@ -255,6 +280,8 @@ def test_one_reading_of_pixels(faint):
         ({"train_sizes": [1]}, "train_sizes holds 1: "),
         ({"train_sizes": [1.5]}, "shares above 0 and up to 1.0"),
         ({"y": ["a"] * 3}, "inconsistent numbers of samples"),
+        ({"y": ["a"] * 80}, "y must have at least two classes"),
+        ({"y": ["a", None] * 40}, "y holds missing labels in 40 of 80 rows: 1, 3"),
     ],
 )
 def test_errors(faint, change, message):
@@ -262,6 +289,15 @@ def test_errors(faint, change, message):
     arguments = {"estimator": model(FLAT), "y": y, **change}
     with pytest.raises(ValueError, match=message):
         transfer_report(arguments.pop("estimator"), X, arguments.pop("y"), **arguments)
+
+
+def test_unreadable_images_are_named_by_their_row_in_x(faint):
+    X, y = faint
+    with pytest.raises(ValueError, match="1 of 64 images could not be read") as error:
+        transfer_report(model(FLAT), [*X[:7], None, *X[8:]], y, train_sizes=[1.0], random_state=0)
+    assert error.value.__notes__ == [
+        "These are rows of one part of X; in X itself they are rows [7]."
+    ]
 
 
 def test_pixels_need_images():
