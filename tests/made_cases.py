@@ -10,16 +10,17 @@ SMALL = {"preprocessing": {"size": 24, "crop": 24}}
 WAVE = torch.tensor([1.0, 1, 1, -1, -1, -1])
 # What a training on stripes ends with, and what a training on brightness does: flat filters, which
 # no stripes move.
-STRIPES = torch.stack([WAVE.expand(6, 6), -WAVE.expand(6, 6), WAVE.expand(6, 6).T])
-FLAT = torch.tensor([0.1, -0.1, 0.2]).view(3, 1, 1).expand(3, 6, 6)
+ACROSS = torch.stack([WAVE.roll(k).expand(6, 6) for k in range(0, 6, 2)])
+STRIPES = torch.cat([ACROSS, ACROSS.mT])
+FLAT = torch.tensor([0.1, -0.1, 0.2, -0.2, 0.3, -0.3]).view(6, 1, 1).expand(6, 6, 6)
 
 
 class Filters(nn.Module):
-    """Three filters and the mean of what they see."""
+    """Six filters and the mean of what they see."""
 
     def __init__(self, weight=None):
         super().__init__()
-        self.conv, self.pool, self.fc = nn.Conv2d(3, 3, 6), nn.AdaptiveAvgPool2d(1), nn.Linear(3, 2)
+        self.conv, self.pool, self.fc = nn.Conv2d(3, 6, 6), nn.AdaptiveAvgPool2d(1), nn.Linear(6, 2)
         if weight is not None:
             nn.init.zeros_(self.conv.bias)
             self.conv.weight.data[:] = weight[:, None]
@@ -28,8 +29,8 @@ class Filters(nn.Module):
         return self.fc(self.pool(self.conv(x).relu()).flatten(1))
 
 
-def stripes(seed, n=80, contrast=25):
-    """Faint stripes across or down in noise: uint8 (n, 24, 24, 3), and their names."""
+def stripes(seed, n=80, contrast=10):
+    """Faint stripes across or down in strong noise: uint8 (n, 24, 24, 3), and their names."""
     rng = np.random.default_rng(seed)
     y = np.arange(n) % 2
     wave = np.where(np.arange(24) // 3 % 2, contrast, -contrast)

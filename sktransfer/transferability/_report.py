@@ -57,7 +57,7 @@ def transfer_report(
     *,
     train_sizes: Sequence[float] = (0.1, 0.25, 0.5, 1.0),
     against: Sequence[str] = BASELINES,
-    cv: object = 5,
+    cv: object = 10,
     groups: ArrayLike | None = None,
     scoring: object = None,
     n_jobs: int | None = None,
@@ -83,12 +83,14 @@ def transfer_report(
         Numbers of training rows; floats are shares of the smallest fold's. Parts are nested and
         stratified, and hold whole groups, so that they may be a little larger.
     against : sequence of {"random", "pixels", "dummy"}, default=("random", "pixels", "dummy")
-        The baselines. ``"random"``: the same estimator with ``weights=None``. ``"pixels"``: the
+        The baselines. ``"random"``: the same estimator with ``weights=None``, other random weights
+        in each fold, so that no single draw of them decides. ``"pixels"``: the
         same pipeline with images of 32 × 32 pixels as columns in place of the network's; for a
         fine-tuning estimator a scaled linear model of them. ``"dummy"``: the class frequencies,
         or the mean. The verdict is about the first.
-    cv : int, splitter or iterable, default=5
-        Folds; those of a number are shuffled, and stratified in classification.
+    cv : int, splitter or iterable, default=10
+        Folds; those of a number are shuffled, and stratified in classification. Five take half
+        the time and find large differences only.
     groups : array-like of shape (n_samples,), default=None
         Rows of a group are never on both sides of a fold.
     scoring : str or callable, default=None
@@ -173,9 +175,9 @@ def transfer_report(
         stops = ends[np.minimum(np.searchsorted(ends, sizes), len(ends) - 1)]
         parts.append([train[order[:stop]] for stop in stops])
     results = Parallel(n_jobs=n_jobs, prefer="threads")(
-        delayed(_fit_and_score)(model, X, target, part, test, scoring, part is of_fold[-1])
+        delayed(_fit_and_score)(model, X, target, part, test, scoring, k, part is of_fold[-1])
         for model in models.values()
-        for (_, test), of_fold in zip(folds, parts, strict=True)
+        for k, ((_, test), of_fold) in enumerate(zip(folds, parts, strict=True))
         for part in of_fold
     )
     shape = len(models), len(folds), len(sizes)
@@ -385,9 +387,12 @@ def _fit_and_score(
     train: np.ndarray,
     test: np.ndarray,
     scoring: object,
+    fold: int,
     has_all_rows: bool,
 ) -> tuple[float, np.ndarray | None]:
     """Fit a clone; return its score and, for fine-tuning with all rows, those of each epoch."""
+    from sktransfer.networks._sources import random_seed
+
     model, parts = clone(model), [safe_indexing(X, rows) for rows in (train, test)]
     validation = {}
     follows_epochs = has_all_rows and isinstance(model, BaseFineTuning)
@@ -397,7 +402,7 @@ def _fit_and_score(
             # The scores of test rows are noted and choose nothing.
             model.set_params(early_stopping=False)
             validation = {"X_val": parts[1], "y_val": y[test]}
-    rows = train
+    rows, token = train, random_seed.set(fold)  # other random weights in each fold
     try:
         model.fit(parts[0], y[train], **validation)
         rows = test
@@ -407,6 +412,8 @@ def _fit_and_score(
             own = sorted({int(rows[image.row]) for image in bad})
             error.add_note(f"These are rows of one part of X; in X itself they are rows {own}.")
         raise
+    finally:
+        random_seed.reset(token)
     if not follows_epochs:
         return score, None
     return score, np.array([row.get("valid_score", np.nan) for row in model.history_])

