@@ -125,9 +125,8 @@ def without_network(part: BaseEstimator, has_many_labels: bool = False) -> BaseE
 
 def images_of(estimator: BaseEstimator, X):
     """Return the images in X that the first network of an estimator gets; None if unknown."""
-    if "" in networks_in(estimator):
-        shape = getattr(estimator, "image_shape", None)
-        return X if shape is None else None
+    if isinstance(estimator, (PretrainedFeatureExtractor, BaseFineTuning)):
+        return X if estimator.image_shape is None else None
     if isinstance(estimator, Pipeline):
         first = next(step for _, step in estimator.steps if hasattr(step, "get_params"))
         return images_of(first, X)

@@ -47,7 +47,7 @@ ALPHA = 0.03
 # With as many rows and early stopping at "auto" an estimator holds out its own validation part.
 _N_ROWS_TO_SPLIT = 1000
 _N_LEAK_TESTS = 300
-_LEAKY_SHARE = 0.05
+_LEAKY_SHARE = 0.1
 
 
 def transfer_report(

@@ -12,7 +12,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedKFold, c
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sktransfer import FineTuningClassifier, FineTuningRegressor
+from sktransfer import FineTuningClassifier, FineTuningRegressor, transferability
 from sktransfer.transferability import transfer_report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -271,6 +271,25 @@ def test_one_reading_of_pixels(faint):
     )
     assert report.scores_["pixels"].min() == 1
     assert list(report.scores_) == ["pre-trained", "pixels"]
+
+
+@pytest.mark.skipif(not hasattr(transferability, "find_leaks"), reason="there is no find_leaks")
+@pytest.mark.parametrize("form", [list, lambda X: pd.DataFrame({"photo": list(X)})])
+def test_copies_on_both_sides_are_warned_of(faint, form):
+    X, y = faint
+    twice = form(np.concatenate([X[:40], X[:40]]))
+    columns = make_column_transformer((extractor(Filters(FLAT)), ["photo"]))
+    first = extractor(Filters(FLAT)) if form is list else columns
+    with pytest.warns(UserWarning, match="near-duplicate among the training images.*find_leaks"):
+        transfer_report(
+            make_pipeline(first, LogisticRegression()),
+            twice,
+            np.tile(y[:40], 2),
+            train_sizes=[1.0],
+            cv=2,
+            against="dummy",
+            random_state=0,
+        )
 
 
 # -- errors ----------------------------------------------------------------------------------
