@@ -1,13 +1,14 @@
 """Does transfer help, and which network: scores and comparisons before any training."""
 
 from sktransfer.transferability._ranking import BackboneRanking, rank_backbones
-from sktransfer.transferability._report import TransferReport, transfer_report
+from sktransfer.transferability._report import TransferReport
 from sktransfer.transferability._scores import (
     h_score,
     leep_score,
     logme_score,
     transrate_score,
 )
+from sktransfer.transferability._transfer import transfer_report
 
 __all__ = [
     "BackboneRanking",
