@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sktransfer.transferability._table import Table
 
 OWN = "pre-trained"
-# A verdict needs this p-value: in simulations without a difference 0.5 to 2.5 % reach it
+# A verdict needs this p-value: in simulations without a difference 1 to 4 % reach it
 # (docs/benchmarks/transferability.py), so that more than two of twenty are rare.
 ALPHA = 0.03
 
@@ -73,7 +73,7 @@ class TransferReport:
         own, *self.baselines = scores
         differences = {name: scores[own] - scores[name] for name in self.baselines}
         x = np.log2(train_sizes) - np.log2(train_sizes).mean()
-        slope = x / (x @ x) if len(x) > 1 else np.array([np.nan])
+        slope = x / (x @ x) if x @ x > 0 else np.full(len(x), np.nan)
 
         def of_all(weight: np.ndarray) -> dict[str, Estimate]:
             return {name: estimate(d @ weight, folds) for name, d in differences.items()}

@@ -205,7 +205,8 @@ def _fit_and_score(
         rows = test
         score = check_scoring(model, scoring=scoring)(model, parts[1], y[test])
     except ValueError as error:
-        if bad := getattr(error, "bad_images", None):
+        bad = getattr(error, "bad_images", None)
+        if bad and not validation:  # otherwise they may be of either part
             own = sorted({int(rows[image.row]) for image in bad})
             error.add_note(f"These are rows of one part of X; in X itself they are rows {own}.")
         raise

@@ -161,6 +161,20 @@ def test_parts_hold_whole_groups():
     assert [len(X) for X, _ in parts] == [24, 60] * 3
 
 
+def test_parts_that_groups_make_equal_have_no_slope(faint):
+    report = transfer_report(
+        model(STRIPES),
+        *faint,
+        train_sizes=[30, 40],
+        cv=GroupKFold(2),
+        groups=np.arange(80) // 40,
+        against=["random"],
+        random_state=0,
+    )
+    assert report.train_sizes_.tolist() == [40, 40]
+    assert np.isnan(report.slope_["random"].value)
+
+
 def test_one_random_state_repeats_the_report(faint, positive):
     again = transfer_report(
         model(STRIPES), *faint, train_sizes=[72, 8, 24], n_jobs=2, random_state=0
