@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from sklearn.base import _fit_context as fit_context
+from sklearn.utils import _safe_indexing as safe_indexing
 from sklearn.utils._param_validation import HasMethods, Interval, Options, StrOptions
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import (
@@ -40,6 +41,7 @@ __all__ = [
     "image_column_names",
     "is_empty_part",
     "keep_index",
+    "safe_indexing",
     "set_image_tags",
 ]
 

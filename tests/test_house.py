@@ -21,8 +21,8 @@ FLOORS = [
     {"networks", "_validation"},
     {"embedding"},
     {"fine_tuning"},
-    {"_save"},
-    {"__init__"},
+    {"_save", "inspection"},
+    {"__init__", "transferability"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FOLDERS = sorted(file.parent.name for file in house.PACKAGE.glob("*/__init__.py"))

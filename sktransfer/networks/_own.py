@@ -14,9 +14,9 @@ from sktransfer.networks import _weights
 from sktransfer.networks._fingerprint import architecture_digest
 from sktransfer.networks._preprocessing import Preprocessing
 from sktransfer.networks._sources import (
-    RANDOM_SEED,
     GivenSource,
     freeze,
+    random_seed,
     timm_preprocessing,
     weights_path,
 )
@@ -111,7 +111,7 @@ def _copied(module: nn.Module, name: str) -> nn.Module:
 
 def _reset(module: nn.Module, name: str) -> nn.Module:
     """Initialise each layer as it does itself, always with the same random numbers."""
-    with own_random_state(RANDOM_SEED):
+    with own_random_state(random_seed.get()):
         for path, part in module.named_modules():
             own = list(part.named_parameters(path, recurse=False))
             # nn.MultiheadAttention has the second name.

@@ -8,6 +8,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextvars import ContextVar
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,8 @@ from sktransfer.networks._preprocessing import Preprocessing, with_overrides
 from sktransfer.networks.builtin._network import BuiltinNet
 
 RANDOM_SEED = 0
+# Of the weights that weights=None means.
+random_seed: ContextVar[int] = ContextVar("random_seed", default=RANDOM_SEED)
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
@@ -98,6 +101,7 @@ class NamedSource(Source):
     def __init__(self, name: str, weights: object) -> None:
         self.name = name
         self.is_random = weights is None
+        self.seed = random_seed.get()
         self.path = weights_path(weights)
         self.is_user_file = self.path is not None
 
@@ -113,7 +117,7 @@ class NamedSource(Source):
     def digest_weights(self) -> str:
         if self.is_random:
             versions = f"torch-{torch.__version__}:torchvision-{torchvision.__version__}"
-            return f"random:{RANDOM_SEED}:{self.name}:{versions}"
+            return f"random:{self.seed}:{self.name}:{versions}"
         return f"sha256:{_weights.file_digest(self.weights_file())}"
 
     def build(self) -> nn.Module:
@@ -121,7 +125,7 @@ class NamedSource(Source):
 
     def load(self, module: nn.Module, head_layers: set[str]) -> None:
         if self.is_random:
-            with own_random_state(RANDOM_SEED):
+            with own_random_state(self.seed):
                 state = self.make().state_dict()
             module.load_state_dict(state, assign=True)
         else:
@@ -320,13 +324,14 @@ def _of_preset(published: WeightsEnum) -> Preprocessing:
 
 # Building a network and digesting its published weights takes seconds: once for each name and
 # weights in a process.
-_timm_sources: dict[tuple[str, str], TimmSource] = {}
+_timm_sources: dict[tuple[str, str, int], TimmSource] = {}
 
 
 def timm_source(name: str, weights: object) -> TimmSource:
     """Return the one source of this process for a network of timm and these weights."""
     path = weights_path(weights)
-    key = name, repr(weights) if path is None else f"{path}:{_weights.file_digest(path)}"
+    which = repr(weights) if path is None else f"{path}:{_weights.file_digest(path)}"
+    key = name, which, random_seed.get()
     with one_at_a_time:  # as building does
         if key not in _timm_sources:
             _timm_sources[key] = TimmSource(name, weights)

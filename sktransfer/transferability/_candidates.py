@@ -1,0 +1,241 @@
+"""Candidates of rank_backbones: networks, their random twins, and what is measured of them."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from sklearn.base import clone
+from sklearn.model_selection import cross_val_score
+
+from sktransfer._progress import warn
+from sktransfer.embedding._extractor import PretrainedFeatureExtractor
+from sktransfer.images._images import Images
+from sktransfer.transferability._baselines import make_probe, twin_preprocessing
+from sktransfer.transferability._folds import Folds, estimate
+from sktransfer.transferability._scores import h_score, logme_score, spectrum, transrate_of
+
+if TYPE_CHECKING:
+    from sktransfer.embedding._embed import BadRow
+    from sktransfer.networks._backbone import Backbone
+
+_CHUNK = 64  # images that are in memory for all networks at once
+_N_TIMED = 16
+_N_REPORTED = 10
+Layer = str | list | None
+Layers = str | list | dict | None
+
+
+@dataclass
+class Candidate:
+    """A network to embed with, and its twin with random weights.
+
+    Attributes
+    ----------
+    layers : list of str, None or list
+        What becomes a row of the table.
+    blocks : dict of str or None to ndarray of int
+        The columns of each layer.
+    columns : dict of str to ndarray of shape (n_images, n_features)
+        Rows of ``"own"`` and, if there is one, of ``"random"``.
+    """
+
+    extractor: PretrainedFeatureExtractor
+    label: str
+    layers: list[Layer] = field(default_factory=list)
+    blocks: dict[str | None, np.ndarray] = field(default_factory=dict)
+    networks: dict[str, Backbone] = field(default_factory=dict)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Arguments of `embed_images`."""
+        names = ("memory", "batch_size", "device", "precision", "n_jobs", "verbose")
+        return {name: getattr(self.extractor, name) for name in names}
+
+    def load(self, layers: Layers, images: Images) -> None:
+        from sktransfer.embedding._embed import check_place
+        from sktransfer.networks._backbone import load_backbone
+        from sktransfer.transferability._shared import HeldBackbone
+
+        own = self.extractor.get_params(deep=False)
+        check_place(own["memory"], own["device"])
+        asked = {name: own[name] for name in ("weights", "pooling", "preprocessing")}
+        if isinstance(layers, dict):
+            layers = layers.get(own["backbone"], None)
+        if layers is None:
+            self.layers = [own["layer"]]
+        elif layers == "stages":
+            self.layers = [*load_backbone(own["backbone"], **asked).stage_names_to_layer, None]
+        else:
+            self.layers = [layers] if isinstance(layers, str) else list(layers)
+        flat = [*dict.fromkeys(name for layer in self.layers for name in _names_of(layer))]
+        loaded = load_backbone(own["backbone"], layer=flat, **asked)
+        self.networks["own"] = HeldBackbone(loaded)
+        ends = np.cumsum([width for _, width in loaded.feature_groups])
+        self.blocks = dict(zip(flat, np.split(np.arange(ends[-1]), ends[:-1]), strict=True))
+        try:
+            preprocessing = twin_preprocessing(loaded) or {"preprocessing": own["preprocessing"]}
+            asked |= {"weights": None, **preprocessing}
+            twin = load_backbone(own["backbone"], layer=flat, **asked)
+            self.networks["random"] = HeldBackbone(twin)
+        except ValueError as error:
+            warn(f"{self.label} has no twin with random weights, and so no gain: {error}")
+        for name, network in self.networks.items():
+            self.columns[name] = np.empty((len(images), network.n_features), dtype=np.float32)
+
+    def measure(
+        self,
+        images: Images,
+        sample: Images,
+        target: np.ndarray,
+        is_regression: bool,
+        folds: Folds,
+        scoring: object,
+    ) -> list[dict]:
+        """Return a row of the table for each layer."""
+        rows = []
+        for layer in self.layers:
+            used = np.concatenate([self.blocks[name] for name in _names_of(layer)])
+            columns = {
+                kind: rows_[:, used].reshape(images.n_rows, -1).astype(float)
+                for kind, rows_ in self.columns.items()
+            }
+            probe = make_probe(columns["own"].shape[1], is_regression)
+            scores = {
+                kind: cross_val_score(probe, block, target, cv=folds, scoring=scoring)
+                if np.isfinite(block).all()
+                else np.full(len(folds), np.nan)
+                for kind, block in columns.items()
+            }
+            score = estimate(scores["own"], folds)
+            gain = estimate(scores["own"] - scores.get("random", np.nan), folds)
+            row = {
+                "backbone": self.label,
+                "layer": " + ".join(name or "embedding" for name in _names_of(layer)),
+                "columns": columns["own"].shape[1],
+                "score": score.value,
+                "score_se": score.error,
+                "gain": gain.value,
+                "gain_se": gain.error,
+                "seconds": self._seconds(layer, sample),
+                **_other_scores(columns["own"], target, is_regression),
+            }
+            extractor = clone(self.extractor).set_params(layer=layer, cache_layers=None)
+            rows.append(row | {"extractor": extractor})
+        return rows
+
+    def _seconds(self, layer: Layer, sample: Images) -> float:
+        """Measure resizing and the network, for 1,000 images; decoding is the same for all."""
+        from sktransfer.embedding._embed import embed_images
+        from sktransfer.networks._backbone import load_backbone
+
+        backbone = self.networks["own"]
+        if len(self.layers) > 1:  # a lower layer needs but a part of the network
+            names = ("backbone", "weights", "pooling", "preprocessing")
+            same = {name: getattr(self.extractor, name) for name in names}
+            backbone = load_backbone(**same, layer=layer)
+        out = np.empty((len(sample), backbone.n_features), dtype=np.float32)
+        settings = self.settings | {"memory": False, "verbose": 0}
+        seconds = []
+        for _ in range(4):
+            since = time.perf_counter()
+            embed_images(sample, backbone, out=out, **settings)  # type: ignore[arg-type]
+            seconds.append(time.perf_counter() - since)
+        # The first run prepares the network, and decodes images whose rows were in the store.
+        return min(seconds[1:]) * 1000 / len(sample)
+
+
+def make_candidates(backbones: Sequence, weights: object, memory: object) -> list[Candidate]:
+    """Return a candidate for each backbone, with a name of its own."""
+    if not isinstance(backbones, (list, tuple)) or not backbones:
+        raise ValueError(
+            f"backbones={backbones!r} must be a list with at least one backbone, such as "
+            "['builtin', 'resnet18']."
+        )
+    each = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(backbones)
+    if len(each) != len(backbones):
+        raise ValueError(
+            f"weights has {len(each)} entries and backbones {len(backbones)}: give one for each "
+            "backbone, or a single one for all."
+        )
+    candidates: list[Candidate] = []
+    for backbone, own in zip(backbones, each, strict=True):
+        if isinstance(backbone, PretrainedFeatureExtractor):
+            extractor = clone(backbone)
+            if memory is not None:
+                extractor.set_params(memory=memory)
+        else:
+            extractor = PretrainedFeatureExtractor(backbone, weights=own, memory=memory)
+        label = _name_of(extractor.backbone)
+        n_before = sum(c.label.partition(" #")[0] == label for c in candidates)
+        candidates.append(Candidate(extractor, f"{label} #{n_before + 1}" if n_before else label))
+    shapes = {tuple(c.extractor.image_shape) for c in candidates if c.extractor.image_shape}
+    if len(shapes) > 1:
+        raise ValueError(f"The extractors' image_shape differ: {sorted(shapes)}.")
+    for candidate in candidates:
+        candidate.extractor.set_params(image_shape=next(iter(shapes), None))
+    return candidates
+
+
+def _names_of(layer: Layer) -> list[str | None]:
+    """Return the layers that are joined as the columns of a candidate."""
+    return [layer] if layer is None or isinstance(layer, str) else list(layer)
+
+
+def _name_of(backbone: object) -> str:
+    named = backbone if isinstance(backbone, str) else getattr(backbone, "__name__", None)
+    return named or type(backbone).__name__
+
+
+# -- columns and scores ----------------------------------------------------------------------
+def embed_all(candidates: list[Candidate], images: Images) -> Images:
+    """Fill in the columns of all networks, a part of the images after the other.
+
+    Returns the first part, in memory, to measure the time with.
+    """
+    from sktransfer.embedding._embed import embed_images
+    from sktransfer.transferability._shared import SharedImages
+
+    bad: dict[tuple[int, str], BadRow] = {}
+    sample = SharedImages(images, slice(0, _N_TIMED))
+    starts = [0, *range(_N_TIMED, len(images), _CHUNK)]
+    for start, stop in itertools.pairwise([*starts, len(images)]):
+        part = slice(start, stop)
+        shared = SharedImages(images, part) if start else sample
+        for candidate in candidates:
+            for name, network in candidate.networks.items():
+                out = candidate.columns[name][part]
+                found = embed_images(shared, network, out=out, **candidate.settings)  # type: ignore[arg-type]
+                bad |= {(row.row, row.where): row for row in found}
+    if assumed := images.take_warnings():
+        warn(assumed)
+    if bad:
+        rows = [bad[place] for place in sorted(bad)]
+        listed = [f"  {row}" for row in rows[:_N_REPORTED]]
+        if len(rows) > _N_REPORTED:
+            listed.append(f"  … and {len(rows) - _N_REPORTED} more, all in the error's bad_images.")
+        first = f"{len(rows)} of {len(images)} images could not be read:"
+        error = ValueError("\n".join([first, *listed, "Repair or drop these rows."]))
+        error.bad_images = rows  # type: ignore[attr-defined]
+        raise error
+    return sample
+
+
+def _other_scores(columns: np.ndarray, target: np.ndarray, is_regression: bool) -> dict[str, float]:
+    scores = dict.fromkeys(("logme", "h_score", "transrate"), np.nan)
+    if not np.isfinite(columns).all():
+        return scores
+    spectrum_ = spectrum(columns)
+    task = "regression" if is_regression else "classification"
+    scores["logme"] = logme_score(spectrum_, target, task=task)
+    if not is_regression:
+        scores["h_score"] = h_score(spectrum_, target)
+        scale = np.sqrt(columns.var(axis=0).mean())
+        alike = spectrum_._replace(s=spectrum_.s / scale) if scale > 0 else spectrum_
+        scores["transrate"] = transrate_of(alike, target)
+    return scores
