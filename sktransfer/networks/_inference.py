@@ -106,6 +106,10 @@ def get_network(source: Source, input_size: tuple[int, int, int]) -> Network:
         return network
 
 
+def is_in_memory(source: Source, input_size: tuple[int, int, int]) -> bool:
+    return _look_up((type(source).__name__, source.name, source.digest, input_size)) is not None
+
+
 def _look_up(key: tuple) -> Network | None:
     with _lock:
         if key in _networks:
