@@ -125,7 +125,8 @@ def _arguments(value: object) -> dict[str, object]:
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments.update(getattr(value, name, {}))
         elif parameter.kind is not parameter.VAR_POSITIONAL and hasattr(value, name):
-            arguments[name] = getattr(value, name)
+            if getattr(value, name) is not parameter.default:
+                arguments[name] = getattr(value, name)
     return arguments
 
 
