@@ -135,15 +135,22 @@ def _not_held(estimator: BaseEstimator, error: Exception) -> TypeError:
     parameters = {
         name: value
         for name, value in estimator.get_params(deep=True).items()
-        if not hasattr(value, "get_params") and not _is_held(value)
+        if not _holds_estimators(value) and not _is_held(value)
     }
     where = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
     return TypeError(
         f"{type(estimator).__name__} holds what a file that is safe to open cannot hold: "
         f"{where or 'an attribute that fit set'} ({type(error).__name__}: {error}). Functions have "
         "to be importable by name: no lambda, no function within a function. Of a search, "
-        "`best_estimator_` can be saved alone. joblib.dump keeps everything."
+        "`best_estimator_` can be saved alone. joblib.dump keeps other objects."
     )
+
+
+def _holds_estimators(value: object) -> bool:
+    """Whether the parameters of estimators within `value` are listed, too."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_estimators, value))
+    return hasattr(value, "get_params")
 
 
 def _is_held(value: object) -> bool:

@@ -1,6 +1,7 @@
 """Pipelines, searches and all else of scikit-learn that holds an estimator of ours."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,10 @@ def outputs(model, X):
     return model.predict_proba(X) if hasattr(model, "predict_proba") else model.predict(X)
 
 
+def parameters(model):
+    return re.sub(" at 0x[0-9a-f]+", "", repr(model.get_params()))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trip(name, pictures, tmp_path):
     X = table(pictures) if "columns" in name else pictures
@@ -101,7 +106,7 @@ def test_round_trip(name, pictures, tmp_path):
     loaded = load(path)
     assert type(loaded) is type(model)
     np.testing.assert_array_equal(outputs(loaded, X), outputs(model, X))
-    assert repr(loaded.get_params()) == repr(model.get_params())
+    assert parameters(loaded) == parameters(model)
     assert path.stat().st_size < 200_000
 
 
@@ -247,15 +252,13 @@ def test_what_a_file_cannot_hold_is_named(pictures, tmp_path):
 
     for function in (lambda rows: rows, local):
         model = pipeline(FunctionTransformer(function), LogisticRegression()).fit(pictures, Y)
-        with pytest.raises(
-            TypeError, match=r"cannot hold: functiontransformer__func=<function.*impo"
-        ):
+        with pytest.raises(TypeError, match="cannot hold: functiontransformer__func=<function"):
             save(model, tmp_path / "model")
     model = pipeline().fit(pictures, Y)
     model[1].extra_ = lambda: 0
     with pytest.raises(TypeError, match="cannot hold: an attribute that fit set"):
         save(model, tmp_path / "model")
-    with pytest.raises(TypeError, match="the parameter preprocessing is .*use pickle or joblib"):
+    with pytest.raises(TypeError, match=r"the parameter preprocessing is .*use pickle or joblib"):
         save(pipeline(preprocessing=shrunk).fit(pictures, Y), tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
