@@ -192,10 +192,12 @@ class _Writer:
 
         from sktransfer.networks._weights import state_digest
 
+        name, code = getattr(module, "__name__", type(module).__name__), {}
+        digest = repr(module)
         if isinstance(module, nn.Module):
-            name, digest, code = type(module).__name__, state_digest(module), code_of(module)
-        else:
-            name, digest, code = getattr(module, "__name__", repr(module)), "", {}
+            code = code_of(module)
+            if role == "backbone" and not self.standalone:
+                digest = state_digest(module)
         if (role, name, digest) not in self._labels:
             n_alike = sum(key[:2] == (role, name) for key in self._labels)
             self._labels[role, name, digest] = f"{name}#{n_alike + 1}" if n_alike else name
