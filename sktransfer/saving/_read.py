@@ -294,6 +294,8 @@ def _restore_settings(estimator: BaseEstimator, record: dict) -> None:
 
     try:
         if record["output"] is not None:
+            is_known = record["output"] in ("default", "pandas", "polars")
+            require(is_known, f"its output is {record['output']!r}")
             estimator.set_output(transform=record["output"])
         with config_context(enable_metadata_routing=True):
             for method, requests in record["routing"].items():

@@ -10,14 +10,16 @@ from safetensors.torch import load_file, save_file
 def read_file(path):
     """Return the header and the tensors."""
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["sktransfer"]), load_file(path)
+        header = json.loads(file.metadata()["sktransfer"])
+    # Copies: what load_file returns lies in the file, which is written again.
+    return header, {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def digest_of(text, tensors):
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(bytes(tensor.contiguous().untyped_storage()))
+        digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
