@@ -41,7 +41,7 @@ def write(part: Path, path: str, header: dict, tensors: Tensors) -> None:
     try:
         save_file(tensors, part, metadata={_KEY: text, _DIGEST: _digest(text, tensors)})
     except SafetensorError as error:  # a full disk is one, too
-        if found := re.search(r"os error (\d+)", str(error)):
+        if found := re.search(r"(?:os error|code:) (\d+)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), path) from error
         raise
 

@@ -188,6 +188,30 @@ def test_a_failed_save_leaves_the_old_file_alone(small, tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
 
 
+def test_a_full_disk(small, tmp_path):
+    resource = pytest.importorskip("resource")  # a limit on the size of files acts like one
+    path = tmp_path / "model"
+    path.write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*model'") as caught:
+            save(small, path, standalone=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")
+def test_only_files_are_replaced(small, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"Invalid argument: '.*pipe'"):
+        save(small, tmp_path / "pipe")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
 def test_files_have_the_permissions_that_open_gives(small, tmp_path):
     (tmp_path / "opened").write_bytes(b"")
