@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -217,28 +218,38 @@ def models():
     yield "own module", own.fit(X, y), {"backbone": Small()}, X
 
 
+def attack(path, change, n, watch, arguments, X):
+    """Change a file `n` times; count the outcomes and take the highest growth of the memory."""
+    data, rng, counts, peak = path.read_bytes(), np.random.default_rng(0), {}, 0.0
+    expected = load(path, **arguments).predict_proba(X)
+    for _ in range(n):
+        path.write_bytes(change(data, rng))
+        found = []
+
+        def call(found=found):
+            predict = lambda model: model.predict_proba(X)  # noqa: E731
+            found.append(outcome(path, watch, predict, expected, arguments))
+
+        peak = max(peak, peak_growth(call))
+        counts[found[0]] = counts.get(found[0], 0) + 1
+    path.write_bytes(data)
+    return counts, peak
+
+
 def main():
     from _report import save as report
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mutations", type=int, default=500)
-    n = parser.parse_args().mutations
+    n = -(-parser.parse_args().mutations // 3)
     watch, figures = Watch(), {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         for name, model, arguments, X in models():
             save(model, path, standalone=True)
-            data = path.read_bytes()
-            expected = load(path, **arguments).predict_proba(X)
-            growth = max(peak_growth(lambda: load(path, **arguments)) for _ in range(3))
+            growth = max(peak_growth(partial(load, path, **arguments)) for _ in range(3))
             for change in (mutated, forged):
-                rng, counts, peak = np.random.default_rng(0), {}, 0.0
-                for _ in range(-(-n // 3)):
-                    path.write_bytes(change(data, rng))
-                    found = []
-                    work = (path, watch, lambda m: m.predict_proba(X), expected, arguments)
-                    peak = max(peak, peak_growth(lambda: found.append(outcome(*work))))
-                    counts[found[0]] = counts.get(found[0], 0) + 1
+                counts, peak = attack(path, change, n, watch, arguments, X)
                 figures[f"{name}, {change.__name__}"] = {
                     "outcomes": counts,
                     "peak_mb": peak,

@@ -171,7 +171,7 @@ def _in_place_of(estimators: Sequence) -> Iterator[None]:
         _estimators.reset(token)
 
 
-def check_types(data: bytes, trusted: Collection[str] | None) -> None:
+def check_types(data: bytes, trusted: Collection[str] | None, path: str) -> None:
     """Refuse bytes of :func:`take_apart` with types that nobody trusts; `None` trusts all.
 
     Nothing is made from them.
@@ -187,7 +187,7 @@ def check_types(data: bytes, trusted: Collection[str] | None) -> None:
     unknown -= unknown if trusted is None else set(trusted)
     if unknown:
         raise ValueError(
-            f"The file holds objects of types that are not trusted: {sorted(unknown)}. If you know "
+            f"{path} holds objects of types that are not trusted: {sorted(unknown)}. If you know "
             "where the file comes from and what these do, give their names to "
             f"load(path, trusted={sorted(unknown)})."
         )

@@ -124,9 +124,10 @@ def _arguments(value: object) -> dict[str, object]:
     for name, parameter in inspect.signature(type(value)).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments.update(getattr(value, name, {}))
-        elif parameter.kind is not parameter.VAR_POSITIONAL and hasattr(value, name):
-            if getattr(value, name) is not parameter.default:
-                arguments[name] = getattr(value, name)
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            found = getattr(value, name, parameter.default)
+            if found is not parameter.default:
+                arguments[name] = found
     return arguments
 
 

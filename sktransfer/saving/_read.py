@@ -73,8 +73,7 @@ class Reader:
         self.path, self.weights, self.trusted = path, weights, trusted
         self.given = {"backbone": backbone, "head": head}
         self.tensors: Tensors = {}
-        self._networks: dict[tuple[int, str], Source | nn.Module] = {}
-        self._states: dict[int, Tensors] = {}
+        self._networks: dict[int, Source | nn.Module] = {}
 
     def read(self) -> tuple[BaseEstimator, list[BaseEstimator]]:
         """Return what was saved, and the estimators of ours in it."""
@@ -83,7 +82,7 @@ class Reader:
         data = self.tensors.pop("skops", None)
         classical = b"" if data is None else data.numpy().tobytes()
         if classical:
-            check_types(classical, self.trusted)
+            check_types(classical, self.trusted, self.path)
         self._check_given(records)
         ours = [self._estimator(i, record) for i, record in enumerate(records)]
         require(not self.tensors, f"it holds unknown tensors {sorted(self.tensors)[:5]}")
@@ -161,24 +160,22 @@ class Reader:
         from sktransfer.networks._backbone import resolve_source
         from sktransfer.networks._sources import saved_source
 
-        if (k, name) not in self._networks:
-            if k not in self._states:
-                self._states[k] = _taken(self.tensors, f"networks/{k}/")
-            state = self._states[k]
+        if k not in self._networks:
+            state = _taken(self.tensors, f"networks/{k}/")
             require(bool(state), f"it holds no weights for {name!r}")
             if module is None:
-                self._networks[k, name] = saved_source(name, state)
-            else:
-                own = copy.deepcopy(resolve_source(module, "DEFAULT").module)  # type: ignore[attr-defined]
-                try:
-                    own.load_state_dict(state)
-                except RuntimeError as error:
-                    raise ValueError(
-                        f"The module given as backbone does not take the weights of {self.path}: "
-                        f"{error}"
-                    ) from error
-                self._networks[k, name] = own
-        return self._networks[k, name]
+                self._networks[k] = saved_source(name, state)
+                return self._networks[k]
+            own = copy.deepcopy(resolve_source(module, "DEFAULT").module)  # type: ignore[attr-defined]
+            try:
+                own.load_state_dict(state)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"The module given as backbone does not take the weights of {self.path}: "
+                    f"{error}"
+                ) from error
+            self._networks[k] = own
+        return self._networks[k]
 
     # -- what fit set -------------------------------------------------------------------------
     def _backbone(self, estimator: BaseEstimator, record: dict, settings: object) -> Backbone:

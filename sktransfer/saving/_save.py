@@ -315,7 +315,7 @@ def load(
         reader = Reader(path, weights=weights, backbone=backbone, head=head, trusted=names)
         estimator, _ = reader.read()
     except (Refused, RecursionError, MemoryError) as error:
-        reason = error if isinstance(error, Refused) else f"it needs too much memory ({error!r})"
+        reason = error if isinstance(error, Refused) else f"it is too deep or large ({error!r})"
         raise ValueError(
             f"{path} was not loaded: {reason}. sktransfer.load reads what sktransfer.save of "
             "this version wrote, and nothing else."
