@@ -107,10 +107,14 @@ class Decoder:
 
     def _decode_kind(self, value: dict, parameter: str) -> object:
         kind = value.pop(_KIND)
-        if kind == "tuple" and set(value) == {"items"}:
-            return tuple(self.decode(item, parameter) for item in value["items"])
-        if kind == "dict" and set(value) == {"items"}:
-            return dict(self.decode(value["items"], parameter))  # type: ignore[call-overload]
+        items = value["items"] if set(value) == {"items"} else None
+        if kind == "tuple" and isinstance(items, list):
+            return tuple(self.decode(item, parameter) for item in items)
+        if kind == "dict" and isinstance(items, list):
+            pairs = [pair for pair in items if isinstance(pair, list) and len(pair) == 2]
+            if len(pairs) < len(items):
+                raise KeyError(kind)
+            return {self.decode(k, parameter): self.decode(v, parameter) for k, v in pairs}
         if kind == "tensor" and set(value) == {"at"}:
             return self.tensors.pop(value["at"])
         if kind == "array":
@@ -122,7 +126,8 @@ class Decoder:
         raise KeyError(kind)
 
     def _decode_array(self, dtype: str, shape: list, items: list = (), at: str = "") -> object:  # type: ignore[assignment]
-        if not all(type(length) is int and length >= 0 for length in shape):
+        is_right = all(type(length) is int and length >= 0 for length in shape)
+        if not is_right or (len(shape) > 1 and math.prod(shape) == 0):  # it may be long
             raise KeyError(shape)
         if dtype == "O" and all(type(item) is str for item in items) and not at:
             array = np.array([*items, None], dtype=object)[:-1]

@@ -164,6 +164,15 @@ HEADERS = {
     "place of numbers": ({("attributes", "classes_"): array("<i8", [3], [])}, "known kind"),
     "items": ({("attributes", "classes_"): strings("a", {})}, "known kind"),
     "shape of items": ({("attributes", "classes_"): strings("a", shape=[10**9])}, "known kind"),
+    "pairs": (
+        {("parameters", "unfreeze"): {"__kind__": "dict", "items": strings(shape=[10**9, 0])}},
+        "'unfreeze' is not of a known kind",
+    ),
+    "pair": (
+        {("parameters", "unfreeze"): {"__kind__": "dict", "items": [strings(shape=[10**9, 0])]}},
+        "'unfreeze' is not of a known kind",
+    ),
+    "long and empty": ({("attributes", "classes_"): strings(shape=[10**9, 0])}, "known kind"),
     "attribute": ({("attributes", "predict"): 1}, "fitted attributes are"),
     "type": ({("attributes", "n_iter_"): "3"}, "its n_iter_ is of type str"),
     "sign": ({("attributes", "first_trained_stage"): -2}, "first_trained_stage is -2"),
