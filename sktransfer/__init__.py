@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from sktransfer._version import __version__
 
 if TYPE_CHECKING:
-    from sktransfer._save import load, save
     from sktransfer.embedding._extractor import PretrainedFeatureExtractor
     from sktransfer.fine_tuning._classifier import FineTuningClassifier
     from sktransfer.fine_tuning._regressor import FineTuningRegressor
     from sktransfer.networks._backbone import load_backbone
     from sktransfer.networks._catalog import list_backbones
+    from sktransfer.saving._save import load, save
     from sktransfer.store._store import embedding_store
 
 __all__ = [
@@ -36,9 +36,9 @@ _MODULES = {
     "PretrainedFeatureExtractor": "embedding._extractor",
     "embedding_store": "store._store",
     "list_backbones": "networks._catalog",
-    "load": "_save",
+    "load": "saving._save",
     "load_backbone": "networks._backbone",
-    "save": "_save",
+    "save": "saving._save",
 }
 
 

@@ -16,12 +16,12 @@ spec.loader.exec_module(house)
 
 # Seven floors of files and folders; each imports from those below it only.
 FLOORS = [
-    {"_jsonable", "_progress", "_threads", "_version"},
+    {"_progress", "_threads", "_version"},
     {"images", "store"},
     {"networks", "_validation"},
     {"embedding"},
     {"fine_tuning"},
-    {"_save", "inspection"},
+    {"saving", "inspection"},
     {"__init__", "transferability"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -13,10 +13,9 @@ from skorch import NeuralNet
 from torch import nn
 
 from sktransfer.embedding._batches import cpu_batch_size
-from sktransfer.networks._backbone import Backbone, load_backbone
+from sktransfer.networks._backbone import Backbone
 from sktransfer.networks._inference import scale_and_shift
 from sktransfer.networks._preprocessing import Preprocessing
-from sktransfer.networks._sources import GivenSource
 
 # With more trained parameters than this a CPU runs a batch whole, as each part of a batch adds to
 # all of their gradients. For 32 images of 224×224 with everything trained, parts of 8 were 1.3 to
@@ -306,7 +305,7 @@ class TunedNetwork:
         """Names and shapes of what :meth:`trained_state` returns."""
         if not self.has_own_stages:
             return {}
-        stages = self.backbone.stages
+        stages = self.backbone.network.plan.stages()  # without weights
         return {
             f"{i}.{name}": tuple(tensor.shape)
             for i in range(self.first_trained_stage, len(self.stage_names))
@@ -353,28 +352,6 @@ class TunedNetwork:
         copied = type(self).__new__(type(self))
         copied.__setstate__(self.__getstate__())
         return copied
-
-
-def with_own_weights(
-    name: str,
-    state: dict[str, torch.Tensor],
-    layer: str | list | None,
-    pooling: str,
-    preprocessing: Preprocessing,
-) -> Backbone:
-    """A backbone of a named architecture with these weights; nothing is downloaded.
-
-    Its fingerprint is computed from the weights themselves.
-    """
-    base = load_backbone(name, weights=None)
-    module = copy.deepcopy(base.network.module)
-    module.load_state_dict(state)
-    arrays = {key: tensor.contiguous().numpy() for key, tensor in state.items()}
-    digest = _digest(base.fingerprint, arrays)
-    module.eval().requires_grad_(False)
-    assert isinstance(base.preprocessing, Preprocessing)  # the network's own
-    source = GivenSource(base.name, base.preprocessing, module, f"own-{digest}")
-    return Backbone(source, layer, pooling, preprocessing)
 
 
 def _digest(fingerprint: str, state: dict[str, np.ndarray]) -> str:

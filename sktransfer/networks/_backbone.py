@@ -17,6 +17,7 @@ from sktransfer.networks._inference import (
     Network,
     Pooling,
     get_network,
+    is_in_memory,
     layout_of,
     pooled_width,
     resolve_pooling,
@@ -156,6 +157,9 @@ class Backbone:
         The fingerprint of each layer alone, so that its rows serve other combinations.
     """
 
+    # Whether the weights come from a saved file that no name brings back.
+    is_standalone = False
+
     def __init__(
         self,
         source: Source,
@@ -266,9 +270,22 @@ class Backbone:
         )
 
     @property
-    def has_own_weights(self) -> bool:
-        """Whether the weights come from a saved model, so that no name brings them back."""
-        return isinstance(self._source, GivenSource)
+    def weights_digest(self) -> str:
+        """Changes with the weights; a module's code is not part of it."""
+        digest = self._source.digest
+        return digest.rpartition(":")[2] if isinstance(self._source, ModuleSource) else digest
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        if is_in_memory(self._source, self._plan_size):
+            return
+        try:
+            self._source.check_weights()
+        except OSError as error:
+            raise FileNotFoundError(
+                f"{error}\nA pickle holds no weights that a name or a file brings back: "
+                "sktransfer.save(model, path, standalone=True) writes a file with all weights."
+            ) from error
 
     @property
     def cut(self) -> tuple:

@@ -94,6 +94,7 @@ def get_network(source: Source, input_size: tuple[int, int, int]) -> Network:
     """Return the one network of this process for `source`; the last four used are kept."""
     key = (type(source).__name__, source.name, source.digest, input_size)
     if found := _look_up(key):
+        found.source = source  # of the same weights, whose file may have moved
         return found
     with one_at_a_time:  # as building does: the other order could block two threads for ever
         if found := _look_up(key):
@@ -104,6 +105,10 @@ def get_network(source: Source, input_size: tuple[int, int, int]) -> Network:
             while len(_networks) > MAX_NETWORKS:
                 _networks.popitem(last=False)
         return network
+
+
+def is_in_memory(source: Source, input_size: tuple[int, int, int]) -> bool:
+    return _look_up((type(source).__name__, source.name, source.digest, input_size)) is not None
 
 
 def _look_up(key: tuple) -> Network | None:

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from difflib import get_close_matches
 from pathlib import Path
@@ -61,6 +61,9 @@ class Source(ABC):
     @abstractmethod
     def load(self, module: nn.Module, head_layers: set[str]) -> None:
         """Fill `module`, which :meth:`build` returned, with the weights."""
+
+    def check_weights(self) -> None:  # noqa: B027
+        """Raise OSError if the weights are not on this machine; they are not read."""
 
 
 class GivenSource(Source):
@@ -129,11 +132,8 @@ class NamedSource(Source):
                 state = self.make().state_dict()
             module.load_state_dict(state, assign=True)
         else:
+            self.check_weights()
             path = self.weights_file()
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"The weights file {str(path)!r} of {self.name} is gone: put it back."
-                )
             if (got := self.digest_weights()) != self.digest:
                 raise ValueError(
                     f"The weights file {str(path)!r} of {self.name} has changed since this was "
@@ -145,14 +145,25 @@ class NamedSource(Source):
             self.key_report = _weights.fit_state_dict(module, state, head_layers, what)
         freeze(module)
 
+    def check_weights(self) -> None:
+        path = None if self.is_random else self.weights_file()
+        if path is not None and not path.is_file():
+            raise FileNotFoundError(
+                f"The weights file {path.name!r} of {self.name} is not in {str(path.parent)!r}: "
+                "put it back."
+            )
+
+
+def is_path(weights: object) -> bool:
+    """Whether `weights` is a path rather than the name of published weights."""
+    if isinstance(weights, str):
+        return bool(Path(weights).suffix) or any(sign in weights for sign in ("/", os.sep, "~"))
+    return isinstance(weights, os.PathLike)
+
 
 def weights_path(weights: object) -> Path | None:
-    """Return the file, if `weights` is a path rather than the name of published weights."""
-    if isinstance(weights, str):
-        separators = ("/", os.sep, "~")
-        if not (Path(weights).suffix or any(sign in weights for sign in separators)):
-            return None
-    elif not isinstance(weights, os.PathLike):
+    """Return the file, if `weights` is a path."""
+    if not isinstance(weights, (str, os.PathLike)) or not is_path(weights):
         return None
     path = Path(os.path.abspath(os.path.expanduser(weights)))
     if path.suffix.lower() not in _SUFFIXES:
@@ -276,22 +287,20 @@ class TorchvisionSource(NamedSource):
             self.url = published.url
         self.digest = self.digest_weights()
         self.arguments: dict[str, bool | int] = dict(_ARGUMENTS.get(name, {}))
-        if not name.startswith("vit_"):
-            self.preprocessing = _of_preset(published)
-            return
-        # A vision transformer is built for one input size.
-        side = self.arguments["image_size"] = self._side(published.meta["min_size"][0])
-        members = [published, *get_model_weights(name)]
+        self.preprocessing = _of_preset(published)
+        if name.startswith("vit_"):
+            state = {} if self.path is None else _weights.read_state_dict(self.path)
+            self.set_image_size(state, published)
+
+    def set_image_size(self, state: Mapping[str, torch.Tensor], published: WeightsEnum) -> None:
+        """Build a vision transformer for the one input size that its weights are for."""
+        side, position = published.meta["min_size"][0], state.get("encoder.pos_embedding")
+        if position is not None and position.ndim == 3:
+            side = round((position.shape[1] - 1) ** 0.5) * int(self.name.rpartition("_")[2])
+        self.arguments["image_size"] = side
+        members = [published, *get_model_weights(self.name)]
         published = next((w for w in members if w.meta["min_size"][0] == side), published)
         self.preprocessing = with_overrides({"crop": side}, _of_preset(published))
-
-    def _side(self, default: int) -> int:
-        """Return the height and width that the weights of a vision transformer are for."""
-        state = {} if self.path is None else _weights.read_state_dict(self.path)
-        position = state.get("encoder.pos_embedding")
-        if position is None or position.ndim != 3:
-            return default
-        return round((position.shape[1] - 1) ** 0.5) * int(self.name.rpartition("_")[2])
 
     def make(self) -> nn.Module:
         return get_model_builder(self.name)(weights=None, **self.arguments)
@@ -336,6 +345,9 @@ def timm_source(name: str, weights: object) -> TimmSource:
         if key not in _timm_sources:
             _timm_sources[key] = TimmSource(name, weights)
         return _timm_sources[key]
+
+
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class TimmSource(NamedSource):
@@ -392,6 +404,20 @@ class TimmSource(NamedSource):
         if not self.is_published:
             super().load(module, head_layers)
 
+    def check_weights(self) -> None:
+        if not self.is_published:
+            super().check_weights()
+        elif not self._is_downloaded():
+            self._made = self.build()
+
+    def _is_downloaded(self) -> bool:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = import_timm().get_pretrained_cfg(self.model_name)
+        place = config.hf_hub_id if config else self.model_name.partition(":")[2]
+        found = [try_to_load_from_cache(place, name) for name in _HUB_FILES if place]
+        return any(isinstance(path, str) for path in found)
+
     def _pretrained(self) -> nn.Module:
         timm = import_timm()
         try:
@@ -429,3 +455,24 @@ def timm_preprocessing(module: nn.Module) -> Preprocessing:
     method = config["interpolation"]
     method = "bicubic" if method == "random" else method
     return Preprocessing(size, (height, width), config["mean"], config["std"], method)
+
+
+def saved_source(name: str, state: Mapping[str, torch.Tensor]) -> GivenSource:
+    """Return the network called `name` with weights that are in memory; nothing is downloaded.
+
+    ValueError if they are not those of this network.
+    """
+    source = named_source(name, None)
+    if isinstance(source, TorchvisionSource) and "image_size" in source.arguments:
+        source.set_image_size(state, get_model_weights(name)["DEFAULT"])
+    module = source.build()
+    kinds = {key: tensor.dtype for key, tensor in module.state_dict().items()}
+    if kinds != {key: tensor.dtype for key, tensor in state.items()}:
+        raise ValueError(f"its weights are not those of {name!r}")
+    try:
+        module.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"its weights do not fit {name!r}: {error}") from error
+    return GivenSource(
+        name, source.preprocessing, freeze(module), f"own-{_weights.state_digest(module)}"
+    )

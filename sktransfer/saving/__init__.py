@@ -1,0 +1,1 @@
+"""Keep a fitted model in one file that is safe to open."""
