@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx, nn
@@ -20,7 +21,12 @@ from sktransfer.networks._stages import plan_stages
 MAX_NETWORKS = 4
 _MAX_COPIES = 4
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 _networks: OrderedDict[tuple, Network] = OrderedDict()
 _lock = process_lock()  # for look-ups only
@@ -70,6 +76,7 @@ class Network:
         mean = std = None
         if isinstance(preprocessing, Preprocessing):
             mean, std = preprocessing.mean, preprocessing.std
+        device = with_index(device)
         key = tuple(keys), tuple(poolings), mean, std, device, precision
         with self._lock:
             if key in self._copies:
@@ -83,7 +90,8 @@ class Network:
                 extractor = inference_copy(extractor, device, dtype, channels_last=channels_last)
             else:
                 extractor = extractor.copy_to(device, dtype)
-            made = EmbeddingNetwork(extractor, mean, std, dtype, channels_last).to(device).eval()
+            made = EmbeddingNetwork(extractor, mean, std, precision, channels_last)
+            made = made.to(device).eval()
             self._copies[key] = made
             while len(self._copies) > _MAX_COPIES:
                 self._copies.popitem(last=False)
@@ -119,6 +127,43 @@ def clear_networks() -> None:
         _networks.clear()
 
 
+# -- devices ------------------------------------------------------------------------------------
+def with_index(device: torch.device) -> torch.device:
+    """Return the device with its number, as ``"cuda"`` and ``"cuda:0"`` are one."""
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.index is not None:
+        return device
+    # Asking for the current device would initialise CUDA, after which a process cannot fork.
+    is_chosen = device.type == "cuda" and torch.cuda.is_initialized()
+    return torch.device(device.type, torch.cuda.current_device() if is_chosen else 0)
+
+
+@contextlib.contextmanager
+def tensor_float_32(device: torch.device, is_allowed: bool) -> Iterator[None]:
+    """Let CUDA round float32 factors to TF32, of 10 bits, or not, whatever the caller has set.
+
+    Rows of the two differ by about 5e-4, so that they must not share a fingerprint.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    name, value = "allow_tf32", is_allowed
+    places: list = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    if hasattr(torch.backends.cudnn, "conv"):  # since torch 2.9, which refuses a mix of both
+        name, value = "fp32_precision", "tf32" if is_allowed else "ieee"
+        places = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
+    with one_at_a_time:  # kernels are chosen when they are queued
+        before = [getattr(place, name) for place in places]
+        try:
+            for place in places:
+                setattr(place, name, value)
+            yield
+        finally:
+            for place, found in zip(places, before, strict=True):
+                setattr(place, name, found)
+
+
 # -- folding ------------------------------------------------------------------------------------
 def scale_and_shift(
     mean: Sequence[float], std: Sequence[float]
@@ -142,7 +187,7 @@ class EmbeddingNetwork(nn.Module):
         Returns the layers' pooled values as a list; made by :func:`inference_copy`.
     mean, std : sequence of float, or None
         Of pixels in 0…1; None: the input comes normalised, as floats.
-    dtype : torch.dtype
+    precision : {"float32", "tf32", "bfloat16", "float16"}
         What the network computes in.
     channels_last : bool
     """
@@ -152,12 +197,12 @@ class EmbeddingNetwork(nn.Module):
         extractor: nn.Module,
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
-        dtype: torch.dtype,
+        precision: str,
         channels_last: bool,
     ):
         super().__init__()
         self.extractor = extractor
-        self.dtype = dtype
+        self.precision, self.dtype = precision, _DTYPES[precision]
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.scale: torch.Tensor
         self.shift: torch.Tensor
@@ -172,7 +217,8 @@ class EmbeddingNetwork(nn.Module):
         if self.is_normalising:
             x = torch.addcmul(self.shift, x.float(), self.scale)
         x = x.to(self.dtype).contiguous(memory_format=self.memory_format)
-        return self.extractor(x)
+        with tensor_float_32(x.device, self.precision == "tf32"):
+            return self.extractor(x)
 
 
 def inference_copy(
