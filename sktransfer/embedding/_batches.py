@@ -32,9 +32,11 @@ _ACCELERATOR_BATCH = 256
 # are allocated and zeroed by the system at every layer. 8 images of 224 × 224 are 1.0 to 1.3 times
 # as fast as 32 (docs/benchmarks/batch_size.py).
 _CPU_VALUES, _SMALLEST_CPU_BATCH, _LARGEST_CPU_BATCH = 8 * 3 * 224 * 224, 4, 32
-# Towards the end batches shrink to this, so that all workers finish at about the same time, and
-# an accelerator soon after the last image is decoded.
-_LAST_BATCH, _LAST_ACCELERATOR_BATCH = 8, 32
+# Towards the end batches shrink to this, so that all workers finish at about the same time.
+_LAST_BATCH = 8
+# An accelerator's first and last ones: it starts soon after the first image is decoded, and ends
+# soon after the last (docs/benchmarks/gpu_scheduling.py).
+_SMALLEST_ACCELERATOR_BATCH = 32
 _MOST_WORKERS = 8  # on a CPU: a few wide ones rather than many narrow ones
 _MOST_QUEUED = 2  # batches on an accelerator whose rows are not waited for yet
 
@@ -79,7 +81,7 @@ def run_on_accelerator(run, device: torch.device, batch_size: int | str, n_threa
     """Read and decode in threads, a batch in all of them; this thread alone uses the device."""
     limit = BatchLimit(_ACCELERATOR_BATCH if batch_size == "auto" else int(batch_size))
     if batch_size == "auto":
-        limit.n_sharing, limit.smallest = 2, _LAST_ACCELERATOR_BATCH
+        limit.n_sharing, limit.smallest, limit.is_growing = 3, _SMALLEST_ACCELERATOR_BATCH, True
     network = functools.cache(lambda: run.network(device))
     # Rows are waited for when the next batches are queued, so that the device always has work.
     queued: deque[tuple[list, list, Callable[[], list[Tensor]]]] = deque()
@@ -102,7 +104,7 @@ def run_on_accelerator(run, device: torch.device, batch_size: int | str, n_threa
                 keep_all_but(0)
             elif done[1]:
                 batch = done[0]
-                good, pixels = run.pixels(batch)
+                good, pixels = run.pixels(batch, device)
                 parts = run.forward(limit, network(), good, pixels, device) if good else []
                 queued.append((batch.rows, good, _copied_back(parts, device)))
                 keep_all_but(_MOST_QUEUED)
@@ -118,31 +120,35 @@ class Batch:
         How many rows are expected.
     rows : list
         Those that have come.
-    images : dict of int to ndarray
-        The decoded image of each row by its place in `rows`; bad ones are left out.
-    pixels : tensor of shape (size, …) or None
-        What holds all images of one shape.
+    images : dict of int to tensor
+        The pixels of each row by its place in `rows`; bad images are left out.
+    joined : tensor of shape (size, …) or None
+        Of which the images are parts, if they have one shape; made for the first that comes.
     first : int
-        Place of the row whose image gave the tensor its shape.
+        The place of that one.
     """
 
-    def __init__(self, size: int, is_pinned: bool) -> None:
-        self.size, self.rows = size, list()
-        self.images: dict[int, np.ndarray] = {}
-        self.pixels: Tensor | None = None
+    def __init__(self, size: int, is_pinned: bool, is_joined: bool) -> None:
+        self.size = size
+        self.rows: list = []
+        self.images: dict[int, Tensor] = {}
+        self.joined: Tensor | None = None
         self.first = 0
-        self._is_pinned, self._lock = is_pinned, threading.Lock()
+        self._is_pinned, self._is_joined = is_pinned, is_joined
+        self._lock = threading.Lock()
 
-    def room_for(self, k: int, image: np.ndarray) -> np.ndarray:
-        """Return where the image of row `k` goes, in a tensor made for the first that comes."""
+    def room_for(self, k: int, image: np.ndarray) -> Tensor:
+        """Return where the image of row `k` goes."""
+        if not self._is_joined:
+            return self._empty(image.shape, image.dtype)
         with self._lock:
-            if self.pixels is None:
-                shape, dtype = (self.size, *image.shape), torch.float32
-                if image.dtype == np.uint8:
-                    dtype = torch.uint8
-                self.pixels = torch.empty(shape, dtype=dtype, pin_memory=self._is_pinned)
-                self.first = k
-        return self.pixels[k].numpy()
+            if self.joined is None:
+                self.joined, self.first = self._empty((self.size, *image.shape), image.dtype), k
+        return self.joined[k]
+
+    def _empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+        number = torch.uint8 if dtype == np.uint8 else torch.float32
+        return torch.empty(shape, dtype=number, pin_memory=self._is_pinned)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -269,9 +275,7 @@ class Workers:
             if item is not None:
                 under_way.append(self._pool.submit(work, item))
             while under_way and (
-                item is None
-                or len(under_way) >= self.depth
-                or (is_eager and under_way[0].done())
+                item is None or len(under_way) >= self.depth or (is_eager and under_way[0].done())
             ):
                 yield under_way.popleft().result()
             if item is None:
@@ -294,20 +298,29 @@ class BatchLimit:
         self.size = size
         self.n_sharing = 0  # workers that share the batches out among them …
         self.smallest = _LAST_BATCH  # … in ever smaller ones towards the end
+        self.is_growing = False  # whether the first are small, too
+        self._n_dealt = 0
 
     def next_size(self, n_left: int) -> int:
         """Return the size of the next batch if at most so many images are left."""
         if not self.n_sharing:
             return self.size
         share = -(-n_left // (2 * self.n_sharing))
-        return min(self.size, max(self.smallest, share))
+        if self.is_growing:
+            share = min(share, self._n_dealt)
+        size = min(self.size, max(self.smallest, share))
+        self._n_dealt += size
+        return size
 
     def forward(
         self, network: nn.Module, batch: Tensor, device: torch.device | None = None
     ) -> list[Tensor]:
         """Run ``batch``; when memory runs out, in halves, and keep to that size."""
         try:
-            return network(batch if device is None else _uploaded(batch, device))
+            if device is not None and batch.device != device:
+                on_host, in_background = batch, device.type in STREAMING
+                batch = uploaded(lambda: on_host.to(device, non_blocking=in_background), device)
+            return network(batch)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -335,17 +348,17 @@ def _upload_stream(device: torch.device) -> torch.Stream:
     return torch.get_device_module(device).Stream(device)
 
 
-def _uploaded(batch: Tensor, device: torch.device) -> Tensor:
-    """Copy a batch to the device, beside what is computed there."""
-    if device.type not in STREAMING or batch.device == device:
-        return batch.to(device)
+def uploaded(make: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """Return a tensor that `make` copies to the device, beside what is computed there."""
+    if device.type not in STREAMING:
+        return make()
     module, uploads = torch.get_device_module(device), _upload_stream(device)
     with module.stream(uploads):
-        copied = batch.to(device, non_blocking=True)
+        made = make()
     computing = module.current_stream(device)
     computing.wait_stream(uploads)
-    copied.record_stream(computing)  # its memory is not reused before it was read
-    return copied
+    made.record_stream(computing)  # its memory is not reused before it was read
+    return made
 
 
 def _copied_back(parts: list[Tensor], device: torch.device) -> Callable[[], list[Tensor]]:

@@ -24,9 +24,11 @@ from sktransfer.embedding._batches import (
     resolve_device,
     run_on_accelerator,
     run_on_cpu,
+    uploaded,
 )
 from sktransfer.embedding._cluster import deal_out, is_outside_of_workers
 from sktransfer.images._images import BadImage, Images
+from sktransfer.networks._preprocessing import Preprocessing
 from sktransfer.store._store import NO_STORE, Lock, Store, as_store, block_of
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ _FIRST_PART = 64  # images read before an accelerator's threads decode the first
 _READ_TOGETHER = 8  # images read by one task
 _PART_BYTES = 128 << 20  # of content that is read before it is computed
 _POLL_SECONDS = 0.02
+_CPU = torch.device("cpu")
 # joblib's own backends: their workers are cores of this machine, which embed() uses as threads.
 _LOCAL_BACKENDS = {
     "LokyBackend",
@@ -198,6 +201,11 @@ class EmbeddingRun:
         self._precision, self._groups, self._fill = precision, groups, fill
         self._progress = progress or (lambda n: None)
         self.input_size = backbone.input_size
+        # What resizes images together, on the device; None: each is resized after decoding.
+        self._together: Preprocessing | None = None
+        how = backbone.preprocessing
+        if isinstance(how, Preprocessing) and how.resize_on == "device":
+            self._together = how
         self._fingerprints = [f"{f}-{precision}" for f in backbone.group_fingerprints]
         self._keeps = store.max_bytes != 0
         self._n_left = self._n_unreported = len(images)  # to compute at most; not reported yet
@@ -244,7 +252,7 @@ class EmbeddingRun:
     ) -> Iterator[tuple[Batch, range, bool]]:
         is_last = False  # of all rows
         while not is_last:
-            batch = Batch(limit.next_size(self._n_left), is_pinned)
+            batch = Batch(limit.next_size(self._n_left), is_pinned, self._together is None)
             n_together = -(-batch.size // n_tasks)
             n = 0
             while not is_last and n < batch.size:
@@ -392,22 +400,26 @@ class EmbeddingRun:
             if array.shape != into.shape:
                 raise ValueError(
                     f"The preprocessing gave an array of shape {array.shape} for "
-                    f"{self._images.where(row.i)}, and of shape {into.shape} for "
+                    f"{self._images.where(row.i)}, and of shape {tuple(into.shape)} for "
                     f"{self._images.where(batch.rows[batch.first].i)}: all images must have one "
                     "shape then."
                 )
-            into[:] = array
+            into.numpy()[:] = array
             batch.images[k] = into
 
-    def pixels(self, batch: Batch) -> tuple[list[_Row], torch.Tensor]:
+    def pixels(self, batch: Batch, device: torch.device = _CPU) -> tuple[list[_Row], torch.Tensor]:
         """Return the rows of a batch that have an image, and these as the network takes them."""
         places = sorted(batch.images)
-        if not places:
+        good, images = [batch.rows[k] for k in places], [batch.images[k] for k in places]
+        if not good:
             return [], torch.empty(0)
-        pixels = batch.pixels[: len(places)]
-        if places[-1] >= len(places):  # bad ones lie between them
-            pixels = batch.pixels[places]
-        good = [batch.rows[k] for k in places]
+        if self._together is not None:
+            resize = self._together.resize_crop_together
+            return good, uploaded(lambda: resize(images, device), device)
+        assert batch.joined is not None
+        pixels = batch.joined[: len(good)]
+        if places[-1] >= len(good):  # bad ones lie between them
+            pixels = torch.stack(images)
         # H×W×3 pixels seen as 3×H×W are channels-last already: nothing is copied.
         return good, pixels.permute(0, 3, 1, 2) if pixels.dtype == torch.uint8 else pixels
 
@@ -420,6 +432,8 @@ class EmbeddingRun:
         preprocessing = self._backbone.preprocessing
         image = cell.decode(preprocessing.min_size)
         try:
+            if self._together is not None:
+                return np.asarray(self._together.in_colours(image))
             return preprocessing.resize_crop(image)
         except Exception as error:
             error.add_note(f"This happened in the preprocessing of {self._images.where(row.i)}.")

@@ -148,11 +148,13 @@ def tensor_float_32(device: torch.device, is_allowed: bool) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    name, value = "allow_tf32", is_allowed
-    places: list = [torch.backends.cudnn, torch.backends.cuda.matmul]
-    if hasattr(torch.backends.cudnn, "conv"):  # since torch 2.9, which refuses a mix of both
+    backends = torch.backends
+    places: list[object] = [backends.cudnn, backends.cuda.matmul]
+    name: str = "allow_tf32"
+    value: bool | str = is_allowed
+    if hasattr(backends.cudnn, "conv"):  # since torch 2.9, which refuses a mix of both
+        places = [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul]
         name, value = "fp32_precision", "tf32" if is_allowed else "ieee"
-        places = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
     with one_at_a_time:  # kernels are chosen when they are queued
         before = [getattr(place, name) for place in places]
         try:
