@@ -51,7 +51,7 @@ SHARED_CONSTRAINTS: dict[str, list] = {
     "preprocessing": [StrOptions({"auto"}), dict, callable],
     "image_shape": [tuple, list, None],
     "device": [str],
-    "precision": [StrOptions({"float32", "bfloat16", "float16"})],
+    "precision": [StrOptions({"float32", "tf32", "bfloat16", "float16"})],
     "n_jobs": [
         Interval(Integral, 1, None, closed="left"),
         Interval(Integral, None, -1, closed="right"),

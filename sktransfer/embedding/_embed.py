@@ -252,7 +252,8 @@ class EmbeddingRun:
     ) -> Iterator[tuple[Batch, range, bool]]:
         is_last = False  # of all rows
         while not is_last:
-            batch = Batch(limit.next_size(self._n_left), is_pinned, self._together is None)
+            size = max(1, min(limit.next_size(self._n_left), self._n_left))
+            batch = Batch(size, is_pinned, self._together is None)
             n_together = -(-batch.size // n_tasks)
             n = 0
             while not is_last and n < batch.size:
