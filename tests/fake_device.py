@@ -98,7 +98,8 @@ class FakeDevice(TorchDispatchMode):
         self.stream, self.most_images, self.n_uploads = Stream(), most_images, 0
         self._pinned = set()
         FakeDevice.now = self
-        monkeypatch.setattr(_batches, "STREAMING", {"meta"} if is_streaming else set())
+        if is_streaming:
+            _batches.STREAMING.add("meta")
         monkeypatch.setitem(_batches._COUNTS, "meta", lambda: 1)
         _batches._upload_stream.cache_clear()
         clear_networks()  # those of an earlier device have its streams
@@ -120,6 +121,11 @@ class FakeDevice(TorchDispatchMode):
                 self._pinned.add(made.untyped_storage().data_ptr())
             return made
 
+        def pin_memory(tensor):
+            pinned = tensor.clone()
+            self._pinned.add(pinned.untyped_storage().data_ptr())
+            return pinned
+
         def autocast_elsewhere(kind, *args, **kwargs):
             return contextlib.nullcontext() if kind == "meta" else autocast(kind, *args, **kwargs)
 
@@ -130,6 +136,7 @@ class FakeDevice(TorchDispatchMode):
         )
         monkeypatch.setattr(torch, "empty", empty_pinned)
         monkeypatch.setattr(torch, "autocast", autocast_elsewhere)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
         monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: self._is_pinned(tensor))
 
     @contextlib.contextmanager
@@ -137,6 +144,10 @@ class FakeDevice(TorchDispatchMode):
         before, self.stream = self.stream, stream
         yield
         self.stream = before
+
+    def __exit__(self, *error):
+        _batches.STREAMING.discard("meta")
+        super().__exit__(*error)
 
     def note_work(self, tensor):
         self.stream.n_done += 1

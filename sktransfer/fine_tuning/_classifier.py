@@ -91,8 +91,8 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     augment : {"light", "strong"}, callable, list or None, default=None
         Random changes of training images, new in each epoch. ``"light"`` mirrors and crops,
         ``"strong"`` crops more and changes colours. A callable takes and returns one uint8 tensor
-        (channels, height, width), as ``torchvision.transforms.v2`` do; draw from torch's random
-        state to be repeatable. ``v2.MixUp`` and ``v2.CutMix`` mix images of a batch and their
+        (channels, height, width) on the CPU, whatever `device` is, as ``torchvision.transforms.v2``
+        do; draw from torch's random state to be repeatable. ``v2.MixUp`` and ``v2.CutMix`` mix images of a batch and their
         targets; not for several labels per row. A list holds several of these. Where
         `preprocessing` is a callable, its float images are changed, but not their colours.
     early_stopping : "auto" or bool, default="auto"

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sktransfer._threads import one_at_a_time, process_lock
-from sktransfer.networks._graph import is_patched
+from sktransfer.networks._graph import graph_module, is_patched
 from sktransfer.networks._preprocessing import AnyPreprocessing, Preprocessing
 from sktransfer.networks._sources import Source
 from sktransfer.networks._stages import plan_stages
@@ -237,9 +237,10 @@ def inference_copy(
     channels_last : bool
         Whether convolutions keep their weights as N×H×W×C.
     """
-    folded = fx.GraphModule(network, copy.deepcopy(network.graph))
+    folded = graph_module(network, copy.deepcopy(network.graph))
     _fold_batch_norms(folded)
     copied = copy.deepcopy(folded).to(device=device, dtype=dtype)
+    copied.graph.owning_module = None
     for layer in copied.modules():
         if channels_last and isinstance(layer, nn.Conv2d):
             layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
