@@ -112,43 +112,30 @@ def run_on_accelerator(run, device: torch.device, batch_size: int | str, n_threa
 
 
 class Batch:
-    """Rows to compute together, and the pixels of their images, which several threads fill in.
+    """Rows to compute together, `size` at most, and their images, which several threads decode.
 
-    Attributes
-    ----------
-    size : int
-        How many rows are expected.
-    rows : list
-        Those that have come.
-    images : dict of int to tensor
-        The pixels of each row by its place in `rows`; bad images are left out.
-    joined : tensor of shape (size, …) or None
-        Of which the images are parts, if they have one shape; made for the first that comes.
-    first : int
-        The place of that one.
+    `images` has the pixels of each row by its place in `rows`, without those of bad images. Unless
+    they have many shapes they are parts of one tensor, `joined`, which is made for the `first`.
     """
 
     def __init__(self, size: int, is_pinned: bool, is_joined: bool) -> None:
-        self.size = size
+        self.size, self._is_pinned, self._is_joined = size, is_pinned, is_joined
         self.rows: list = []
         self.images: dict[int, Tensor] = {}
         self.joined: Tensor | None = None
         self.first = 0
-        self._is_pinned, self._is_joined = is_pinned, is_joined
         self._lock = threading.Lock()
 
     def room_for(self, k: int, image: np.ndarray) -> Tensor:
         """Return where the image of row `k` goes."""
+        shape, dtype = image.shape, torch.uint8 if image.dtype == np.uint8 else torch.float32
         if not self._is_joined:
-            return self._empty(image.shape, image.dtype)
+            return torch.empty(shape, dtype=dtype, pin_memory=self._is_pinned)
         with self._lock:
             if self.joined is None:
-                self.joined, self.first = self._empty((self.size, *image.shape), image.dtype), k
+                shape, self.first = (self.size, *shape), k
+                self.joined = torch.empty(shape, dtype=dtype, pin_memory=self._is_pinned)
         return self.joined[k]
-
-    def _empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-        number = torch.uint8 if dtype == np.uint8 else torch.float32
-        return torch.empty(shape, dtype=number, pin_memory=self._is_pinned)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -181,15 +168,14 @@ def resolve_device(device: str) -> torch.device:
     return _dealt_device()
 
 
-_slots: list[FileLock] = []  # held until this process ends
+_slots: list[FileLock] = []  # the system frees them when this process ends
 
 
 @functools.cache
 def _dealt_device() -> torch.device:
     """Return the CUDA device that the fewest worker processes of this machine have been dealt.
 
-    Each holds a lock on one slot of its device, which the system frees when the process ends.
-    Slots have the name of the real device, as workers may see the devices in different orders.
+    Each holds a lock on a slot of the real device, as workers may see them in different orders.
     """
     user = getattr(os, "getuid", int)()  # a folder for all users may hold files of others
     for slot in itertools.count():
@@ -267,8 +253,8 @@ class Workers:
     ) -> Iterator[_Result | None]:
         """Yield ``work(item)`` in order, some being under way.
 
-        An item None waits for all of them and comes back as None. Unless `is_eager`, results
-        come when `depth` later items are under way, so that these are ready when asked for.
+        An item None waits for all of them and comes back as None. Unless `is_eager`, the first
+        result comes when `depth` items are under way: later ones are ready when asked for.
         """
         under_way: deque[Future[_Result]] = deque()
         for item in items:
@@ -306,8 +292,7 @@ class BatchLimit:
         if not self.n_sharing:
             return self.size
         share = -(-n_left // (2 * self.n_sharing))
-        if self.is_growing:
-            share = min(share, self._n_dealt)
+        share = min(share, self._n_dealt) if self.is_growing else share
         size = min(self.size, max(self.smallest, share))
         self._n_dealt += size
         return size

@@ -201,11 +201,11 @@ class EmbeddingRun:
         self._precision, self._groups, self._fill = precision, groups, fill
         self._progress = progress or (lambda n: None)
         self.input_size = backbone.input_size
-        # What resizes images together, on the device; None: each is resized after decoding.
-        self._together: Preprocessing | None = None
         how = backbone.preprocessing
-        if isinstance(how, Preprocessing) and how.resize_on == "device":
-            self._together = how
+        # What resizes the images of a batch together, on the device.
+        self._together = (
+            how if isinstance(how, Preprocessing) and how.resize_on == "device" else None
+        )
         self._fingerprints = [f"{f}-{precision}" for f in backbone.group_fingerprints]
         self._keeps = store.max_bytes != 0
         self._n_left = self._n_unreported = len(images)  # to compute at most; not reported yet
@@ -224,8 +224,8 @@ class EmbeddingRun:
     ) -> Iterator[tuple[Batch, range, bool] | None]:
         """Fill in the rows that the store has, and yield what is left to compute.
 
-        A batch comes as `n_tasks` tasks of decoding: the batch, the places of the rows to decode,
-        and whether these are its last. Its first are decoded while others are read.
+        A batch comes as `n_tasks` tasks of decoding, which may begin before all its images are
+        read: the batch, the places of the rows to decode, and whether these are its last.
 
         Other processes or threads may embed the same images at the same time. Rows are
         computed under the lock of the block that their digest falls into, and looked up once
@@ -235,9 +235,7 @@ class EmbeddingRun:
         # While one process computes a few blocks, the others can take the rest of the part.
         most = min(_CHUNK, 4 * readers.depth * limit.size)
         first = most if n_tasks == 1 else min(most, _FIRST_PART)
-        in_tasks = functools.partial(
-            self._batched, limit=limit, n_tasks=n_tasks, is_pinned=is_pinned
-        )
+        in_tasks = functools.partial(self._batched, limit, n_tasks, is_pinned)
         yield from in_tasks(self._missing(readers, first, most))
         while self._later:
             rows, self._later = sorted(self._later, key=lambda row: row.i), []
@@ -248,7 +246,7 @@ class EmbeddingRun:
                 time.sleep(_POLL_SECONDS)
 
     def _batched(
-        self, rows: Iterator[_Row], limit: BatchLimit, n_tasks: int, is_pinned: bool
+        self, limit: BatchLimit, n_tasks: int, is_pinned: bool, rows: Iterator[_Row]
     ) -> Iterator[tuple[Batch, range, bool]]:
         is_last = False  # of all rows
         while not is_last:

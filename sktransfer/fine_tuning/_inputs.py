@@ -141,8 +141,8 @@ class Precomputed:
         """Keep the rows on an accelerator, if they are not too large."""
         if device.type == "cpu" or self._rows.nbytes > _MAX_BYTES_ON_DEVICE:
             return
-        if self._on_device is None or self._on_device.device != device:
-            self._on_device = torch.from_numpy(self._rows).to(device)
+        if self._on_device is None:
+            self._on_device = torch.as_tensor(self._rows, device=device)
 
     def take(self, index: np.ndarray) -> torch.Tensor:
         if self._on_device is None:

@@ -141,10 +141,7 @@ def with_index(device: torch.device) -> torch.device:
 
 @contextlib.contextmanager
 def tensor_float_32(device: torch.device, is_allowed: bool) -> Iterator[None]:
-    """Let CUDA round float32 factors to TF32, of 10 bits, or not, whatever the caller has set.
-
-    Rows of the two differ by about 5e-4, so that they must not share a fingerprint.
-    """
+    """Let CUDA round float32 factors to TF32 (10 bits) or not, whatever the caller has set."""
     if device.type != "cuda":
         yield
         return

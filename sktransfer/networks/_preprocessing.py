@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
@@ -53,8 +52,8 @@ class Preprocessing:
     Notes
     -----
     Resizing equals torchvision's preset on PIL images pixel for pixel, for images up to
-    sixteen times as long as wide, and within one of 255 beyond and with ``resize_on="device"``,
-    which averages over the same pixels.
+    sixteen times as long as wide, and within one of 255 beyond; with ``resize_on="device"``,
+    which averages over the same pixels, within two.
     """
 
     size: int | tuple[int, int] = 256
@@ -148,26 +147,25 @@ class Preprocessing:
     def resize_crop_together(
         self, images: Sequence[torch.Tensor], device: torch.device | str = "cpu"
     ) -> torch.Tensor:
-        """Resize and crop decoded images on a device, those of one size together.
+        """Resize and crop images on a device, those of one size together.
 
         Parameters
         ----------
         images : sequence of tensors of shape (height, width, channels), uint8
-            Of :meth:`in_colours`; on the host, in pinned memory if they are copied beside the
-            device's computing.
+            Of :meth:`in_colours`, on the host; pinned ones are copied in the background.
 
         Returns
         -------
         pixels : tensor of shape (n, channels, crop height, crop width), uint8
             On the device, channels-last in memory.
         """
-        by_size: dict[tuple[int, ...], list[int]] = {}
+        by_size: dict[torch.Size, list[int]] = {}
         for i, image in enumerate(images):
-            by_size.setdefault(tuple(image.shape), []).append(i)
-        crop = (len(images), *self.crop_size, len(self.mean))
-        out = torch.zeros(crop, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+            by_size.setdefault(image.shape, []).append(i)
+        shape = len(images), *self.crop_size, len(self.mean)
+        out = torch.zeros(shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
         for size, places in by_size.items():
-            n_at_once = max(1, _VALUES_AT_ONCE // math.prod(size))
+            n_at_once = max(1, _VALUES_AT_ONCE // size.numel())
             for k in range(0, len(places), n_at_once):
                 some = places[k : k + n_at_once]
                 self._resize_into(out, some, [images[i] for i in some])
@@ -179,9 +177,8 @@ class Preprocessing:
         """Resize images of one size, and put them at `places` of `out`."""
         shape, (top, left, h, w), (down, right) = self._places(*images[0].shape[:2])
         if max(shape) > _MAX_STRETCH * min(shape):
-            for i, image in zip(places, images, strict=True):
-                pixels = self._resize_crop(image.numpy())
-                out[i] = torch.tensor(pixels).permute(2, 0, 1)
+            pixels = np.stack([self._resize_crop(image.numpy()) for image in images])
+            out[places] = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(out.device)
             return
         moved = [image.to(out.device, non_blocking=image.is_pinned()) for image in images]
         x = torch.stack(moved).permute(0, 3, 1, 2)
@@ -194,13 +191,10 @@ class Preprocessing:
         out[torch.tensor(places), :, down : down + h, right : right + w] = x
 
     def _resize_crop(self, image: np.ndarray | Image.Image) -> np.ndarray:
-        if isinstance(image, Image.Image):
-            height, width = image.height, image.width
-        else:
-            height, width = image.shape[:2]
-        shape, kept, (down, right) = self._places(height, width)
+        size = image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
+        shape, kept, (down, right) = self._places(*size)
         top, left, kept_h, kept_w = kept
-        if isinstance(image, np.ndarray) and shape == (height, width):
+        if isinstance(image, np.ndarray) and shape == size:
             pixels = image[top : top + kept_h, left : left + kept_w]
         else:
             pixels = self._resize(_as_pil(image), shape, kept)
@@ -214,16 +208,12 @@ class Preprocessing:
     def _places(
         self, height: int, width: int
     ) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int]]:
-        """Return the size of the resized image; what the crop keeps of it; and where that goes.
-
-        These are (height, width), (top, left, height, width) and (top, left).
-        """
+        """Size after resizing; (top, left, height, width) that the crop keeps; where that goes."""
         new_h, new_w = self._resized(height, width)
         crop_h, crop_w = self.crop_size
-        # As torchvision's center_crop rounds.
-        top, left = _offset(new_h, crop_h), _offset(new_w, crop_w)
         kept_h, kept_w = min(new_h, crop_h), min(new_w, crop_w)
-        kept = top, left, kept_h, kept_w
+        # As torchvision's center_crop rounds.
+        kept = _offset(new_h, crop_h), _offset(new_w, crop_w), kept_h, kept_w
         return (new_h, new_w), kept, ((crop_h - kept_h) // 2, (crop_w - kept_w) // 2)
 
     def _resize(
