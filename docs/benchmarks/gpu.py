@@ -194,7 +194,8 @@ def from_jpegs(s):
         how = {"size": round(s.side * 8 / 7), "crop": s.side, "resize_on": place}
         extractor = s.extractor(precision=s.precisions[0], preprocessing=how)
         for n in s.sizes:
-            found[f"{n}, resized on {place}"] = rate(extractor, s.files[:n], 2)
+            paths = s.files[:n]
+            found[f"{len(paths)}, resized on {place}"] = rate(extractor, paths, 2)
     return found
 
 

@@ -38,7 +38,7 @@ _LAST_BATCH = 8
 # soon after the last (docs/benchmarks/gpu_scheduling.py).
 _SMALLEST_ACCELERATOR_BATCH = 32
 _MOST_WORKERS = 8  # on a CPU: a few wide ones rather than many narrow ones
-_MOST_QUEUED = 2  # batches on an accelerator whose rows are not waited for yet
+_MOST_QUEUED = 3  # batches on an accelerator whose rows are not waited for yet
 
 _COUNTS: dict[str, Callable[[], int]] = {
     "cuda": torch.cuda.device_count,
