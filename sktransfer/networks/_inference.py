@@ -30,6 +30,9 @@ _DTYPES = {
 
 _networks: OrderedDict[tuple, Network] = OrderedDict()
 _lock = process_lock()  # for look-ups only
+# Held while CUDA's precision differs from the caller's; not for as long as a fit, whose own lock
+# would keep other threads from predicting.
+_precision_lock = process_lock()
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -152,7 +155,7 @@ def tensor_float_32(device: torch.device, is_allowed: bool) -> Iterator[None]:
     if hasattr(backends.cudnn, "conv"):  # since torch 2.9, which refuses a mix of both
         places = [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul]
         name, value = "fp32_precision", "tf32" if is_allowed else "ieee"
-    with one_at_a_time:  # kernels are chosen when they are queued
+    with _precision_lock:  # kernels are chosen when they are queued
         before = [getattr(place, name) for place in places]
         try:
             for place in places:
