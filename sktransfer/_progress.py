@@ -30,3 +30,21 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     specs = [find_spec(name) for name in ("sktransfer", "sklearn", "skorch", "joblib")]
     folders = tuple(os.path.dirname(spec.origin) for spec in specs if spec and spec.origin)
     warnings.warn(message, category, skip_file_prefixes=folders)
+
+
+def shown(value: object) -> str:
+    """Return the repr of a user's value for a message, cut to 80 characters."""
+    try:  # not "np.str_('…')", nor "PosixPath('…')"
+        text = repr(str(value) if isinstance(value, (str, os.PathLike)) else value)
+    except Exception:  # of the user's own class
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else f"{text[:30]}…{text[-49:]}"
+
+
+def words(error: BaseException) -> str:
+    """Return what a foreign error says, for a message of ours."""
+    # The message names the file already, and its path may be long.
+    is_of_file = isinstance(error, OSError) and error.filename is not None
+    text = error.strerror if is_of_file else str(error).strip()  # type: ignore[attr-defined]
+    text = (text or repr(error))[:300]
+    return text if isinstance(error, (OSError, SyntaxError)) else f"{type(error).__name__}: {text}"

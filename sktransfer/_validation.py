@@ -50,6 +50,7 @@ SHARED_CONSTRAINTS: dict[str, list] = {
     "pooling": [StrOptions({"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"})],
     "preprocessing": [StrOptions({"auto"}), dict, callable],
     "image_shape": [tuple, list, None],
+    "value_range": [tuple, list, None],
     "device": [str],
     "precision": [StrOptions({"float32", "tf32", "bfloat16", "float16"})],
     "n_jobs": [
@@ -76,13 +77,14 @@ def check_images(estimator: BaseEstimator, X, *, reset: bool, name: str = "X") -
     scikit-learn's :func:`validate_data`, which raises its usual errors for wrong shapes, sparse
     matrices, missing values and names. Errors begin with `name` unless it is ``"X"``.
     """
+    settings = estimator.image_shape, estimator.value_range
     try:
         if estimator.image_shape is not None and _is_flat(X):
             # Its result is not used: it turns nullable and object integers into floats.
             finite = estimator.on_error == "raise"
             validate_data(estimator, X, reset=reset, ensure_all_finite=finite)
-            return as_images(X, estimator.image_shape)
-        images = as_images(X, estimator.image_shape)
+            return as_images(X, *settings)
+        images = as_images(X, *settings)
         _check_columns(estimator, X, images, reset)
         return images
     except (TypeError, ValueError) as error:

@@ -206,7 +206,9 @@ class EmbeddingRun:
         self._together = (
             how if isinstance(how, Preprocessing) and how.resize_on == "device" else None
         )
-        self._fingerprints = [f"{f}-{precision}" for f in backbone.group_fingerprints]
+        # An encoded image has the same digest under any range of its values.
+        settings = f"{precision}-{images.value_range}" if images.value_range else precision
+        self._fingerprints = [f"{f}-{settings}" for f in backbone.group_fingerprints]
         self._keeps = store.max_bytes != 0
         self._n_left = self._n_unreported = len(images)  # to compute at most; not reported yet
         self._started_at = time.time_ns()
@@ -429,14 +431,15 @@ class EmbeddingRun:
             if cell.digest != row.digest:
                 raise BadImage("it changed during this call")
         preprocessing = self._backbone.preprocessing
-        image = cell.decode(preprocessing.min_size)
-        try:
-            if self._together is not None:
-                return np.asarray(self._together.in_colours(image))
-            return preprocessing.resize_crop(image)
-        except Exception as error:
-            error.add_note(f"This happened in the preprocessing of {self._images.where(row.i)}.")
-            raise
+        with cell.decoded(preprocessing.min_size) as image:
+            try:
+                if self._together is not None:
+                    return np.asarray(self._together.in_colours(image))
+                return preprocessing.resize_crop(image)
+            except Exception as error:
+                where = self._images.where(row.i)
+                error.add_note(f"This happened in the preprocessing of {where}.")
+                raise
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,8 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
     layer : str, list of str or None, default=None
         Which layer gives the columns. ``None``: the input of the classification head. The name
         of a stage or module (``"layer3"``): its pooled output; lower stages give low-level
-        features. A list: their pooled outputs, joined.
+        features. A list: their pooled outputs, joined. ``"all"``: those of all stages between the
+        stem and the head, joined; put a :class:`~sklearn.preprocessing.StandardScaler` behind.
 
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
         How a feature map becomes a row. ``"auto"``: as the network itself does it.
@@ -68,7 +70,13 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
     image_shape : tuple of int or None, default=None
         The shape of one image, ``(height, width)`` or ``(height, width, channels)``, for
         flat numeric rows as :func:`sklearn.datasets.load_digits` gives them. One entry may
-        be -1. Values are read as 0…1; see Notes for others.
+        be -1.
+
+    value_range : tuple of float or None, default=None
+        The numbers that are black and white, ``(low, high)``: ``(0, 4095)`` for 12 bits,
+        ``(-1, 1)`` for floats scaled so, the window of a radiologist. Values outside are clipped.
+        It applies to every image, also to arrays and files of 8 bits, where ``(0, 255)`` changes
+        nothing; not to bool, nor to transparency. ``None``: see Notes.
 
     batch_size : int or "auto", default="auto"
         Images sent through the network at once. It changes speed and memory, not results.
@@ -139,9 +147,15 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
     much larger than the network's input is decoded at a reduced size, and then differs slightly
     from an array of its pixels, unless ``preprocessing={"fast_decode": False}``.
 
-    Floating-point images are read as 0…1. An image whose values leave that range is read as
-    0…255 where they fit there, else stretched from its least to its largest value, and a
-    warning says so.
+    Files are JPEG, PNG, GIF, WebP, BMP, TIFF, JPEG 2000, AVIF, PPM or, once
+    ``pillow_heif.register_heif_opener()`` was called, HEIC. An image counts as unreadable if its
+    file is larger than 256 MB, if decoding it may take more than 1 GB, or if an HTTP server sends
+    nothing for 30 s or not all within 5 minutes.
+
+    Without `value_range` numbers are read image by image: uint8 as 0…255, uint16 as 0…65535,
+    floats within 0…1 as such. Other numbers are clipped to 0…1 or 0…255 where they exceed it
+    slightly, else stretched from their minimum to their maximum, and a warning says which images
+    were read in which way, as it does of uint16 images that use less than a quarter of 16 bits.
 
     References
     ----------
@@ -188,6 +202,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         pooling="auto",
         preprocessing="auto",
         image_shape=None,
+        value_range=None,
         batch_size="auto",
         device="auto",
         precision="float32",
@@ -203,6 +218,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         self.pooling = pooling
         self.preprocessing = preprocessing
         self.image_shape = image_shape
+        self.value_range = value_range
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
@@ -232,6 +248,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
 
         images = check_images(self, X, reset=True)
         check_place(self.memory, self.device)
+        self._fit_folder = os.getcwd()
         self.backbone_ = load_backbone(
             self.backbone,
             weights=self.weights,
@@ -240,7 +257,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
             preprocessing=self.preprocessing,
         )
         self._n_image_columns = images.n_columns
-        n_asked = 1 if self.layer is None or isinstance(self.layer, str) else len(self.layer)
+        n_asked = len(self.backbone_.layers_named(self.layer))
         widths = [width for _, width in self.backbone_.feature_groups[:n_asked]]
         self.n_features_out_ = images.n_columns * sum(widths)
         self.bad_images_ = []
@@ -313,13 +330,14 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
 
     def _embed(self, images):
         from sktransfer.embedding._embed import embed_images
+        from sktransfer.store._store import resolve_memory
 
         columns = np.empty((images.n_rows, self.n_features_out_), dtype=np.float32)
         bad = embed_images(
             images,
             self.backbone_,
             out=columns.reshape(len(images), -1),
-            memory=self.memory,
+            memory=resolve_memory(self.memory, getattr(self, "_fit_folder", "")),
             batch_size=self.batch_size,
             device=self.device,
             precision=self.precision,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -129,6 +130,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
         rng, seed = _as_random_seed(self.random_state)
         device = check_place(self.memory, self.device)
+        self._fit_folder = os.getcwd()
         max_epochs, first_epoch = self.max_epochs, 0
         if is_partial:
             max_epochs, first_epoch = 1, self.n_iter_ if old is not None else 0
@@ -347,9 +349,11 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     # -- from images to scores --------------------------------------------------------------
     def _embedding_settings(self) -> EmbeddingSettings:
         from sktransfer.fine_tuning._inputs import EmbeddingSettings
+        from sktransfer.store._store import resolve_memory
 
+        memory = resolve_memory(self.memory, getattr(self, "_fit_folder", ""))
         return EmbeddingSettings(
-            self.memory, self.device, self.precision, self.n_jobs, self.on_error, self.verbose
+            memory, self.device, self.precision, self.n_jobs, self.on_error, self.verbose
         )
 
     def _embed(self, X) -> tuple[np.ndarray, list[BadRow]]:

@@ -120,11 +120,11 @@ class Pixels:
         if self.is_bad[i // self._n_columns]:
             return None
         try:
-            image = self._images.decode(i, self._preprocessing.min_size)
+            with self._images.read(i).decoded(self._preprocessing.min_size) as image:
+                return np.array(self._preprocessing.resize_crop(image))
         except BadImage as error:
             self.bad.append(BadRow(self._images.row(i), self._images.where(i), str(error)))
             return None
-        return np.array(self._preprocessing.resize_crop(image))
 
 
 class Precomputed:

@@ -40,6 +40,9 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     image_shape : tuple of int or None, default=None
         Shape of one image, ``(height, width)`` or ``(height, width, channels)``, for flat
         numeric rows. One entry may be -1.
+    value_range : tuple of float or None, default=None
+        The numbers that are black and white, ``(low, high)``, in all images; ``None``: as their
+        types and values suggest. See :class:`PretrainedFeatureExtractor`.
     unfreeze : int, "all", "gradual" or mapping, default="all"
         The stages that are trained beside the head: none (0), the last k, all, or more and
         more until half of the epochs (``"gradual"``). A mapping has epochs, counted from 1, as
@@ -193,6 +196,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         pooling="auto",
         preprocessing="auto",
         image_shape=None,
+        value_range=None,
         unfreeze="all",
         head="linear",
         head_init="linear_probe",
@@ -223,6 +227,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         self.pooling = pooling
         self.preprocessing = preprocessing
         self.image_shape = image_shape
+        self.value_range = value_range
         self.unfreeze = unfreeze
         self.head = head
         self.head_init = head_init

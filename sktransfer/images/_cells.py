@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
-import io
 import os
-import re
-import stat
+from collections.abc import Iterator
 from copy import deepcopy
 from hashlib import sha256
-from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image, ImageFile, ImageOps
 
-from sktransfer._threads import process_lock
-from sktransfer.images._containers import is_missing, is_stream, is_tensor
-from sktransfer.images._pixels import BadImage, Note, to_rgb
+from sktransfer._progress import shown, words
+from sktransfer.images._containers import (
+    MASKED,
+    describe,
+    is_missing,
+    is_stream,
+    is_tensor,
+    typed_integers,
+)
+from sktransfer.images._files import (
+    Urls,
+    is_url,
+    local_path,
+    one_reader,
+    read_data_url,
+    read_path,
+    read_stream,
+)
+from sktransfer.images._formats import open_image
+from sktransfer.images._pixels import BadImage, Note, Range
+from sktransfer.images._samples import Samples, prepare, samples_of
 
-# Also chained ones, "simplecache::s3://…"; "C:" is a drive.
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+(::[A-Za-z0-9+.\-]+)*://")
-_ORIENTATION_TAG = 0x0112
+Size = tuple[int, int] | None  # (height, width)
+_GIVE_IMAGES = "of pairs (image, label) give the images alone: [image for image, _ in X]"
+_STRIPPED = (
+    "; np.array(list_of_bytes) strips the zeros that a file ends in: give the list, or "
+    "np.array(list_of_bytes, dtype=object)"
+)
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
-# Open files, PIL images and containers of the user's have a state (a position, a buffer), and
-# several rows may share one: one thread at a time uses them.
-one_reader = process_lock()
 
 
 class Cell:
@@ -39,13 +51,13 @@ class Cell:
         An encoded image, or the pixels.
     """
 
-    def __init__(self, content: bytes | np.ndarray, note: Note) -> None:
-        if isinstance(content, np.ndarray):
-            content = to_rgb(content, note)
-        elif not content:
+    def __init__(self, content: bytes | Samples, note: Note, value_range: Range | None) -> None:
+        if not content:
             raise BadImage("it is empty (0 bytes)")
-        self.content = content
-        self._note = note
+        self.content: bytes | np.ndarray = (
+            content if isinstance(content, bytes) else content.to_rgb(note, value_range)
+        )
+        self._note, self._value_range = note, value_range
 
     @property
     def n_bytes(self) -> int:
@@ -68,7 +80,7 @@ class Cell:
             digest.update(self.content.reshape(-1).data)  # releases the GIL
         return digest.digest()[:16]
 
-    def decode(self, min_size: tuple[int, int] | None = None) -> Image.Image | np.ndarray:
+    def decode(self, min_size: Size = None) -> Image.Image | np.ndarray:
         """Decode the image: upright, the first frame, in RGB, what is transparent over white.
 
         Parameters
@@ -87,97 +99,98 @@ class Cell:
         BadImage
             With the reason.
         """
+        with self.decoded(min_size) as image:
+            return image
+
+    @contextlib.contextmanager
+    def decoded(self, min_size: Size = None) -> Iterator[Image.Image | np.ndarray]:
+        """Decode as :meth:`decode`; other large images wait until the block ends."""
+        with contextlib.ExitStack() as stack:
+            yield self._decoded(min_size, stack)
+
+    def _decoded(self, min_size: Size, stack: contextlib.ExitStack) -> Image.Image | np.ndarray:
         if isinstance(self.content, np.ndarray):
             return self.content
-        image = _decode(self.content, min_size)
-        return image if image.mode == "RGB" else to_rgb(np.asarray(image), self._note)
+        try:
+            opened, turn = open_image(self.content, min_size)
+            stack.enter_context(turn)
+            image = _decode(opened, self.content)
+            if isinstance(image, Image.Image):
+                if image.mode == "RGB" and self._value_range is None:
+                    return image
+                image = Samples(np.asarray(image))
+            return image.to_rgb(self._note, self._value_range)
+        except BadImage as error:
+            hint = _STRIPPED if isinstance(self.content, np.bytes_) else ""
+            raise BadImage(f"{error}{hint}") from error.__cause__
+        except MemoryError as error:
+            raise BadImage(f"memory does not suffice to decode it: {error!r}") from error
 
 
-def _decode(data: bytes, min_size: tuple[int, int] | None) -> Image.Image:
-    """Decode the first frame, upright, in RGB, RGBA, I;16…, I or F."""
-    # Pillow's plugins raise nearly everything at damaged bytes: OSError, SyntaxError,
-    # struct.error, KeyError, zlib.error, MemoryError …
+def _decode(image: Image.Image, data: bytes) -> Image.Image | Samples:
+    """Decode the first frame, upright, in RGB, RGBA or 1, or as numbers."""
     try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        message = f"Pillow does not know its file format; it begins with {data[:12]!r}"
-        raise BadImage(message) from error
-    except Image.DecompressionBombError as error:
-        message = f"{error} Raise PIL.Image.MAX_IMAGE_PIXELS if the file can be trusted"
-        raise BadImage(message) from error
+        lower = prepare(image, data)
+        for part in filter(None, (image, lower)):
+            part.load()
+            with contextlib.suppress(Exception):  # damaged EXIF: the image is taken as upright
+                ImageOps.exif_transpose(part, in_place=True)
+        return samples_of(image, image, lower) or _simplify(image)
+    except BadImage:
+        raise
     except Exception as error:
-        raise BadImage(f"the image file cannot be opened: {_words(error)}") from error
-    try:
-        if min_size is not None and isinstance(image, JpegImageFile):
-            height, width = min_size[::-1] if _is_on_its_side(image) else min_size
-            image.draft(None, (width, height))
-        image.load()
-        is_16_bit = _is_16_bit(image)
-        with contextlib.suppress(Exception):  # damaged EXIF: the image is taken as upright
-            ImageOps.exif_transpose(image, in_place=True)
-        return _simplify(image, is_16_bit)
-    except Exception as error:
-        raise BadImage(f"the image file cannot be decoded: {_words(error)}") from error
+        raise BadImage(f"the image file cannot be decoded: {words(error)}") from error
 
 
-def _is_on_its_side(image: Image.Image) -> bool:
-    try:
-        return image.getexif().get(_ORIENTATION_TAG, 1) >= 5
-    except Exception:  # damaged EXIF
-        return False
-
-
-def _is_16_bit(image: Image.Image) -> bool:
-    # Pillow gives 16-bit PNM files as 32-bit integers.
-    return image.mode == "I" and image.format == "PPM"
-
-
-def _simplify(image: Image.Image, is_16_bit: bool) -> Image.Image:
-    """Convert a loaded image to RGB, RGBA, I;16…, I or F."""
-    if is_16_bit:
-        return Image.fromarray(np.asarray(image).astype(np.uint16))
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return image
+def _simplify(image: Image.Image) -> Image.Image:
+    """Convert a loaded image of at most eight bits to RGB, RGBA or 1."""
     palette = image.palette.mode if image.mode == "P" and image.palette else ""
     if "transparency" in image.info or image.mode in _WITH_ALPHA or palette.endswith("A"):
         image = image.convert("LA") if image.mode == "La" else image
         return image.convert("RGBA")
-    if image.mode == "RGB":
-        return image
-    return image.convert("RGB")
+    return image if image.mode in ("RGB", "1") else image.convert("RGB")
 
 
 # -- what cells hold -------------------------------------------------------------------------
-def read_cell(cell) -> bytes | np.ndarray:
+def read_cell(cell, urls: Urls) -> bytes | Samples:
     """Return the encoded image or the numbers that a cell holds; raise BadImage."""
+    if isinstance(cell, Samples):
+        return cell
     if isinstance(cell, str):
-        return _read_text(cell)
+        return _read_text(cell, urls)
     if isinstance(cell, (bytes, bytearray, memoryview)):
-        return bytes(cell)
+        return cell if isinstance(cell, np.bytes_) else bytes(cell)
     if isinstance(cell, np.ndarray):
-        return _read_array(cell)
+        return _read_array(cell, urls)
     if is_missing(cell):
         raise BadImage(f"the cell is missing: it holds {cell!r}")
     if isinstance(cell, os.PathLike):
-        return _read_path(local_path(os.fspath(cell)))
+        path = os.fsdecode(cell)
+        if not is_url(path):
+            return read_path(local_path(path))
     if isinstance(cell, Image.Image):
         return _read_pil(cell)
     if is_tensor(cell):
-        return _read_tensor(cell)
+        return _read_array(_from_tensor(cell), urls)
     if isinstance(cell, dict):
-        return _read_dict(cell)
+        return _read_dict(cell, urls)
     if is_stream(cell):
-        return _read_stream(cell)
+        return read_stream(cell)
+    if hasattr(cell, "read_bytes"):  # a zipfile.Path, a UPath, a resource of a package
+        with cell.open("rb") as stream:
+            return read_stream(stream)
     if hasattr(cell, "to_list"):  # a nested list in a column of polars
-        cell = cell.to_list()
+        cell = cell.to_numpy()
+    if isinstance(cell, tuple) and cell and isinstance(cell[0], (str, bytes, Image.Image)):
+        raise BadImage(f"it is a tuple that begins with {describe(cell[0])}; {_GIVE_IMAGES}")
     if hasattr(cell, "__array__") or isinstance(cell, (list, tuple)):
         try:
-            array = np.asarray(cell)
+            with one_reader:  # what a lazy array reads from may be shared
+                array = np.asarray(cell).copy()
         except (ValueError, TypeError) as error:
-            is_pair = isinstance(cell, tuple) and len(cell) == 2
-            hint = "; of pairs (image, label) give the images alone" if is_pair else ""
+            hint = f"; {_GIVE_IMAGES}" if isinstance(cell, tuple) else ""
             raise BadImage(f"it does not become an array: {error}{hint}") from error
-        return _read_array(array)
+        return _read_array(array, urls)
     raise BadImage(
         f"the cell is of type {type(cell).__name__}; an image is a path, a URL, bytes, a PIL "
         'image, an array, a tensor or {"bytes": …, "path": …}'
@@ -186,122 +199,57 @@ def read_cell(cell) -> bytes | np.ndarray:
 
 def own_copy(cell) -> object:
     """Copy what a container may change when the next cell is asked for."""
-    if isinstance(cell, Image.Image) or is_stream(cell):
-        return read_cell(cell)
+    if isinstance(cell, Image.Image):
+        return _read_pil(cell)
+    if is_stream(cell):
+        return read_stream(cell)
     if is_tensor(cell):
         return cell.clone()
     if isinstance(cell, (bytearray, memoryview)):
         return bytes(cell)
     if isinstance(cell, dict):
         return {key: own_copy(value) for key, value in cell.items()}
-    if isinstance(cell, list):  # rows of numbers
-        return deepcopy(cell)
-    return np.array(cell) if hasattr(cell, "__array__") else cell
+    if isinstance(cell, (list, tuple)):
+        copies = [own_copy(value) for value in cell]
+        return copies if isinstance(cell, list) else tuple(copies)
+    if not hasattr(cell, "__array__"):
+        return cell
+    array = np.asanyarray(cell)  # with its mask; np.array(cell) leaves it to the cell to copy
+    return deepcopy(array) if array.dtype == object else array.copy()
 
 
-def is_url(text: str) -> bool:
-    """Whether the text is a URL that is not of a local file."""
-    return bool(_URL.match(text)) and not text.startswith(("file://", "local://"))
-
-
-def local_path(text: str) -> str:
-    """Return the local path a string names: ``~`` expanded, ``file://`` taken off."""
-    if text.startswith(("file://", "local://")):
-        text = text.split("://", 1)[1].removeprefix("localhost")
-        if "%" in text and not os.path.lexists(text):  # Path.as_uri() quotes
-            text = unquote(text)
-    return os.path.expanduser(text) if text.startswith("~") else text
-
-
-def _read_text(text: str) -> bytes:
+def _read_text(text: str, urls: Urls) -> bytes:
     if not text.strip():
         raise BadImage("the path is an empty string")
     if text[:5].lower() == "data:":
-        return _read_data_url(text)
-    return _read_url(text) if is_url(text) else _read_path(local_path(text))
+        return read_data_url(text)
+    return urls.read(text) if is_url(text) else read_path(local_path(text))
 
 
-def _read_path(path: str) -> bytes:
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise BadImage("it is a folder; give the paths of the files in it")
-        if not stat.S_ISREG(mode):
-            raise BadImage("it is not a regular file")
-        with open(path, "rb") as file:
-            return file.read()
-    except BadImage:
-        raise
-    except FileNotFoundError as error:
-        where = "" if os.path.isabs(path) else f" in {os.getcwd()!r}, where relative paths start"
-        raise BadImage(f"there is no such file{where}") from error
-    except PermissionError as error:
-        raise BadImage("there is no permission to read the file") from error
-    except (OSError, ValueError) as error:  # ValueError: a null byte, or a lone surrogate
-        raise BadImage(f"the file cannot be read: {_words(error)}") from error
-
-
-def _read_url(url: str) -> bytes:
-    import fsspec
-
-    # File systems raise errors of many libraries (aiohttp, botocore …); a missing one of these
-    # is an ImportError.
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-        return filesystem.cat_file(path)
-    except FileNotFoundError as error:
-        raise BadImage("there is nothing at this URL") from error
-    except Exception as error:
-        raise BadImage(f"the URL cannot be read: {_words(error)}") from error
-
-
-def _read_data_url(url: str) -> bytes:
-    header, comma, body = url.partition(",")
-    if not comma:
-        raise BadImage("the data URL has no comma before its data")
-    if not header.lower().endswith(";base64"):
-        return unquote_to_bytes(body)
-    try:
-        text = unquote(body) if "%" in body else body
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise BadImage(f"the data URL does not decode as base64: {error}") from error
-
-
-def _read_stream(stream) -> bytes:
-    """Read an open file from its beginning and put it back where it was."""
-    try:
-        with one_reader:
-            position = stream.tell()
-            stream.seek(0)
-            data = stream.read()
-            stream.seek(position)
-    except (OSError, ValueError, AttributeError) as error:
-        raise BadImage(f"the open file cannot be read: {_words(error)}") from error
-    if not isinstance(data, bytes):
-        raise BadImage("the file is open in text mode; open it in mode 'rb'")
-    return data
-
-
-def _read_pil(image: Image.Image) -> bytes | np.ndarray:
+def _read_pil(image: Image.Image) -> bytes | Samples:
     """Return the file behind an image that is not loaded yet, else its pixels, upright."""
     if 0 in image.size:
         raise BadImage(f"it has no pixels: its size is {image.width} × {image.height}")
     try:
         with one_reader:
             if _is_unread_file(image):  # a list of Image.open(path) does not fill the memory
-                return _read_stream(vars(image)["fp"])
+                return read_stream(vars(image)["fp"])
             image.load()
-            is_16_bit = _is_16_bit(image)
             try:
                 copy = ImageOps.exif_transpose(image)
             except Exception:  # damaged EXIF
                 copy = image.copy()
-            return np.asarray(_simplify(copy, is_16_bit))
+            return samples_of(image, copy) or Samples(np.asarray(_simplify(copy)))
     except BadImage:
         raise
     except Exception as error:
-        raise BadImage(f"the PIL image cannot be loaded: {_words(error)}") from error
+        is_unread = bool(getattr(image, "tile", None)) and vars(image).get("fp") is None
+        if is_unread or "closed image" in str(error):
+            raise BadImage(
+                "the PIL image is closed, by the end of its with block or by close(), and its "
+                "pixels were not read before: call its load() within the block, or give the path"
+            ) from error
+        raise BadImage(f"the PIL image cannot be loaded: {words(error)}") from error
 
 
 def _is_unread_file(image: Image.Image) -> bool:
@@ -311,13 +259,17 @@ def _is_unread_file(image: Image.Image) -> bool:
     return bool(image.tile) and not image.decoderconfig
 
 
-def _read_array(array: np.ndarray) -> np.ndarray | bytes:
+def _read_array(array: np.ndarray, urls: Urls) -> bytes | Samples:
+    if np.ma.is_masked(array):
+        raise BadImage(f"it is a masked array; {MASKED}")
     if array.dtype == object and array.ndim:  # pandas nests arrays where parquet nests lists
+        is_python = array.ndim > 1 and isinstance(array.flat[0], int)
         array = _stack_nested(array)
+        array = typed_integers(array) if is_python else array
     if array.ndim == 0:
         item = array.item()
         if isinstance(item, (str, bytes)):
-            return read_cell(item)
+            return read_cell(item, urls)
         if is_missing(item):
             raise BadImage(f"the cell is missing: it holds {item!r}")
         raise BadImage(f"the cell is a single number, {item!r}; an image is an array (H, W)")
@@ -325,7 +277,7 @@ def _read_array(array: np.ndarray) -> np.ndarray | bytes:
         raise BadImage(
             f"it is a flat array of shape {array.shape}; give image_shape=(H, W) or (H, W, C)"
         )
-    return array
+    return Samples(array)
 
 
 def _stack_nested(array: np.ndarray) -> np.ndarray:
@@ -337,7 +289,7 @@ def _stack_nested(array: np.ndarray) -> np.ndarray:
         raise BadImage(f"its rows do not form an array: {error}") from error
 
 
-def _read_tensor(tensor) -> np.ndarray | bytes:
+def _from_tensor(tensor) -> np.ndarray:
     """Return a tensor (H, W) or (C, H, W) as an array, channels last."""
     shape = tuple(tensor.shape)
     if tensor.ndim == 3:
@@ -353,24 +305,26 @@ def _read_tensor(tensor) -> np.ndarray | bytes:
     tensor = tensor.detach().cpu()
     if str(tensor.dtype) == "torch.bfloat16":  # NumPy has none
         tensor = tensor.float()
-    return _read_array(tensor.numpy())
+    return tensor.numpy()
 
 
-def _read_dict(cell: dict) -> bytes:
+def _read_dict(cell: dict, urls: Urls) -> bytes:
     data, path = cell.get("bytes"), cell.get("path")
     if not is_missing(data):
         if isinstance(data, (bytes, bytearray, memoryview)):
             return bytes(data)
         raise BadImage(f'"bytes" of the cell is of type {type(data).__name__}')
     if isinstance(path, (str, os.PathLike)):
-        return _read_text(os.fspath(path))
+        return _read_text(os.fspath(path), urls)
     raise BadImage(
-        f'the cell is a dict with the keys {list(cell)}; "bytes" or "path" must hold an image'
+        f'the cell is a dict with the keys {shown(list(cell))}; "bytes" or "path" must hold an '
+        "image; of rows that are dicts give the images alone: [row[KEY] for row in X]"
     )
 
 
 def unflatten(cell, shape: tuple[int, ...]) -> object:
     """Give a flat row of numbers its shape; other cells are returned unchanged."""
+    cell = cell.to_numpy() if hasattr(cell, "to_list") else cell  # of polars
     if getattr(cell, "ndim", None) != 1:
         return cell
     try:
@@ -381,8 +335,3 @@ def unflatten(cell, shape: tuple[int, ...]) -> object:
         ) from None
     # image_shape has the channels last, for tensors too.
     return pixels.permute(2, 0, 1) if is_tensor(pixels) and pixels.ndim == 3 else pixels
-
-
-def _words(error: BaseException) -> str:
-    text = str(error).strip() or repr(error)
-    return text if isinstance(error, (OSError, SyntaxError)) else f"{type(error).__name__}: {text}"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping
 from numbers import Integral, Number
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+from sktransfer._progress import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     Shape = tuple[int, ...] | None
 
 _CHANNELS = (1, 2, 3, 4)
+_PLAIN_ITEMS = (list.__getitem__, tuple.__getitem__)
+MASKED = "pixels cannot be masked: give .filled(value), with the value for the masked ones"
 
 
 class Container:
@@ -42,6 +47,14 @@ def as_columns(X, image_shape: Shape = None) -> Columns:
 
     Only the container is looked at, and its first cells; none is read or copied.
     """
+    columns, names, shape = _as_columns(X, image_shape)
+    if len(columns) > 1:
+        _refuse_labels(columns, names)
+    return columns, names, shape
+
+
+def _as_columns(X, image_shape: Shape) -> Columns:
+    _refuse_data_set(X)
     _refuse_single(X)
     if hasattr(X, "__dask_graph__"):
         X = X.compute()
@@ -49,8 +62,8 @@ def as_columns(X, image_shape: Shape = None) -> Columns:
         return _from_frame(X, image_shape)
     if is_tensor(X):
         return _from_numbers(X, image_shape)
-    if hasattr(X, "to_pylist"):  # a column of pyarrow
-        X = X.to_pylist()
+    if hasattr(X, "to_pylist"):
+        X = _cells_of_arrow(X)
     elif hasattr(X, "to_numpy") and hasattr(X, "dtype"):  # pandas and polars Series
         name = getattr(X, "name", None)
         cells, _ = _cells_of_series(X)
@@ -62,9 +75,12 @@ def as_columns(X, image_shape: Shape = None) -> Columns:
     if not isinstance(X, np.ndarray) and is_sequence and kind and kind in "biuf" and X.ndim > 1:
         columns, _, shape = _from_numbers(X, image_shape)  # read piece by piece: h5py, zarr …
         return [Container(X)], None, shape
+    if isinstance(X, np.ndarray) and np.ma.is_masked(X):
+        raise ValueError(f"X is a masked array; {MASKED}")
     if hasattr(X, "__array__"):
         return _from_array(np.asarray(X), image_shape)
-    if isinstance(X, (list, tuple)):
+    # A subclass that computes its items, too, is a container of the user's own.
+    if isinstance(X, (list, tuple)) and type(X).__getitem__ in _PLAIN_ITEMS:
         return _from_sequence(X, image_shape)
     if is_sequence:
         _check_size((len(X),))
@@ -94,6 +110,22 @@ def read_image_shape(image_shape) -> tuple[int, ...] | None:
     return tuple(int(n) for n in shape)
 
 
+def read_value_range(value_range) -> tuple[float, float] | None:
+    """Check value_range and return it as two floats."""
+    if value_range is None:
+        return None
+    try:
+        low, high = map(float, value_range)
+    except (TypeError, ValueError):
+        low = high = np.nan
+    if not (low < high and np.isfinite([low, high]).all()):
+        raise ValueError(
+            "value_range must be None or two finite numbers (low, high), low < high, those that "
+            f"are black and white in the images; got {value_range!r}"
+        )
+    return low, high
+
+
 def is_tensor(x) -> bool:
     """Whether `x` is a torch tensor, without importing torch for it."""
     torch = sys.modules.get("torch")
@@ -115,10 +147,12 @@ def is_stream(x) -> bool:
 def describe(cell) -> str:
     """Describe a cell for messages."""
     if isinstance(cell, dict):
-        keys = f"dict with the keys {list(cell)[:5]}"
+        keys = f"dict with the keys {shown(list(cell)[:5])}"
         cell = next((cell[key] for key in ("path", "bytes") if cell.get(key) is not None), keys)
         if cell is keys:
             return keys
+    if isinstance(cell, tuple):  # Samples
+        cell = getattr(cell, "array", cell)
     if isinstance(cell, (bytes, bytearray, memoryview)):
         return f"{len(cell)} bytes"
     if isinstance(cell, Image.Image):
@@ -126,19 +160,48 @@ def describe(cell) -> str:
     if isinstance(cell, np.ndarray) or is_tensor(cell):
         kind = "tensor" if is_tensor(cell) else "array"
         return f"{kind} of shape {tuple(cell.shape)}, {cell.dtype}"
-    # Not "np.str_('…')", nor "PosixPath('…')".
-    text = repr(str(cell) if isinstance(cell, (str, os.PathLike)) else cell)
-    return text if len(text) <= 200 else f"{text[:120]}…{text[-20:]}"
+    return shown(cell)
+
+
+def _refuse_data_set(X) -> None:
+    images, kind = _images_of(X, "X"), type(X).__name__
+    if images:
+        raise TypeError(f"X is of type {kind}, whose rows are not images alone: give {images}")
+    if isinstance(X, Mapping) and not {"bytes", "path"} & set(X):
+        raise TypeError(
+            f"X is of type {kind} with the keys {shown(list(X))}; X holds one image per row: give "
+            "one of its values, X[KEY]"
+        )
+
+
+def _images_of(X, name: str) -> str:
+    """Return how to get the images alone out of `name`; "" where the items are the user's code."""
+    package = type(X).__module__.partition(".")[0]
+    if package == "datasets" and hasattr(X, "column_names") and not isinstance(X, Mapping):
+        return f'{name}["image"]'
+    kinds = {c.__name__ for c in type(X).__mro__ if c.__module__.startswith("torch")}
+    if "DataLoader" in kinds:
+        return _images_of(X.dataset, f"{name}.dataset") or f"{name}.dataset"
+    code = str(getattr(getattr(X, "__getitem__", None), "__module__", "")).partition(".")[0]
+    parts = X.datasets if "ConcatDataset" in kinds else [X.dataset] if "Subset" in kinds else []
+    if code not in ("torch", "torchvision") or not all(_images_of(part, "") for part in parts):
+        return ""
+    if "TensorDataset" in kinds:
+        return f"{name}.tensors[0]"
+    if hasattr(X, "samples"):
+        return f"[path for path, _ in {name}.samples]"
+    return f"{name}.data" if hasattr(X, "data") else f"[image for image, _ in {name}]"
 
 
 def _refuse_single(X) -> None:
     if isinstance(X, np.ndarray) and X.ndim == 0:
         X = X.item()
     single = (str, os.PathLike, bytes, bytearray, memoryview, dict, Image.Image)
-    if isinstance(X, single) or is_stream(X):
-        raise TypeError(
-            f"X is a single cell ({describe(X)}); X holds one image per row: wrap it in a list, [X]"
-        )
+    if isinstance(X, single) or is_stream(X) or hasattr(X, "read_bytes"):
+        hint = "wrap it in a list, [X]"
+        if isinstance(X, (str, os.PathLike)) and (set("*?[") & set(str(X)) or os.path.isdir(X)):
+            hint = "the files of a folder are sorted(glob.glob('FOLDER/**/*.jpg', recursive=True))"
+        raise TypeError(f"X is a single cell ({describe(X)}); X holds one image per row: {hint}")
     if X is None or isinstance(X, Number):
         raise TypeError(f"X is {X!r}; X holds one image per row: a list, array or DataFrame")
     if hasattr(X, "toarray") and hasattr(X, "nnz"):
@@ -166,16 +229,16 @@ def _from_frame(X, image_shape: Shape) -> Columns:
     columns, numeric = [], []
     for j, name in enumerate(names):
         column = X.iloc[:, j] if hasattr(X, "iloc") else X[name]
-        if hasattr(column, "to_pylist"):  # pyarrow
-            is_number = re.match("u?int|float|double|half|bool", str(column.type)) is not None
-            column = column.to_pandas() if is_number else column.to_pylist()
-        if not isinstance(column, list):
+        if hasattr(column, "to_pylist"):
+            is_number = _is_arrow_number(column.type)
+            column = column.to_pandas() if is_number else _cells_of_arrow(column)
+        if hasattr(column, "to_numpy"):
             column, is_number = _cells_of_series(column)
         columns.append(column)
         numeric += [name] if is_number else []
     if numeric and len(numeric) < len(names):
         raise ValueError(
-            f"the columns {numeric} of X hold numbers and the others images; give the image "
+            f"the columns {shown(numeric)} of X hold numbers and the others images; give the image "
             "columns alone, with a ColumnTransformer or X[[…]]"
         )
     are_objects = image_shape is not None and len(columns) > 1
@@ -207,7 +270,24 @@ def _cells_of_series(series) -> tuple[Sequence, bool]:
         return numbers, not is_empty_column
     if isinstance(dtype, np.dtype):
         return series.to_numpy(), False
+    if "list<" in str(dtype):  # of pyarrow in pandas
+        return _cells_of_arrow(series.array.__arrow_array__()), False
     return getattr(series, "array", series), False  # cells become Python objects one by one
+
+
+def _cells_of_arrow(column):
+    """Return the cells of a column of pyarrow; numbers keep their type, which Python's lack."""
+    leaf = column.type
+    if hasattr(leaf, "shape"):  # fixed-shape tensors
+        is_chunked = hasattr(column, "combine_chunks")
+        return (column.combine_chunks() if is_chunked else column).to_numpy_ndarray()
+    while hasattr(leaf, "value_type"):
+        leaf = leaf.value_type
+    return np.asarray(column) if _is_arrow_number(leaf) else column.to_pylist()
+
+
+def _is_arrow_number(data_type) -> bool:
+    return re.match("u?int|float|double|half|bool", str(data_type)) is not None
 
 
 # -- arrays, tensors, lists ------------------------------------------------------------------
@@ -224,10 +304,21 @@ def _from_array(X: np.ndarray, image_shape: Shape) -> Columns:
     _check_size(X.shape)
     if X.ndim == 1:
         return _from_sequence(X, image_shape)
-    if X.ndim == 2 and not (kind == "O" and _has_number(X[0])):
+    has_images = any(isinstance(cell, (str, bytes, os.PathLike, Image.Image)) for cell in X[0])
+    if X.ndim == 2 and (has_images or kind != "O" or not _has_number(X[0])):
         return [X[:, j] for j in range(X.shape[1])], None, image_shape
     # Numbers in an array of objects: scikit-learn takes those, too.
-    return _from_array(_numbers_of(X.tolist()), image_shape)
+    numbers = _numbers_of(X.tolist())
+    columns, names, shape = _from_array(numbers, image_shape)
+    if isinstance(X.flat[0], int):  # of no type
+        columns = [[typed_integers(image) for image in numbers]]
+    return columns, names, shape
+
+
+def typed_integers(image: np.ndarray) -> np.ndarray:
+    """Take Python's integers as uint16, of which ``np.array(images, object)`` makes them."""
+    is_uint16 = image.dtype.kind == "i" and image.min() >= 0 and 255 < image.max() < 2**16
+    return image.astype(np.uint16) if is_uint16 else image
 
 
 def _from_sequence(X, image_shape: Shape) -> Columns:
@@ -249,7 +340,7 @@ def _from_sequence(X, image_shape: Shape) -> Columns:
                 )
             return [list(column) for column in zip(*X, strict=True)], None, image_shape
     is_array = isinstance(first, np.ndarray) or is_tensor(first)
-    if image_shape is None and is_array and first.ndim == 1:
+    if image_shape is None and is_array and first.ndim == 1 and first.dtype != object:
         raise ValueError(_flat_message(f"a list of arrays of shape {tuple(first.shape)}"))
     return [X], None, image_shape
 
@@ -359,6 +450,25 @@ def _check_size(shape: tuple[int, ...]) -> None:
             raise ValueError(
                 f"Found array with 0 {what}(s) (shape={shape}) while a minimum of 1 is required."
             )
+
+
+def _refuse_labels(columns: list, names: list[str] | None) -> None:
+    """Raise where one of several columns holds labels instead of images."""
+    for name, column in zip(names or range(len(columns)), columns, strict=True):
+        cells = [column[row] for row in range(min(len(column), 8))]
+        cells = [cell for cell in cells if not is_missing(cell)]
+        if cells and all(map(_is_label, cells)):
+            raise ValueError(
+                f"the column {shown(name)} of X holds {shown(cells[0])} and the like, which are "
+                "not images; give the image columns alone, with a ColumnTransformer or X[[…]]"
+            )
+
+
+def _is_label(cell) -> bool:
+    if not isinstance(cell, str):
+        return isinstance(cell, (Number, np.number))
+    is_word = cell.strip() and not os.path.splitext(cell)[1] and not set("/\\:") & set(cell)
+    return bool(is_word) and not os.path.exists(cell)
 
 
 def _has_number(row) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -9,15 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from sktransfer.images._cells import (
-    Cell,
-    is_url,
-    local_path,
-    one_reader,
-    own_copy,
-    read_cell,
-    unflatten,
-)
+from sktransfer.images._cells import Cell, own_copy, read_cell, unflatten
 from sktransfer.images._containers import (
     Container,
     as_columns,
@@ -25,7 +18,9 @@ from sktransfer.images._containers import (
     is_missing,
     is_tensor,
     read_image_shape,
+    read_value_range,
 )
+from sktransfer.images._files import Urls, is_url, local_path, one_reader
 from sktransfer.images._pixels import BadImage
 
 __all__ = ["BadImage", "Images", "as_images"]
@@ -34,7 +29,9 @@ __all__ = ["BadImage", "Images", "as_images"]
 _FAR_APART = 0x9E3779B97F4A7C15
 
 
-def as_images(X, image_shape: tuple[int, ...] | None = None) -> Images:
+def as_images(
+    X, image_shape: tuple[int, ...] | None = None, value_range: Sequence[float] | None = None
+) -> Images:
     """View X as a sequence of images, without reading or copying a pixel.
 
     Parameters
@@ -53,6 +50,8 @@ def as_images(X, image_shape: tuple[int, ...] | None = None) -> Images:
         :func:`sktransfer.images._pixels.to_rgb` says what the numbers mean.
     image_shape : (H, W) or (H, W, C), default=None
         Shape of one image where X holds flat rows; one of the numbers may be -1.
+    value_range : (low, high), default=None
+        The numbers that are black and white in all images; what lies outside is clipped.
 
     Raises
     ------
@@ -60,7 +59,8 @@ def as_images(X, image_shape: tuple[int, ...] | None = None) -> Images:
         X cannot be a collection of images, or could be two different ones. A single
         cell that is not an image raises BadImage later, when it is read.
     """
-    return Images(*as_columns(X, read_image_shape(image_shape)))
+    limits = read_value_range(value_range)
+    return Images(*as_columns(X, read_image_shape(image_shape)), limits)
 
 
 class Images:
@@ -79,6 +79,8 @@ class Images:
         Of X; of a view its length and 1.
     feature_names : list of str or None
         The image columns of a DataFrame, the name of a Series; None for a view.
+    value_range : (low, high) or None
+        As given to `as_images`. Encoded images with different ones have equal digests.
     """
 
     def __init__(
@@ -86,14 +88,17 @@ class Images:
         columns: list,
         names: list[str] | None = None,
         image_shape: tuple[int, ...] | None = None,
+        value_range: tuple[float, float] | None = None,
     ) -> None:
         self._columns, self._names, self._image_shape = columns, names, image_shape
+        self.value_range = value_range
         self._n_x_columns = len(columns)
         n_images = len(columns[0]) * len(columns)
         self._positions: np.ndarray | range = range(n_images)  # in the columns, row by row …
         self._numbers: np.ndarray | range = self._positions  # … and in X
         self._is_view = False
-        self._notes = _Notes(n_images)
+        self._notes = _Notes()
+        self._urls = Urls()
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -147,9 +152,15 @@ class Images:
         """Read image `i` once, for its digest and its pixels; raise BadImage with the reason."""
         number = int(self._numbers[i])
         cell = self._cell(i)
-        if self._image_shape is not None:
-            cell = unflatten(cell, self._image_shape)
-        return Cell(read_cell(cell), lambda *what: self._notes.add(number, *what))
+        note = functools.partial(self._notes.add, number)
+        try:
+            if self._image_shape is not None:
+                cell = unflatten(cell, self._image_shape)
+            return Cell(read_cell(cell, self._urls), note, self.value_range)
+        except BadImage:
+            raise
+        except Exception as error:  # of the user's classes, or memory that does not suffice
+            raise BadImage(f"reading it raises {type(error).__name__}: {error!s:.300}") from error
 
     def digest(self, i: int) -> bytes:
         """Return ``read(i).digest``."""
@@ -164,27 +175,27 @@ class Images:
 
         Path, size, modification time in ns, and inode and time of the last change as a number.
         """
-        position, column = divmod(int(self._positions[i]), len(self._columns))
+        row, column = divmod(int(self._positions[i]), len(self._columns))
         container = self._columns[column]
         if isinstance(container, Container):  # a cell of these is asked for once
             return None
-        cell = container[position]
-        if type(cell) is not str:
-            if isinstance(cell, dict):
-                if not is_missing(cell.get("bytes")):
-                    return None
-                cell = cell.get("path")
-            if isinstance(cell, os.PathLike):
-                cell = os.fspath(cell)
-        if not isinstance(cell, str) or not cell:
-            return None
-        is_plain = cell[0] == os.sep == "/"  # absolute: the most frequent, and the quickest
-        if not is_plain and (cell[:5].lower() == "data:" or is_url(cell)):
-            return None
-        path = cell if is_plain else local_path(cell)
         try:
+            cell = container[row]
+            if type(cell) is not str:
+                if isinstance(cell, dict):
+                    if not is_missing(cell.get("bytes")):
+                        return None
+                    cell = cell.get("path")
+                if isinstance(cell, os.PathLike):
+                    cell = os.fsdecode(cell)
+            if not isinstance(cell, str) or not cell:
+                return None
+            is_plain = cell[0] == os.sep == "/"  # absolute: the most frequent, and the quickest
+            if not is_plain and (cell[:5].lower() == "data:" or is_url(cell)):
+                return None
+            path = cell if is_plain else local_path(cell)
             status = os.stat(path)
-        except (OSError, ValueError):
+        except Exception:  # `read` gives the reason
             return None
         full = os.path.normpath(path) if is_plain else os.path.abspath(path)
         # What copies with an old modification time (cp -p) cannot set is when that was done.
@@ -208,15 +219,24 @@ class Images:
     def _cell(self, i: int) -> object:
         row, column = divmod(int(self._positions[i]), len(self._columns))
         container = self._columns[column]
-        if not isinstance(container, Container):
-            return container[row]
-        with one_reader:
-            try:
-                return own_copy(container[row])
-            except BadImage:
-                raise
-            except Exception as error:
-                raise BadImage(f"X[{row}] raises {type(error).__name__}: {error}") from error
+        try:
+            if isinstance(container, Container):
+                with one_reader:
+                    return own_copy(container[row])
+            cell = container[row]
+        except BadImage:
+            raise
+        except Exception as error:
+            raise BadImage(f"X[{row}] raises {type(error).__name__}: {error!s:.300}") from error
+        if isinstance(cell, BadImage):  # of the process that this view came from
+            raise cell
+        return cell
+
+    def _cell_or_error(self, i: int) -> object:
+        try:
+            return _alone(self._cell(i))
+        except BadImage as error:
+            return error
 
     def _place(self, number: int) -> str:
         row, column = divmod(number, self._n_x_columns)
@@ -226,19 +246,19 @@ class Images:
         return f"row {row}, column {name!r}"
 
     def __getstate__(self) -> dict:
-        state = self.__dict__ | {"_notes": self._notes.n_images}
+        state = self.__dict__ | {"_notes": None}
         if self._is_view:  # to another process a view takes only its own images along
             positions = np.asarray(self._positions, dtype=np.intp)
             first = self._columns[0]
             if len(self._columns) == 1 and (isinstance(first, np.ndarray) or is_tensor(first)):
                 cells = first[positions]
             else:
-                cells = [_alone(self._cell(i)) for i in range(len(self))]
+                cells = [self._cell_or_error(i) for i in range(len(self))]
             state |= {"_columns": [cells], "_positions": range(len(self))}
         return state
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state | {"_notes": _Notes(state["_notes"])})
+        self.__dict__.update(state | {"_notes": _Notes()})
 
 
 def _alone(cell):
@@ -251,25 +271,18 @@ def _alone(cell):
 class _Notes:
     """What was assumed about which images; filled from several threads at once."""
 
-    def __init__(self, n_images: int) -> None:
-        self.n_images = n_images
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        # kind -> (flag per image, (first image, its low, its high)). Flags, not a count: an image
-        # may be read more than once.
-        self._seen: dict[str, tuple[np.ndarray, tuple[int, float, float]]] = {}
+        # kind -> number of an image, which may be read more than once -> its low, its high
+        self._seen: dict[str, dict[int, tuple[float, float]]] = {}
 
     def add(self, number: int, kind: str, low: float, high: float) -> None:
-        with self._lock:
-            if kind not in self._seen:
-                self._seen[kind] = np.zeros(self.n_images, bool), (number, low, high)
-            flags, first = self._seen[kind]
-            flags[number] = True
-            self._seen[kind] = flags, min(first, (number, low, high))
+        self.merge({kind: {number: (low, high)}})
 
     def merge(self, seen: dict) -> None:
-        for kind, (flags, (number, low, high)) in seen.items():
-            self.add(number, kind, low, high)
-            self._seen[kind][0][:] |= flags
+        with self._lock:
+            for kind, images in seen.items():
+                self._seen.setdefault(kind, {}).update(images)
 
     def take(self) -> dict:
         with self._lock:
@@ -278,30 +291,39 @@ class _Notes:
 
 
 def _warning(seen: dict, place: Callable[[int], str]) -> str | None:
+    if not seen:
+        return None
     sentences = []
     for kind, text in _TEXTS.items():
-        if kind in seen:
-            flags, (first, low, high) = seen[kind]
-            n = int(flags.sum())
-            count = f"{n} image{'s' if n > 1 else ''}"
+        if images := seen.get(kind):
+            n, first = len(images), min(images)
+            low, high = images[first]
             where = f"the first is {place(first)}" if n > 1 else place(first)
-            sentences.append(text.format(count=count, where=where, low=low, high=high))
-    return " ".join(sentences) or None
+            count = f"{n} image{'s' if n > 1 else ''}"
+            n_bits = max(8, int(max(high for _, high in images.values())).bit_length())
+            top = 2 ** (n_bits + n_bits % 2) - 1  # of 8, 10, 12 … bits
+            where = f"({where}: {low:.4g}…{high:.4g})"
+            sentences.append(text.format(images=count, where=where, top=top))
+    lows, highs = zip(*(ends for images in seen.values() for ends in images.values()), strict=True)
+    return (
+        f"{' '.join(sentences)} Set value_range=(low, high), the numbers that are black and white, "
+        f"to have all images read in one way; these are within {min(lows):.6g}…{max(highs):.6g}."
+    )
 
 
+_STRETCHED = " {where} were stretched, each from its own minimum…maximum, to 0…255."
 _TEXTS = {
+    "clipped": "{images} of floats slightly outside 0…1 {where} were clipped to 0…1.",
     "0…255": (
-        "{count} of floats outside 0…1 ({where}: {low:.4g}…{high:.4g}) were read as 0…255. "
-        'Give X / 255. or X.astype("uint8") to say so.'
+        "{images} of floats outside 0…1 {where} were read as 0…255. If they are, give X / 255. or "
+        'X.astype("uint8").'
     ),
-    "stretched": (
-        "{count} of numbers outside 0…255 ({where}: {low:.4g}…{high:.4g}) were stretched, "
-        "each from its own minimum…maximum, to 0…255. Scale X yourself to floats in 0…1, or to "
-        '0…255 with .astype("uint8"), if images should keep their brightness relative to each '
-        "other."
-    ),
+    "stretched": "{images} of numbers outside 0…255" + _STRETCHED,
+    "stretched floats": "{images} of floats outside 0…1" + _STRETCHED,
+    "ranked": "{images} of numbers far apart {where} were read by the rank of each number.",
     "dark 16 bits": (
-        "{count} of dtype uint16 ({where}: {low:.4g}…{high:.4g}) were read as 16 bits, "
-        '0…65535, and so are almost black. Give X.astype("uint8") if 0…255 was meant.'
+        "{images} of dtype uint16 {where} were read as 16 bits, 0…65535, of which they use less "
+        "than a quarter: they may need value_range=(0, {top})."
     ),
+    "dark floats": "{images} of floats within 0…1 {where} are almost black.",
 }

@@ -8,16 +8,24 @@ import numpy as np
 
 # Called as note(kind, low, high) where the range of an image's values had to be assumed.
 Note = Callable[[str, float, float], None]
+Range = tuple[float, float]
 
 # Floats this far outside 0…1 still round to 0 or 255: half a level of eight bits.
 _HALF_LEVEL = 0.5 / 255
+# Interpolation and scalers that were fitted on other images overshoot 0…1 by at most this.
+_OVERSHOOT = 0.25
+# As many levels of brightness are too few for an image of more values.
+_FEW_LEVELS = 16
+_QUARTER = 2**14  # of 16 bits; images of 10, 12 and 14 bits are below it
 
 
 class BadImage(ValueError):
     """One image cannot be read; the message is the reason and names no row."""
 
 
-def to_rgb(array: np.ndarray, note: Note) -> np.ndarray:
+def to_rgb(
+    array: np.ndarray, note: Note, value_range: Range | None = None, is_negative: bool = False
+) -> np.ndarray:
     """Convert one image to 8-bit RGB.
 
     Parameters
@@ -26,6 +34,10 @@ def to_rgb(array: np.ndarray, note: Note) -> np.ndarray:
         Grey, grey + alpha, RGB or RGBA. Alpha is laid over white.
     note : callable
         Called for each assumption about the range of the values.
+    value_range : (low, high), default=None
+        The numbers that are black and white, bool and alpha apart; others are clipped.
+    is_negative : bool, default=False
+        Whether the smallest numbers are white.
 
     Returns
     -------
@@ -34,24 +46,33 @@ def to_rgb(array: np.ndarray, note: Note) -> np.ndarray:
 
     Notes
     -----
-    What a number means follows from its type and, for floats, from this image alone, never
-    from the other images:
+    Without `value_range`, what a number means follows from its type and from this image alone,
+    never from the other images:
 
     - bool: black and white; uint8: as it is;
-    - uint16: 16 bits, of which the upper eight are kept, as Pillow reads 16-bit files;
+    - uint16: 16 bits, of which the upper eight are kept; noted below a quarter of the range;
     - floats within 0…1: ``rint(255 * x)``, so that ``x / 255.`` is the image ``x``;
     - other integers within 0…255: as they are;
-    - floats within 0…255: ``rint(x)``, and noted;
+    - floats within -0.25…1.25: clipped to 0…1, and noted;
+    - integral floats within 0…255, and floats within -1…318.75 of which the largest is above
+      16: clipped to 0…255, and noted;
     - everything else: stretched from its own minimum…maximum to 0…255, and noted.
+
+    A noted reading that would leave an image of more values at most 16 levels gives way to the
+    next one; the last resort is the rank of each value.
     """
     _check_shape(array)
     n_channels = array.shape[2] if array.ndim == 3 else 1
-    if array.dtype != np.uint8:
+    if array.dtype != np.uint8 or value_range is not None:
         if n_channels in (2, 4):  # the range of the colours says nothing about that of alpha
-            parts = [_to_uint8(array[..., :-1], note), _to_uint8(array[..., -1:], _ignore)]
-            array = np.concatenate(parts, axis=2)
+            alpha = array[..., -1:]
+            if _is_uint16(alpha) and alpha.max() >= _QUARTER:
+                note = _ignore  # the colours are dark, but of 16 bits as alpha is
+            color = _to_uint8(array[..., :-1], note, value_range)
+            array = np.concatenate([color, _alpha_to_uint8(alpha, value_range)], axis=2)
         else:
-            array = _to_uint8(array, note)
+            array = _to_uint8(array, note, value_range)
+            array = 255 - array if is_negative else array
     if array.ndim == 2:
         array = array[..., None]
     if n_channels in (2, 4):
@@ -103,8 +124,8 @@ def _check_shape(array: np.ndarray) -> None:
         )
 
 
-def _to_uint8(array: np.ndarray, note: Note) -> np.ndarray:
-    kind, size = array.dtype.kind, array.dtype.itemsize
+def _to_uint8(array: np.ndarray, note: Note, value_range: Range | None) -> np.ndarray:
+    kind = array.dtype.kind
     if kind == "b":
         return array.astype(np.uint8) * np.uint8(255)
     if kind == "c":
@@ -112,27 +133,78 @@ def _to_uint8(array: np.ndarray, note: Note) -> np.ndarray:
     if kind not in "uif":
         raise BadImage(f"its dtype is {array.dtype}; pixels are bool, integers or floats")
     low, high = _range(array)
-    if kind == "u" and size == 2:
-        if 0 < high <= 255:
+    if value_range is not None:
+        return _between(array, *value_range)
+    if _is_uint16(array):
+        if 0 < high < _QUARTER:
             note("dark 16 bits", low, high)
         return (array >> 8).astype(np.uint8)
     if kind in "ui" and low >= 0 and high <= 255:
         return array.astype(np.uint8)
     if kind == "f" and low >= -_HALF_LEVEL and high <= 1 + _HALF_LEVEL:
-        # float16 holds k / 255 well enough to find k again, not its product with 255.
-        x = array.astype(np.float32, copy=False) * np.float32(255)
-        return np.clip(np.rint(x, out=x), 0, 255, out=x).astype(np.uint8)
-    if kind == "f" and low >= -0.5 and high <= 255.5:
-        note("0…255", low, high)
-        x = np.rint(array)
-        return np.clip(x, 0, 255, out=x).astype(np.uint8)
-    note("stretched", low, high)
-    # Halves, for high - low may be beyond the largest float.
-    x = array.astype(np.float64) / 2 - low / 2
-    span = high / 2 - low / 2
-    if span < np.finfo(np.float64).tiny:  # one value everywhere
+        pixels = _between(array, 0, 1)
+        if high <= 1 / 16 and len(np.unique(array)) > 1 + _FEW_LEVELS:  # 12 bits of 16
+            note("dark floats", low, high)
+        return pixels
+    return _assume(array, low, high, note)
+
+
+def _assume(array: np.ndarray, low: float, high: float, note: Note) -> np.ndarray:
+    """Read numbers of an unknown range in the first way that fits them and keeps them apart."""
+    ways = []
+    if array.dtype.kind == "f":
+        if low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT:
+            ways.append(("clipped", 0.0, 1.0))
+        is_integral = low >= 0 and high <= 255 and bool((array == np.rint(array)).all())
+        if is_integral or (high > _FEW_LEVELS and low >= -1 and high <= 255 * (1 + _OVERSHOOT)):
+            ways.append(("0…255", 0.0, 255.0))
+    ways.append(("stretched" if low < 0 or high > 255 else "stretched floats", low, high))
+    for way, *ends in ways:
+        pixels = _between(array, *ends)
+        if not _loses_values(array, pixels):
+            note(way, low, high)
+            return pixels
+    note("ranked", low, high)
+    values, ranks = np.unique(array, return_inverse=True)
+    return _between(ranks.reshape(array.shape), 0, len(values) - 1)
+
+
+def _loses_values(array: np.ndarray, pixels: np.ndarray) -> bool:
+    """Whether few levels are left of an image of more values."""
+    n_levels = np.count_nonzero(np.bincount(pixels.ravel(), minlength=256))
+    return bool(n_levels <= _FEW_LEVELS < len(np.unique(array)))
+
+
+def _alpha_to_uint8(alpha: np.ndarray, value_range: Range | None) -> np.ndarray:
+    """Scale by what the type, or the largest value, makes of opaque: a window is of colours."""
+    if alpha.dtype.kind not in "uif":
+        return _to_uint8(alpha, _ignore, None)
+    _, high = _range(alpha)
+    if alpha.dtype.kind == "f":
+        return _between(alpha, 0, 1 if high <= 1 + _HALF_LEVEL else max(255, high))
+    n_bits = 16 if _is_uint16(alpha) and value_range is None else int(high).bit_length()
+    return _between(alpha, 0, 2.0 ** max(8, n_bits) - 1)
+
+
+def _is_uint16(array: np.ndarray) -> bool:
+    return array.dtype.kind == "u" and array.dtype.itemsize == 2
+
+
+def _between(array: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Map low…high to 0…255, and clip what lies outside."""
+    if array.dtype == np.uint8:
+        table = _between(np.arange(256.0), low, high).tobytes()
+        return np.frombuffer(array.tobytes().translate(table), np.uint8).reshape(array.shape)
+    if low == high:
         return np.zeros(array.shape, np.uint8)
-    return np.clip(np.rint(x / span * 255), 0, 255).astype(np.uint8)
+    # float16 holds k / 255 well enough to find k again, not its product with 255.
+    is_short = array.dtype.kind == "f" and array.dtype.itemsize <= 4 and (low, high) == (0, 1)
+    x: np.ndarray = array.astype(np.float32 if is_short else np.float64)
+    if not np.isfinite(high - low):  # halves, for the difference is beyond the largest float
+        x, low, high = x * 0.5, low / 2, high / 2
+    with np.errstate(over="ignore"):
+        np.multiply(np.divide(np.subtract(x, low, out=x), high - low, out=x), 255, out=x)
+    return np.clip(np.rint(x, out=x), 0, 255, out=x).astype(np.uint8)
 
 
 def _range(array: np.ndarray) -> tuple[float, float]:

@@ -26,7 +26,7 @@ from sktransfer.networks._preprocessing import AnyPreprocessing, resolve_preproc
 from sktransfer.networks._sources import GivenSource, Source, named_source
 
 # Part of every fingerprint; a change of how embeddings are computed changes it.
-_FORMAT = "sktransfer-embedding-1"
+_FORMAT = "sktransfer-embedding-2"
 _EMBEDDING = "embedding"
 
 
@@ -54,7 +54,8 @@ def load_backbone(
     layer : str, list of str or None, default=None
         None: what enters the classification head. Or the name of a stage, a sub-module or an
         operation (``"layer3"``, ``"layer3.0.conv1"``, ``"layer3.0.add"``), or a list of them,
-        whose pooled outputs are joined in that order; None in a list is the embedding.
+        whose pooled outputs are joined in that order; None in a list is the embedding. Or
+        ``"all"``: every stage between the stem and the head, the last one as the embedding.
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
         How a map becomes a vector. ``"auto"``: for the embedding, as the network itself does;
         for an inner layer, the mean over the map, or the class token where the network
@@ -170,7 +171,7 @@ class Backbone:
         # The size at which stages are found does not depend on the crop asked for.
         is_own = isinstance(source, ModuleSource)
         self._plan_size = self.input_size if is_own else source.preprocessing.input_size
-        layers = [layer] if layer is None or isinstance(layer, str) else list(layer)
+        layers = self.layers_named(layer)
         if not layers:
             raise ValueError("layer=[] names no layer: give at least one, or None.")
         self._keys: list[str] = []
@@ -211,6 +212,15 @@ class Backbone:
             _digest([*parts, self.input_size, self.preprocessing.identity])
         )
 
+    def layers_named(self, layer: str | Sequence[str | None] | None) -> list[str | None]:
+        """List the layers that the parameter `layer` asks for."""
+        if layer == "all":
+            names = [name for name in self.stage_names[1:] if name not in ("pool", "head")]
+            return [*names[:-1], None]
+        if layer is None or isinstance(layer, str):
+            return [layer]
+        return [name for asked in layer for name in self.layers_named(asked)]
+
     def __repr__(self) -> str:
         layer = "" if self.layer is None else f", layer={self.layer!r}"
         return f"<Backbone {self.name}{layer}: {self.input_size} -> {self.n_features}>"
@@ -241,6 +251,11 @@ class Backbone:
     def stage_names_to_layer(self) -> list[str]:
         """Names of the stages up to the embedding or to the one layer asked for."""
         plan, key, names = self.network.plan, self._keys[0], self.stage_names
+        if len(self._keys) > 1:
+            raise ValueError(
+                f"layer={self.layer!r} joins {len(self._keys)} layers; fine-tuning puts its head "
+                f"on one. Give as `layer` one of the stages {names}, or None."
+            )
         if key == plan.embedding_key:
             return names[:-1] if plan.head_layers() and len(names) > 1 else names
         if key in plan.stage_keys:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights, list_models
 
+from sktransfer._progress import shown
 from sktransfer._threads import one_at_a_time, own_random_state
 from sktransfer.networks import _weights, builtin
 from sktransfer.networks._preprocessing import Preprocessing, with_overrides
@@ -149,14 +150,16 @@ def weights_path(weights: object) -> Path | None:
             return None
     elif not isinstance(weights, os.PathLike):
         return None
-    path = Path(weights).expanduser()
+    path = Path(os.path.abspath(os.path.expanduser(weights)))
     if path.suffix.lower() not in _SUFFIXES:
         raise ValueError(
-            f"weights={str(path)!r}: a weights file ends in one of {', '.join(_SUFFIXES)}."
+            f"weights={shown(weights)}: a weights file ends in one of {', '.join(_SUFFIXES)}."
         )
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"weights={str(path)!r} {what}.")
+        raise FileNotFoundError(
+            f"weights={shown(weights)} {what}; looked for {path.name!r} in {str(path.parent)!r}."
+        )
     return path
 
 

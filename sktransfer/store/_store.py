@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 
+from sktransfer._progress import shown
 from sktransfer.store._disk import DiskStore
 from sktransfer.store._memory import FileStat as FileStat
 from sktransfer.store._memory import Lock as Lock
@@ -46,8 +47,8 @@ def block_of(digest: bytes) -> int:
     return digest[0] % N_BLOCKS
 
 
-def as_store(memory: object) -> Store:
-    """Return the store that a ``memory`` parameter describes.
+def as_store(memory: object, start: str = "") -> Store:
+    """Return the store that a ``memory`` parameter describes; `start`: of a relative folder.
 
     None: the store of this process. False, or a `joblib.Memory` without a location: a store that
     keeps nothing. A folder, or a `joblib.Memory` with one: a file there. A store: itself.
@@ -65,22 +66,28 @@ def as_store(memory: object) -> Store:
     if not isinstance(folder, str | os.PathLike) or isinstance(os.fspath(folder), bytes):
         raise TypeError(
             "memory must be None (keep embeddings in this process), False (keep none), a folder "
-            f"(str or pathlib.Path), or a joblib.Memory; got {memory!r} of type "
+            f"(str or pathlib.Path), or a joblib.Memory; got {shown(memory)} of type "
             f"{type(memory).__name__}."
         )
     folder = os.fspath(folder)
     if not folder or "://" in folder or "\0" in folder:
         raise ValueError(
-            f"memory must be a local folder; got {folder!r}. Give a path such as 'cache' or "
+            f"memory must be a local folder; got {shown(folder)}. Give a path such as 'cache' or "
             "'/data/cache', which is made when missing."
         )
-    path = os.path.abspath(os.path.expanduser(folder))
+    path = os.path.abspath(os.path.join(start, os.path.expanduser(folder)))
     if os.path.exists(path) and not os.path.isdir(path):
         raise ValueError(
-            f"memory must be a folder, and {folder!r} is a file. Give the path of a folder, which "
-            "is made when missing."
+            f"memory must be a folder, and {path!r} is a file. Give the path of a folder, which is "
+            "made when missing."
         )
     return _disk_store(path)
+
+
+def resolve_memory(memory: object, start: str) -> object:
+    """Return `memory`, a folder as the path that it had when `start` was the working folder."""
+    store = memory if memory is None else as_store(memory, start)
+    return store.folder if isinstance(store, DiskStore) and store is not memory else memory
 
 
 def embedding_store(memory: object = None, *, max_bytes: int | str | None = "default") -> Store:

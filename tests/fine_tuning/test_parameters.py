@@ -15,16 +15,16 @@ import sktransfer
 from sktransfer import FineTuningClassifier, FineTuningRegressor
 
 PARAMETERS = [
-    "backbone", "weights", "layer", "pooling", "preprocessing", "image_shape", "unfreeze", "head",
-    "head_init", "dropout", "loss", "max_epochs", "batch_size", "lr", "layer_decay", "optimizer",
-    "weight_decay", "augment", "early_stopping", "validation_fraction", "n_iter_no_change",
-    "class_weight", "random_state", "callbacks", "device", "precision", "n_jobs", "memory",
-    "on_error", "verbose",
+    "backbone", "weights", "layer", "pooling", "preprocessing", "image_shape", "value_range",
+    "unfreeze", "head", "head_init", "dropout", "loss", "max_epochs", "batch_size", "lr",
+    "layer_decay", "optimizer", "weight_decay", "augment", "early_stopping", "validation_fraction",
+    "n_iter_no_change", "class_weight", "random_state", "callbacks", "device", "precision",
+    "n_jobs", "memory", "on_error", "verbose",
 ]  # fmt: skip
 BOTH = pytest.mark.parametrize("cls", [FineTuningClassifier, FineTuningRegressor])
 
 
-def test_there_are_thirty_parameters():
+def test_there_are_thirty_one_parameters():
     assert list(inspect.signature(FineTuningClassifier).parameters) == PARAMETERS
     of_regressor = list(inspect.signature(FineTuningRegressor).parameters)
     assert of_regressor == [name for name in PARAMETERS if name != "class_weight"]

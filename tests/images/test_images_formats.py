@@ -59,7 +59,6 @@ def as_rgb(grey):
         ("TIFF", {}),
         ("TIFF", {"compression": "tiff_lzw"}),
         ("PPM", {}),
-        ("TGA", {}),
         ("WEBP", {"lossless": True}),
     ],
 )

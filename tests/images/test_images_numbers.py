@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -100,11 +101,88 @@ def test_rounding_errors_are_no_range():
     assert "read as 0…255" in warning_of(images)
 
 
-def test_dark_uint16_is_told():
-    images = as_images([np.full((4, 4), 200, np.uint16), np.zeros((4, 4), np.uint16)])
-    assert not pixels(images, 0).any()
-    assert not pixels(images, 1).any()
-    assert "1 image of dtype uint16 (row 0: 200…200)" in warning_of(images)
+RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+EIGHT_BITS = np.rint(RAMP * 255)
+
+
+def read(image):
+    """The grey values of one image, and the warning."""
+    images = as_images([image])
+    return pixels(images, 0)[..., 0].astype(int), images.take_warnings() or ""
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected", "way"),
+    [
+        (RAMP * 1.2 - 0.12, np.clip(RAMP * 1.2 - 0.12, 0, 1) * 255, "were clipped to 0…1"),
+        (RAMP * 1.5 - 0.25, np.clip(RAMP * 1.5 - 0.25, 0, 1) * 255, "were clipped to 0…1"),
+        (EIGHT_BITS, EIGHT_BITS, "were read as 0…255"),
+        (RAMP * 255.5 - 0.5, np.clip(RAMP * 255.5 - 0.5, 0, 255), "were read as 0…255"),
+        (RAMP * 301 - 1, np.clip(RAMP * 301 - 1, 0, 255), "were read as 0…255"),
+        (np.rint(RAMP * 16), np.rint(RAMP * 16), "were read as 0…255"),
+        (RAMP - 0.5, EIGHT_BITS, "outside 0…255 .* were stretched"),
+        (RAMP * 1.26, EIGHT_BITS, "outside 0…1 .* were stretched"),
+        (RAMP * 15.9, EIGHT_BITS, "outside 0…1 .* were stretched"),
+        (RAMP * 4.7 - 2.1, EIGHT_BITS, "were stretched"),
+        (RAMP * 2 - 1, EIGHT_BITS, "were stretched"),
+        (RAMP * 4095, EIGHT_BITS, "were stretched"),
+        (np.rint(RAMP * 4095).astype(np.int16), EIGHT_BITS, "were stretched"),
+        (np.rint(RAMP * 4000 - 1000).astype(np.int32), EIGHT_BITS, "were stretched"),
+        (np.rint(RAMP * 315 - 30), EIGHT_BITS, "were stretched"),
+    ],
+)
+def test_numbers_outside_their_range(numbers, expected, way):
+    for array in (numbers, torch.from_numpy(numbers), numbers[..., None].repeat(3, 2)):
+        grey, warning = read(array)
+        np.testing.assert_allclose(grey, expected, atol=1)
+        assert re.search(f"^1 image of (floats|numbers) .*{way}.*value_range=", warning)
+
+
+def test_an_image_of_many_values_keeps_more_than_a_few_levels():
+    far = {value: np.where(RAMP[3, 3] == RAMP, value, RAMP) for value in (20.0, 1e6, -3.4e38)}
+    rng = np.random.default_rng(0)
+    darkened = RAMP * 0.25 - 0.24  # clipped to 0…1, two levels would be left
+    for numbers in (*far.values(), np.exp(rng.normal(0, 20, RAMP.shape)), darkened):
+        grey, warning = read(numbers)
+        assert len(np.unique(grey)) > 16
+        order = np.argsort(numbers, axis=None)
+        assert (np.diff(grey.ravel()[order]) >= 0).all()
+        assert "value_range=" in warning
+    assert "1 image of numbers far apart (row 0: 0…20) were read by the rank" in read(far[20])[1]
+    few = np.array([[0.0, 0.1], [0.2, 1e6]])  # nothing to keep apart but one number
+    assert "were stretched" in read(few)[1]
+
+
+@pytest.mark.parametrize("n_bits", [8, 10, 12, 14])
+def test_dark_uint16_is_told(n_bits):
+    most = 2**n_bits - 1
+    X = [np.full((4, 4), most - 90, np.uint16), np.zeros((4, 4), np.uint16), RAMP]
+    images = as_images([*X, np.full((4, 4), 2**14, np.uint16)])
+    for i, image in enumerate(X[:2]):
+        np.testing.assert_array_equal(pixels(images, i)[..., 0], image >> 8)
+    pixels(images, 2)
+    pixels(images, 3)
+    message = warning_of(images)
+    assert f"1 image of dtype uint16 (row 0: {most - 90:.4g}…{most - 90:.4g}) were" in message
+    assert f"value_range=(0, {most}). Set" in message
+    assert "less than a quarter" in message
+
+
+def test_the_range_of_all_dark_images_is_told():
+    X = [np.full((4, 4), value, np.uint16) for value in (900, 4000, 7)]
+    images = as_images(X)
+    for i in range(3):
+        pixels(images, i)
+    message = warning_of(images)
+    assert "3 images of dtype uint16 (the first is row 0: 900…900)" in message
+    assert "value_range=(0, 4095). Set" in message
+    assert message.endswith("these are within 7…4000.")
+
+
+def test_floats_of_12_bits_in_16_are_told():
+    grey, warning = read(np.rint(RAMP * 4095) / 65535)
+    assert grey.max() == 16
+    assert "floats within 0…1 (row 0: 0…0.06249) are almost black. Set value_range=(" in warning
 
 
 def test_one_warning_names_column_and_all_kinds():
@@ -124,6 +202,18 @@ def test_notes_of_a_worker_come_home():
     pixels(worker, 1)
     images.merge_notes(pickle.loads(pickle.dumps(worker.take_notes())))
     assert "2 images of floats outside 0…1 (the first is row 1:" in warning_of(images)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.float32, np.float64])
+@pytest.mark.parametrize("opaque", [1.0, 255, 4095])
+def test_alpha_has_a_range_of_its_own(dtype, opaque):
+    if opaque == 1 and np.dtype(dtype).kind != "f":
+        pytest.skip("255 is opaque")
+    color, alpha = np.rint(RAMP * 255), np.full((64, 64), opaque)
+    alpha[0] = 0
+    images = as_images([np.stack([color, alpha], axis=-1).astype(dtype)], None, (0, 255))
+    expected = np.where(alpha == 0, 255, color)
+    np.testing.assert_array_equal(pixels(images, 0)[..., 0], expected)
 
 
 def test_alpha_is_over_white():

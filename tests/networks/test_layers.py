@@ -64,6 +64,31 @@ def test_several_layers_are_joined_in_order_from_one_pass():
     assert len(convs) == 2
 
 
+@pytest.mark.parametrize(
+    ("network", "inner"),
+    [
+        (tiny, []),
+        ("builtin", ["stage1", "stage2", "stage3"]),
+        ("mobilenet_v2", ["features.1", "features.3", "features.6", "features.13"]),
+        ("vgg11", ["features.5", "features.10", "features.15", "features.20", "classifier.1"]),
+        ("squeezenet1_1", ["features.5", "features.8"]),
+        ("timm:resnet10t", ["layer1", "layer2", "layer3"]),
+    ],
+)
+def test_all_layers_are_the_stages_and_the_embedding(network, inner):
+    network = network() if callable(network) else network
+    weights = "DEFAULT" if network == "builtin" or isinstance(network, nn.Module) else None
+    got = load_backbone(network, weights=weights, layer="all")
+    assert [label for label, _ in got.feature_groups] == [*inner, "embedding"]
+    joined = load_backbone(network, weights=weights, layer=[*inner, None])
+    assert got.group_fingerprints == joined.group_fingerprints
+
+
+def test_all_layers_in_a_list():
+    backbone = load_backbone("builtin", layer=["stem", "all"])
+    assert [width for _, width in backbone.feature_groups] == [32, 48, 96, 192, 1408]
+
+
 class InPlace(nn.Module):
     """Writes over what it has just computed."""
 
