@@ -54,7 +54,7 @@ SHARED_CONSTRAINTS: dict[str, list] = {
     "image_shape": [tuple, list, None],
     "value_range": [tuple, list, None],
     "device": [str],
-    "precision": [StrOptions({"float32", "bfloat16", "float16"})],
+    "precision": [StrOptions({"float32", "tf32", "bfloat16", "float16"})],
     "n_jobs": [
         Interval(Integral, 1, None, closed="left"),
         Interval(Integral, None, -1, closed="right"),

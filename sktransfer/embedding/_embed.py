@@ -17,15 +17,18 @@ from joblib.parallel import get_active_backend
 
 from sktransfer._progress import progress_bar
 from sktransfer.embedding._batches import (
+    Batch,
     BatchLimit,
     Workers,
     n_decoding_threads,
     resolve_device,
     run_on_accelerator,
     run_on_cpu,
+    uploaded,
 )
 from sktransfer.embedding._cluster import deal_out, is_outside_of_workers
 from sktransfer.images._images import BadImage, Images
+from sktransfer.networks._preprocessing import Preprocessing
 from sktransfer.store._store import NO_STORE, Lock, Store, as_store, block_of
 
 if TYPE_CHECKING:
@@ -33,9 +36,11 @@ if TYPE_CHECKING:
     from sktransfer.networks._backbone import Backbone
 
 _CHUNK = 1024  # images whose files are looked up in the store at once
+_FIRST_PART = 64  # images read before an accelerator's threads decode the first
 _READ_TOGETHER = 8  # images read by one task
 _PART_BYTES = 128 << 20  # of content that is read before it is computed
 _POLL_SECONDS = 0.02
+_CPU = torch.device("cpu")
 # joblib's own backends: their workers are cores of this machine, which embed() uses as threads.
 _LOCAL_BACKENDS = {
     "LokyBackend",
@@ -196,6 +201,11 @@ class EmbeddingRun:
         self._precision, self._groups, self._fill = precision, groups, fill
         self._progress = progress or (lambda n: None)
         self.input_size = backbone.input_size
+        how = backbone.preprocessing
+        # What resizes the images of a batch together, on the device.
+        self._together = (
+            how if isinstance(how, Preprocessing) and how.resize_on == "device" else None
+        )
         # An encoded image has the same digest under any range of its values.
         settings = f"{precision}-{images.value_range}" if images.value_range else precision
         self._fingerprints = [f"{f}-{settings}" for f in backbone.group_fingerprints]
@@ -211,40 +221,60 @@ class EmbeddingRun:
         self._bad: dict[int, str] = {}  # row -> what is wrong with its image
 
     # -- rows to compute -----------------------------------------------------------------
-    def batches(self, workers: Workers, limit: BatchLimit) -> Iterator[list[_Row] | None]:
+    def batches(
+        self, readers: Workers, limit: BatchLimit, n_tasks: int = 1, is_pinned: bool = False
+    ) -> Iterator[tuple[Batch, range, bool] | None]:
         """Fill in the rows that the store has, and yield what is left to compute.
+
+        A batch comes as `n_tasks` tasks of decoding, which may begin before all its images are
+        read: the batch, the places of the rows to decode, and whether these are its last.
 
         Other processes or threads may embed the same images at the same time. Rows are
         computed under the lock of the block that their digest falls into, and looked up once
         more when the lock is acquired. No call waits for a lock while it holds one: it yields
         None first, so that all rows being computed are kept and their locks released.
         """
-        yield from self._batched(self._missing(workers, limit), limit)
+        # While one process computes a few blocks, the others can take the rest of the part.
+        most = min(_CHUNK, 4 * readers.depth * limit.size)
+        first = most if n_tasks == 1 else min(most, _FIRST_PART)
+        in_tasks = functools.partial(self._batched, limit, n_tasks, is_pinned)
+        yield from in_tasks(self._missing(readers, first, most))
         while self._later:
             rows, self._later = sorted(self._later, key=lambda row: row.i), []
             n_waiting = len(rows)
-            yield from self._batched(self._locked(self._not_stored(rows)), limit)
+            yield from in_tasks(self._locked(self._not_stored(rows)))
             if len(self._later) == n_waiting:  # no lock was free
                 yield None
                 time.sleep(_POLL_SECONDS)
 
-    def _batched(self, rows: Iterator[_Row], limit: BatchLimit) -> Iterator[list[_Row]]:
-        while batch := list(itertools.islice(rows, limit.next_size(self._n_left))):
-            self._n_left -= len(batch)
-            yield batch
+    def _batched(
+        self, limit: BatchLimit, n_tasks: int, is_pinned: bool, rows: Iterator[_Row]
+    ) -> Iterator[tuple[Batch, range, bool]]:
+        is_last = False  # of all rows
+        while not is_last:
+            size = max(1, min(limit.next_size(self._n_left), self._n_left))
+            batch = Batch(size, is_pinned, self._together is None)
+            n_together = -(-batch.size // n_tasks)
+            n = 0
+            while not is_last and n < batch.size:
+                wanted = min(n_together, batch.size - n)
+                batch.rows += itertools.islice(rows, wanted)
+                start, n = n, len(batch.rows)
+                self._n_left -= n - start
+                is_last = n - start < wanted
+                if n:
+                    yield batch, range(start, n), is_last or n == batch.size
 
-    def _missing(self, workers: Workers, limit: BatchLimit) -> Iterator[_Row]:
-        """Read the images that the store does not know by their file, a few batches at a time."""
-        # While one process computes a few blocks, the others can take the rest of the part.
-        most = min(_CHUNK, 4 * workers.depth * limit.size)
+    def _missing(self, readers: Workers, n_first: int, most: int) -> Iterator[_Row]:
+        """Read the images that the store does not know by their file, in ever larger parts."""
         part: list[_Row] = []
-        n_bytes = 0
-        for rows in filter(None, workers.run(self._read, self._to_read())):
+        n_bytes, wanted = 0, n_first
+        for rows in filter(None, readers.run(self._read, self._to_read())):
             part += rows
             n_bytes += sum(row.cell.n_bytes for row in rows if row.cell)
-            if len(part) >= most or n_bytes > _PART_BYTES:
+            if len(part) >= wanted or n_bytes > _PART_BYTES:
                 yield from self._locked(self._new(part))
-                part, n_bytes = [], 0
+                part, n_bytes, wanted = [], 0, min(2 * wanted, most)
         yield from self._locked(self._new(part))
 
     def _to_read(self) -> Iterator[list[int]]:
@@ -358,33 +388,39 @@ class EmbeddingRun:
         """Return the network, on the device."""
         return self._backbone.inference_module(device, self._precision)
 
-    def decode(
-        self, batch: list[_Row], pinned: bool = False
-    ) -> tuple[list[_Row], torch.Tensor | None]:
-        """Decode and resize images into one batch; bad ones are noted and left out."""
-        good: list[_Row] = []
-        pixels = None
-        for row in batch:
+    def decode(self, batch: Batch, places: range) -> None:
+        """Decode and resize images of a batch; bad ones are noted and left out."""
+        for k in places:
+            row = batch.rows[k]
             try:
                 array = self._decode(row)
             except BadImage as error:
                 self._fail(row.i, error)
                 continue
-            if pixels is None:
-                dtype = torch.uint8 if array.dtype == np.uint8 else torch.float32
-                pixels = torch.empty((len(batch), *array.shape), dtype=dtype, pin_memory=pinned)
-                into = pixels.numpy()
-            elif array.shape != into.shape[1:]:
+            into = batch.room_for(k, array)
+            if array.shape != into.shape:
                 raise ValueError(
                     f"The preprocessing gave an array of shape {array.shape} for "
-                    f"{self._images.where(row.i)}, and of shape {into.shape[1:]} for "
-                    f"{self._images.where(good[0].i)}: all images must have one shape then."
+                    f"{self._images.where(row.i)}, and of shape {tuple(into.shape)} for "
+                    f"{self._images.where(batch.rows[batch.first].i)}: all images must have one "
+                    "shape then."
                 )
-            into[len(good)] = array
-            good.append(row)
-        if pixels is None:
-            return [], None
-        pixels = pixels[: len(good)]
+            into.numpy()[:] = array
+            batch.images[k] = into
+
+    def pixels(self, batch: Batch, device: torch.device = _CPU) -> tuple[list[_Row], torch.Tensor]:
+        """Return the rows of a batch that have an image, and these as the network takes them."""
+        places = sorted(batch.images)
+        good, images = [batch.rows[k] for k in places], [batch.images[k] for k in places]
+        if not good:
+            return [], torch.empty(0)
+        if self._together is not None:
+            resize = self._together.resize_crop_together
+            return good, uploaded(lambda: resize(images, device), device)
+        assert batch.joined is not None
+        pixels = batch.joined[: len(good)]
+        if places[-1] >= len(good):  # bad ones lie between them
+            pixels = torch.stack(images)
         # H×W×3 pixels seen as 3×H×W are channels-last already: nothing is copied.
         return good, pixels.permute(0, 3, 1, 2) if pixels.dtype == torch.uint8 else pixels
 
@@ -397,6 +433,8 @@ class EmbeddingRun:
         preprocessing = self._backbone.preprocessing
         with cell.decoded(preprocessing.min_size) as image:
             try:
+                if self._together is not None:
+                    return np.asarray(self._together.in_colours(image))
                 return preprocessing.resize_crop(image)
             except Exception as error:
                 where = self._images.where(row.i)

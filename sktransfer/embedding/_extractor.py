@@ -63,8 +63,9 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
 
     preprocessing : "auto", dict or callable, default="auto"
         ``"auto"``: what the weights were trained with. A dict overrides parts of it
-        (``size``, ``crop``, ``mean``, ``std``, ``interpolation``, ``fast_decode``). A
-        callable takes the uint8 H×W×3 array and returns a float 3×H×W array; `fit` copies it.
+        (``size``, ``crop``, ``mean``, ``std``, ``interpolation``, ``fast_decode``,
+        ``resize_on``). A callable takes the uint8 H×W×3 array and returns a float 3×H×W array;
+        `fit` copies it.
 
     image_shape : tuple of int or None, default=None
         The shape of one image, ``(height, width)`` or ``(height, width, channels)``, for
@@ -79,14 +80,16 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
 
     batch_size : int or "auto", default="auto"
         Images sent through the network at once. It changes speed and memory, not results.
-        ``"auto"``: 256 on an accelerator, on a CPU 4 to 32, fewer of larger images.
+        ``"auto"``: on an accelerator 32 to 256, on a CPU 4 to 32, fewer of larger images.
         Halved, with a warning, as often as the device runs out of memory.
 
     device : str, default="auto"
         ``"auto"``: ``"cuda"``, then ``"mps"``, then ``"cpu"``; or any torch device by its name.
+        With ``"auto"`` the worker processes of a machine share out its CUDA devices.
 
-    precision : {"float32", "bfloat16", "float16"}, default="float32"
-        What the network computes in. The columns are float32 always.
+    precision : {"float32", "tf32", "bfloat16", "float16"}, default="float32"
+        What the network computes in. The columns are float32 always. ``"tf32"``: float32, but
+        CUDA rounds the factors of products to 10 bits; ``"float32"`` never does that.
 
     n_jobs : int or None, default=None
         Threads for decoding and, on a CPU, for the network. ``None`` and -1 mean as many

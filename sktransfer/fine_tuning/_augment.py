@@ -68,7 +68,8 @@ class RandomViews:
 class BatchAugment:
     """Augment a batch's images and, with MixUp or CutMix, mix its targets and weights.
 
-    ``"light"`` and ``"strong"`` draw from `generator`, all others from torch's global state.
+    ``"light"`` and ``"strong"`` draw from `generator`, all others from torch's global state. They
+    and the mixing run on `device`, functions of one image on the host, so that they may use NumPy.
     """
 
     def __init__(
@@ -77,8 +78,9 @@ class BatchAugment:
         kind: str,
         n_outputs: int,
         generator: torch.Generator,
+        device: torch.device,
     ):
-        self.n_outputs = n_outputs
+        self.n_outputs, self.device = n_outputs, device
         self.steps: list[tuple[Callable, bool]] = []
         for step in _flattened(augment):
             mixes = list(_mixes_in(step))
@@ -95,14 +97,16 @@ class BatchAugment:
         white = 255.0 if are_pixels else 1.0
         for step, is_mix in self.steps:
             if is_mix:
+                x, target, weight = (part.to(self.device) for part in (x, target, weight))
                 # Transforms of torchvision take float pixels as 0…1.
                 x, target, weight = self._mixed(step, x / white, target, weight)
                 x = x * white
             else:
-                flat = x.flatten(0, 1)
+                is_own = isinstance(step, RandomViews)
+                flat = x.to(self.device if is_own else "cpu").flatten(0, 1)
                 if are_pixels and flat.is_floating_point():  # still 0…255, from the step before
                     flat = flat.round().to(torch.uint8)
-                flat = step(flat) if isinstance(step, RandomViews) else _one_by_one(step, flat)
+                flat = step(flat) if is_own else _one_by_one(step, flat)
                 x = flat.unflatten(0, (-1, n_columns))
         return x, target, weight
 

@@ -11,17 +11,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sktransfer.embedding._batches import n_decoding_threads
+from sktransfer.embedding._batches import STREAMING, n_decoding_threads
 from sktransfer.embedding._embed import BadRow, embed, embed_images
 from sktransfer.fine_tuning._module import TunedModule
 from sktransfer.images._images import BadImage, Images
 from sktransfer.networks._backbone import Backbone
+from sktransfer.networks._inference import tensor_float_32
 from sktransfer.networks._preprocessing import AnyPreprocessing
 from sktransfer.store._store import MAX_ACTIVATION_BYTES, activations, as_store
 
 # A training set's pixels, or its outputs of frozen stages, are kept in memory up to this size;
 # larger ones are computed again in each epoch.
 MAX_KEPT_BYTES = 2 * 2**30
+# Outputs of frozen stages are kept on an accelerator up to this size.
+_MAX_BYTES_ON_DEVICE = 2**30
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -132,9 +135,19 @@ class Precomputed:
     def __init__(self, rows: np.ndarray, bad: list[BadRow] | None = None, is_bad=False):
         self._rows, self.bad = rows, bad or []
         self.is_bad = np.broadcast_to(is_bad, len(rows))
+        self._on_device: torch.Tensor | None = None
+
+    def keep_on(self, device: torch.device) -> None:
+        """Keep the rows on an accelerator, if they are not too large."""
+        if device.type == "cpu" or self._rows.nbytes > _MAX_BYTES_ON_DEVICE:
+            return
+        if self._on_device is None:
+            self._on_device = torch.as_tensor(self._rows, device=device)
 
     def take(self, index: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(self._rows[index])
+        if self._on_device is None:
+            return torch.from_numpy(self._rows[index])
+        return self._on_device[torch.from_numpy(index)]
 
 
 class FrozenStages(Backbone):
@@ -158,7 +171,8 @@ class FrozenStages(Backbone):
 
     @torch.inference_mode()
     def _run(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [self._module.run(x, 0, self._stop).float().flatten(1)]
+        with tensor_float_32(x.device, False):
+            return [self._module.run(x, 0, self._stop).float().flatten(1)]
 
 
 def frozen_outputs(
@@ -262,12 +276,13 @@ class Batches:
         order = np.arange(len(self.dataset))
         if self.generator is not None:
             order = torch.randperm(len(order), generator=self.generator).numpy()
-        in_background = self.device.type == "cuda"
-        for x, target, weight in self._fetched(np.array_split(order, len(self))):
-            x = x.to(self.device, non_blocking=in_background)
-            target, weight = target.to(self.device), weight.to(self.device)
+        in_background = self.device.type in STREAMING
+        if isinstance(self.dataset.source, Precomputed):
+            self.dataset.source.keep_on(self.device)
+        for batch in self._fetched(np.array_split(order, len(self))):
             if self.augment is not None:
-                x, target, weight = self.augment(x, target, weight)
+                batch = self.augment(*batch)
+            x, target, weight = (p.to(self.device, non_blocking=in_background) for p in batch)
             yield {"x": x, "weight": weight}, target
 
     def _fetched(self, batches: list[np.ndarray]) -> Iterator[Batch]:
@@ -283,5 +298,7 @@ class Batches:
             yield waiting.result()
 
     def _fetch(self, batch: np.ndarray) -> Batch:
-        x, target, weight = self.dataset.take(batch)  # type: ignore[attr-defined]
-        return (x.pin_memory() if self.device.type == "cuda" else x), target, weight
+        parts = self.dataset.take(batch)  # type: ignore[attr-defined]
+        if self.device.type not in STREAMING:
+            return parts
+        return tuple(p.pin_memory() if p.device.type == "cpu" else p for p in parts)

@@ -84,10 +84,10 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     augment : {"light", "strong"}, callable, list or None, default=None
         Random changes of training images, new in each epoch. ``"light"`` mirrors and crops,
         ``"strong"`` crops more and changes colours. A callable takes and returns one uint8 tensor
-        (channels, height, width), as ``torchvision.transforms.v2`` do; draw from torch's random
-        state to be repeatable. Mixing images (``v2.MixUp``) is for classes only. A list holds
-        several of these. Where `preprocessing` is a callable, its float images are changed, but
-        not their colours.
+        (channels, height, width) on the CPU, whatever `device` is, as the transforms of
+        ``torchvision.transforms.v2`` do; draw from torch's random state to be repeatable.
+        Mixing images (``v2.MixUp``) is for classes only. A list holds several of these. Where
+        `preprocessing` is a callable, its float images are changed, but not their colours.
     early_stopping : "auto" or bool, default="auto"
         Whether the epoch with the best score on a validation part is kept. Epoch 0 counts: from
         a linear probe, the model is never worse there than the probe. ``"auto"``: if `X_val` is

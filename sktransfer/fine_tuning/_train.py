@@ -212,6 +212,9 @@ def train(
         if share is not None:
             interpolate(module, unfreezing.start, share)
         log.best_state, unfreezing.start = {}, {}
+        net.optimizer_.zero_grad()
+        if not settings.is_continued:
+            net.optimizer_.state.clear()
     # No loss was computed with the weights after the last step.
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
@@ -258,7 +261,8 @@ def make_net(
         from sktransfer.fine_tuning._augment import BatchAugment
 
         draws = torch.Generator().manual_seed(settings.seed + 1)
-        augment = BatchAugment(settings.augment, settings.kind, settings.n_outputs, draws)
+        kind, n_outputs = settings.kind, settings.n_outputs
+        augment = BatchAugment(settings.augment, kind, n_outputs, draws, settings.device)
     kinds = {"multiclass": NeuralNetClassifier, "regression": NeuralNetRegressor}
     arguments: dict[str, object] = {
         "criterion": WeightedLoss(settings.kind, settings.loss),

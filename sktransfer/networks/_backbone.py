@@ -65,9 +65,9 @@ def load_backbone(
     preprocessing : "auto", dict or callable, default="auto"
         ``"auto"``: what the weights were trained with; for a module 256 pixels, cropped to
         224, with ImageNet's mean and standard deviation. A dict overrides parts of it:
-        ``size``, ``crop``, ``mean``, ``std``, ``interpolation``, ``fast_decode``. A callable
-        takes a uint8 array (height, width, 3) and returns a float array or tensor (channels,
-        height, width), ready for the network.
+        ``size``, ``crop``, ``mean``, ``std``, ``interpolation``, ``fast_decode``, ``resize_on``.
+        A callable takes a uint8 array (height, width, 3) and returns a float array or tensor
+        (channels, height, width), ready for the network.
 
     Returns
     -------
@@ -320,7 +320,7 @@ class Backbone:
         Parameters
         ----------
         device : torch.device or str, default="cpu"
-        precision : {"float32", "bfloat16", "float16"}, default="float32"
+        precision : {"float32", "tf32", "bfloat16", "float16"}, default="float32"
 
         Returns
         -------

@@ -281,7 +281,7 @@ class Traced:
                     pooled[k] = graph.call_module(f"_pooling_{k}", (values[node],))
         graph.output([pooled[k] for k in range(len(nodes))])
         layers = targets(self.root, graph, {f"_pooling_{k}": p for k, p in enumerate(poolings)})
-        return fx.GraphModule(layers, graph)
+        return graph_module(layers, graph)
 
     # -- running ----------------------------------------------------------------------------
     def agrees_with_module(self, input_size: tuple[int, int, int]) -> bool:
@@ -372,6 +372,16 @@ class Stages(list[Stage]):
         return x
 
 
+def graph_module(root: nn.Module | dict[str, object], graph: fx.Graph) -> fx.GraphModule:
+    """Make the module of a graph, without torch's reference from the graph back to it.
+
+    In such a circle the weights would stay in a device's memory until a garbage collection.
+    """
+    made = fx.GraphModule(root, graph)  # type: ignore[arg-type]
+    made.graph.owning_module = None
+    return made
+
+
 class StageModule(nn.Module):
     """One stage: a graph for training and one for evaluation, both over the network's own layers.
 
@@ -385,7 +395,7 @@ class StageModule(nn.Module):
         for name in sorted(parts, key=lambda name: name.count(".")):
             self._add(name, parts[name])
         # In a tuple they are not submodules: only their code is used.
-        self._runs = tuple(fx.GraphModule(targets(root, graph), graph) for graph in graphs)
+        self._runs = tuple(graph_module(targets(root, graph), graph) for graph in graphs)
 
     def _add(self, name: str, part: object) -> None:
         *parents, last = name.split(".")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sktransfer._threads import one_at_a_time, process_lock
-from sktransfer.networks._graph import is_patched
+from sktransfer.networks._graph import graph_module, is_patched
 from sktransfer.networks._preprocessing import AnyPreprocessing, Preprocessing
 from sktransfer.networks._sources import Source
 from sktransfer.networks._stages import plan_stages
@@ -20,10 +21,18 @@ from sktransfer.networks._stages import plan_stages
 MAX_NETWORKS = 4
 _MAX_COPIES = 4
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 _networks: OrderedDict[tuple, Network] = OrderedDict()
 _lock = process_lock()  # for look-ups only
+# Held while CUDA's precision differs from the caller's; not for as long as a fit, whose own lock
+# would keep other threads from predicting.
+_precision_lock = process_lock()
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -70,6 +79,7 @@ class Network:
         mean = std = None
         if isinstance(preprocessing, Preprocessing):
             mean, std = preprocessing.mean, preprocessing.std
+        device = with_index(device)
         key = tuple(keys), tuple(poolings), mean, std, device, precision
         with self._lock:
             if key in self._copies:
@@ -83,7 +93,8 @@ class Network:
                 extractor = inference_copy(extractor, device, dtype, channels_last=channels_last)
             else:
                 extractor = extractor.copy_to(device, dtype)
-            made = EmbeddingNetwork(extractor, mean, std, dtype, channels_last).to(device).eval()
+            made = EmbeddingNetwork(extractor, mean, std, precision, channels_last)
+            made = made.to(device).eval()
             self._copies[key] = made
             while len(self._copies) > _MAX_COPIES:
                 self._copies.popitem(last=False)
@@ -124,6 +135,42 @@ def clear_networks() -> None:
         _networks.clear()
 
 
+# -- devices ------------------------------------------------------------------------------------
+def with_index(device: torch.device) -> torch.device:
+    """Return the device with its number, as ``"cuda"`` and ``"cuda:0"`` are one."""
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.index is not None:
+        return device
+    # Asking for the current device would initialise CUDA, after which a process cannot fork.
+    is_chosen = device.type == "cuda" and torch.cuda.is_initialized()
+    return torch.device(device.type, torch.cuda.current_device() if is_chosen else 0)
+
+
+@contextlib.contextmanager
+def tensor_float_32(device: torch.device, is_allowed: bool) -> Iterator[None]:
+    """Let CUDA round float32 factors to TF32 (10 bits) or not, whatever the caller has set."""
+    if device.type != "cuda":
+        yield
+        return
+    backends = torch.backends
+    places: list[object] = [backends.cudnn, backends.cuda.matmul]
+    name: str = "allow_tf32"
+    value: bool | str = is_allowed
+    if hasattr(backends.cudnn, "conv"):  # since torch 2.9, which refuses a mix of both
+        places = [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul]
+        name, value = "fp32_precision", "tf32" if is_allowed else "ieee"
+    with _precision_lock:  # kernels are chosen when they are queued
+        before = [getattr(place, name) for place in places]
+        try:
+            for place in places:
+                setattr(place, name, value)
+            yield
+        finally:
+            for place, found in zip(places, before, strict=True):
+                setattr(place, name, found)
+
+
 # -- folding ------------------------------------------------------------------------------------
 def scale_and_shift(
     mean: Sequence[float], std: Sequence[float]
@@ -147,7 +194,7 @@ class EmbeddingNetwork(nn.Module):
         Returns the layers' pooled values as a list; made by :func:`inference_copy`.
     mean, std : sequence of float, or None
         Of pixels in 0…1; None: the input comes normalised, as floats.
-    dtype : torch.dtype
+    precision : {"float32", "tf32", "bfloat16", "float16"}
         What the network computes in.
     channels_last : bool
     """
@@ -157,12 +204,12 @@ class EmbeddingNetwork(nn.Module):
         extractor: nn.Module,
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
-        dtype: torch.dtype,
+        precision: str,
         channels_last: bool,
     ):
         super().__init__()
         self.extractor = extractor
-        self.dtype = dtype
+        self.precision, self.dtype = precision, _DTYPES[precision]
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.scale: torch.Tensor
         self.shift: torch.Tensor
@@ -177,7 +224,8 @@ class EmbeddingNetwork(nn.Module):
         if self.is_normalising:
             x = torch.addcmul(self.shift, x.float(), self.scale)
         x = x.to(self.dtype).contiguous(memory_format=self.memory_format)
-        return self.extractor(x)
+        with tensor_float_32(x.device, self.precision == "tf32"):
+            return self.extractor(x)
 
 
 def inference_copy(
@@ -194,9 +242,10 @@ def inference_copy(
     channels_last : bool
         Whether convolutions keep their weights as N×H×W×C.
     """
-    folded = fx.GraphModule(network, copy.deepcopy(network.graph))
+    folded = graph_module(network, copy.deepcopy(network.graph))
     _fold_batch_norms(folded)
     copied = copy.deepcopy(folded).to(device=device, dtype=dtype)
+    copied.graph.owning_module = None
     for layer in copied.modules():
         if channels_last and isinstance(layer, nn.Conv2d):
             layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -11,8 +11,10 @@ from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from PIL import Image
+from torch.nn import functional as F
 
 from sktransfer.networks._fingerprint import function_digest
 
@@ -21,6 +23,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Images up to this many times as long as wide are resized whole.
 _MAX_STRETCH = 16
 _METHODS = {method.name.lower(): method for method in Image.Resampling}
+_METHODS_OF_DEVICES = ("bilinear", "bicubic")
+_VALUES_AT_ONCE = 2**26  # 256 MiB as float32
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,15 @@ class Preprocessing:
     fast_decode : bool, default=True
         Whether a JPEG may be decoded at a half, a quarter or an eighth of its size, where
         both sides stay at least twice as long as `size`.
+    resize_on : {"cpu", "device"}, default="cpu"
+        Where images are resized: by Pillow in the threads that decode, or by torch, images of
+        one size together, on the device that the network runs on.
 
     Notes
     -----
     Resizing equals torchvision's preset on PIL images pixel for pixel, for images up to
-    sixteen times as long as wide, and within one of 255 beyond.
+    sixteen times as long as wide, and within one of 255 beyond; with ``resize_on="device"``,
+    which averages over the same pixels, within two.
     """
 
     size: int | tuple[int, int] = 256
@@ -54,6 +62,7 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bilinear"
     fast_decode: bool = True
+    resize_on: str = "cpu"
 
     def __post_init__(self) -> None:
         size, crop = _pixels("size", self.size), _pixels("crop", self.crop)
@@ -79,6 +88,11 @@ class Preprocessing:
             raise _refused("interpolation", self.interpolation, accepted)
         if not isinstance(self.fast_decode, (bool, np.bool_)):
             raise _refused("fast_decode", self.fast_decode, "True or False is accepted.")
+        if self.resize_on not in ("cpu", "device"):
+            raise _refused("resize_on", self.resize_on, "'cpu' or 'device' is accepted.")
+        if self.resize_on == "device" and self.interpolation not in _METHODS_OF_DEVICES:
+            accepted = f"with resize_on='device' one of {list(_METHODS_OF_DEVICES)} is accepted."
+            raise _refused("interpolation", self.interpolation, accepted)
 
     @property
     def crop_size(self) -> tuple[int, int]:
@@ -103,7 +117,10 @@ class Preprocessing:
     @property
     def identity(self) -> str:
         """Its part of fingerprints."""
-        return repr(sorted(asdict(self).items()))
+        values = asdict(self)
+        if self.resize_on == "cpu":
+            del values["resize_on"]
+        return repr(sorted(values.items()))
 
     def resize_crop(self, image: np.ndarray | Image.Image) -> np.ndarray:
         """Resize an image's shorter side and cut out its centre.
@@ -116,21 +133,88 @@ class Preprocessing:
         -------
         pixels : ndarray of shape (crop height, crop width, channels), uint8
         """
-        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        if len(self.mean) == 1:
-            image = image.convert("L")
-        new_h, new_w = self._resized(image.height, image.width)
+        if self.resize_on == "device":
+            pixels = self.resize_crop_together([torch.tensor(np.asarray(self.in_colours(image)))])
+            return np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy())
+        return self._resize_crop(self.in_colours(image))
+
+    def in_colours(self, image: np.ndarray | Image.Image) -> np.ndarray | Image.Image:
+        """Return the image with the colours that the network takes: grey, with one `mean`."""
+        if len(self.mean) > 1:
+            return image
+        return np.asarray(_as_pil(image).convert("L"))[:, :, None]
+
+    def resize_crop_together(
+        self, images: Sequence[torch.Tensor], device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """Resize and crop images on a device, those of one size together.
+
+        Parameters
+        ----------
+        images : sequence of tensors of shape (height, width, channels), uint8
+            Of :meth:`in_colours`, on the host; pinned ones are copied in the background.
+
+        Returns
+        -------
+        pixels : tensor of shape (n, channels, crop height, crop width), uint8
+            On the device, channels-last in memory.
+        """
+        by_size: dict[torch.Size, list[int]] = {}
+        for i, image in enumerate(images):
+            by_size.setdefault(image.shape, []).append(i)
+        shape = len(images), *self.crop_size, len(self.mean)
+        out = torch.zeros(shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+        for size, places in by_size.items():
+            n_at_once = max(1, _VALUES_AT_ONCE // size.numel())
+            for k in range(0, len(places), n_at_once):
+                some = places[k : k + n_at_once]
+                self._resize_into(out, some, [images[i] for i in some])
+        return out
+
+    def _resize_into(
+        self, out: torch.Tensor, places: list[int], images: list[torch.Tensor]
+    ) -> None:
+        """Resize images of one size, and put them at `places` of `out`."""
+        shape, (top, left, h, w), (down, right) = self._places(*images[0].shape[:2])
+        if max(shape) > _MAX_STRETCH * min(shape):
+            pixels = np.stack([self._resize_crop(image.numpy()) for image in images])
+            out[places] = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(out.device)
+            return
+        moved = [image.to(out.device, non_blocking=image.is_pinned()) for image in images]
+        x = torch.stack(moved).permute(0, 3, 1, 2)
+        # As Pillow does it: along the width, rounded to eight bits, then along the height.
+        for target in (x.shape[2], shape[1]), shape:
+            if target != tuple(x.shape[2:]):
+                x = F.interpolate(x.float(), target, mode=self.interpolation, antialias=True)
+                x = (x + 0.5).floor().clamp(0, 255)
+        x = x[:, :, top : top + h, left : left + w].to(torch.uint8)
+        out[torch.tensor(places), :, down : down + h, right : right + w] = x
+
+    def _resize_crop(self, image: np.ndarray | Image.Image) -> np.ndarray:
+        size = image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
+        shape, kept, (down, right) = self._places(*size)
+        top, left, kept_h, kept_w = kept
+        if isinstance(image, np.ndarray) and shape == size:
+            pixels = image[top : top + kept_h, left : left + kept_w]
+        else:
+            pixels = self._resize(_as_pil(image), shape, kept)
         crop_h, crop_w = self.crop_size
-        # Part of the resized image that the crop keeps, as torchvision's center_crop rounds.
-        top, left = _offset(new_h, crop_h), _offset(new_w, crop_w)
-        kept_h, kept_w = min(new_h, crop_h), min(new_w, crop_w)
-        pixels = self._resize(image, (new_h, new_w), (top, left, kept_h, kept_w))
         if (kept_h, kept_w) == (crop_h, crop_w):
             return np.ascontiguousarray(pixels)
         padded = np.zeros((crop_h, crop_w, pixels.shape[2]), dtype=np.uint8)
-        pad_h, pad_w = (crop_h - kept_h) // 2, (crop_w - kept_w) // 2
-        padded[pad_h : pad_h + kept_h, pad_w : pad_w + kept_w] = pixels
+        padded[down : down + kept_h, right : right + kept_w] = pixels
         return padded
+
+    def _places(
+        self, height: int, width: int
+    ) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int]]:
+        """Size after resizing; (top, left, height, width) that the crop keeps; where that goes."""
+        new_h, new_w = self._resized(height, width)
+        crop_h, crop_w = self.crop_size
+        kept_h, kept_w = min(new_h, crop_h), min(new_w, crop_w)
+        # As torchvision's center_crop rounds.
+        kept = _offset(new_h, crop_h), _offset(new_w, crop_w), kept_h, kept_w
+        return (new_h, new_w), kept, ((crop_h - kept_h) // 2, (crop_w - kept_w) // 2)
 
     def _resize(
         self, image: Image.Image, shape: tuple[int, int], kept: tuple[int, int, int, int]
@@ -157,6 +241,12 @@ class Preprocessing:
         if height <= width:
             return self.size, max(1, int(self.size * width / height))
         return max(1, int(self.size * height / width)), self.size
+
+
+def _as_pil(image: np.ndarray | Image.Image) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    return Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0])
 
 
 def _offset(length: int, crop: int) -> int:

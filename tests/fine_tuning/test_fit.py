@@ -5,6 +5,7 @@ import pytest
 import torch
 import torchvision
 from sklearn.model_selection import GridSearchCV
+from skorch.callbacks import Callback
 from small_models import assert_same_model, small, state_of
 from tiny_networks import tiny_network
 from torch import nn
@@ -151,13 +152,17 @@ def test_weights_shared_with_a_frozen_stage_are_frozen(stripes):
     ids=str,
 )
 def test_stages_join_without_resetting_the_others(stripes, unfreeze, n_unfrozen):
-    model = small(unfreeze=unfreeze, max_epochs=4, batch_size=64).fit(*stripes)
+    steps = []
+
+    class Steps(Callback):
+        def on_train_end(self, net, **kwargs):
+            state = net.optimizer_.state
+            for part in (net.module_.head, net.module_.stages[1], net.module_.stages[0]):
+                steps.append(int(state[next(part.parameters())]["step"]))
+
+    model = small(unfreeze=unfreeze, max_epochs=4, batch_size=64, callbacks=[Steps()])
+    model.fit(*stripes)
     assert [row["n_unfrozen"] for row in model.history_] == n_unfrozen
-    module, state = model.net_.module_, model.net_.optimizer_.state
-    steps = [
-        int(state[next(part.parameters())]["step"])
-        for part in (module.head, module.stages[1], module.stages[0])
-    ]
     assert steps == [sum(n >= k for n in n_unfrozen) for k in (0, 1, 2)]
 
 

@@ -1,9 +1,11 @@
 """Resizing and cropping equal torchvision's presets pixel for pixel."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.models import get_model_weights
 from torchvision.transforms import functional as F
@@ -127,6 +129,8 @@ def test_reduced_decoding_leaves_twice_the_target():
         ({"mean": 0.5}, "'mean' has 1 values, 'std' 3"),
         ({"interpolation": "cubic"}, "'interpolation' is 'cubic': one of"),
         ({"fast_decode": [0]}, r"'fast_decode' is \[0\]: True or False"),
+        ({"resize_on": "cuda"}, "'resize_on' is 'cuda': 'cpu' or 'device' is accepted"),
+        ({"resize_on": "device", "interpolation": "box"}, "'box': with resize_on='device' one of"),
         ("imagenet", "preprocessing is 'imagenet': 'auto', a dict"),
     ],
 )
@@ -172,3 +176,29 @@ def test_a_callable_that_returns_the_wrong_thing():
     message = re.escape("returned ndarray of shape (240, 320, 3) for an image of shape (240, 320")
     with pytest.raises(ValueError, match=message):
         load_backbone("builtin", preprocessing=lambda image: image)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("mean", [(0.5, 0.4, 0.3), (0.5,)], ids=["colours", "grey"])
+@pytest.mark.parametrize(("size", "crop"), [(64, 56), ((48, 80), (48, 80)), (40, 64)])
+def test_resizing_together_is_within_two_of_pillow(interpolation, mean, size, crop):
+    by_pillow = Preprocessing(size, crop, mean, mean, interpolation)
+    together = replace(by_pillow, resize_on="device")
+    images = [make_image(shape, i) for i, shape in enumerate([*SHAPES[:-1], *SHAPES[:3], (4, 99)])]
+    tensors = [torch.tensor(np.asarray(together.in_colours(image))) for image in images]
+    pixels = together.resize_crop_together(tensors)
+    assert pixels.dtype == torch.uint8
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+    off = []
+    for image, got in zip(images, pixels.permute(0, 2, 3, 1).numpy(), strict=True):
+        expected = by_pillow.resize_crop(image).astype(int)
+        assert np.abs(got - expected).max() <= 2
+        off.append((got != expected).mean())
+        np.testing.assert_array_equal(together.resize_crop(Image.fromarray(image)), got)
+    assert np.mean(off) < 0.1
+
+
+def test_where_to_resize_is_part_of_the_fingerprint():
+    assert Preprocessing(resize_on="cpu").identity == Preprocessing().identity
+    assert "resize_on" not in Preprocessing().identity
+    assert Preprocessing(resize_on="device").identity != Preprocessing().identity

@@ -1,0 +1,75 @@
+"""Fine-tuning on another device: no operation mixes devices, and no copy is read too early."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from fake_device import FakeDevice
+from small_models import small
+from tiny_networks import Tiny, tiny_network
+
+
+class Untraced(Tiny):
+    """torch.fx cannot follow it, so hooks cut it."""
+
+    def forward(self, x):
+        return super().forward(x) if x.sum() < 1e9 else x
+
+
+def mirrored(image):
+    """A function of NumPy's: it gets a uint8 tensor of the host, whatever the device."""
+    assert image.dtype == torch.uint8
+    return torch.from_numpy(np.flip(image.numpy(), 2).copy())
+
+
+@pytest.mark.parametrize("is_streaming", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{"unfreeze": 1}, {"unfreeze": 0}, {"augment": ["light", mirrored]}, {"augment": mirrored}],
+    ids=["stage", "head", "views", "function"],
+)
+def test_fits_are_those_of_the_cpu(stripes, options, is_streaming, monkeypatch):
+    X, y = stripes[0][:24], stripes[1][:24]
+
+    def fitted(device):
+        model = small(device=device, early_stopping=True, lr=1e-3, memory=False, **options)
+        before = model.fit(X, y).predict_proba(X)
+        model.partial_fit(X, y)
+        return np.concatenate([before, model.predict_proba(X)]), model.transform(X)
+
+    expected = fitted("cpu")
+    with FakeDevice(monkeypatch, is_streaming) as device:
+        found = fitted("meta")
+    assert device.n_uploads
+    for values, reference in zip(found, expected, strict=True):
+        np.testing.assert_allclose(values, reference, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", [tiny_network, Untraced], ids=["graph", "hooks"])
+def test_a_model_frees_its_memory_at_once(stripes, backbone):
+    """No circle keeps weights in a device's memory until a garbage collection."""
+    X, y = stripes[0][:24], stripes[1][:24]
+    options = {"backbone": backbone, "memory": False, "lr": 1e-3}
+    small(**options).fit(X, y)
+    gc.collect()
+    gc.disable()
+    try:
+        model = small(**options).fit(X, y)
+        model.predict(X)
+        kept = [weakref.ref(p) for p in model.net_.module_.parameters()]
+        del model
+        assert not [ref for ref in kept if ref() is not None]
+    finally:
+        gc.enable()
+
+
+def test_a_fit_keeps_no_gradients(stripes):
+    X, y = stripes[0][:24], stripes[1][:24]
+    model = small(memory=False).fit(X, y)
+    assert not [p for p in model.net_.module_.parameters() if p.grad is not None]
+    assert not model.net_.optimizer_.state
+    model.partial_fit(X, y)
+    assert not [p for p in model.net_.module_.parameters() if p.grad is not None]
+    assert model.net_.optimizer_.state
