@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import torch
 
 from sktransfer._progress import warn
+from sktransfer._threads import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -224,7 +225,7 @@ class BatchLimit:
             parts = network(batch.to(device, non_blocking=in_background))
             return [part.to("cpu", non_blocking=in_background) for part in parts]
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
                 raise MemoryError(
@@ -252,10 +253,3 @@ def _queued_work(device: torch.device) -> Callable[[], None]:
     if device.type == "cuda":
         return torch.cuda.current_stream(device).record_event().synchronize
     return torch.mps.synchronize if device.type == "mps" else lambda: None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)  # the CPU's and mps's allocators raise plain RuntimeErrors
-    return "can't allocate memory" in text or "out of memory" in text

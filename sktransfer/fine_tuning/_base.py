@@ -15,6 +15,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._progress import warn
+from sktransfer._threads import own_settings
 from sktransfer._validation import (
     SHARED_CONSTRAINTS,
     HasMethods,
@@ -113,6 +114,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return weight
 
     # -- fit --------------------------------------------------------------------------------
+    @own_settings()
     def _fit(self, X, y, sample_weight=None, X_val=None, y_val=None, *, is_partial=False) -> Self:
         """Fit a copy and take over its attributes, so that a failed fit changes nothing."""
         fitted = copy.copy(self)
@@ -165,8 +167,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             is_continued=is_partial,
             wise_ft_share=np.interp(len(data.train.rows), *_WISE_FT) if uses_wise_ft else None,
         )
-        old_net = None if old is None else old.net
-        log = train(tuned, phases, settings, plan.first_stage, first_epoch, old_net)
+        old_state = None if old is None else old.training_state()
+        log = train(tuned, phases, settings, plan.first_stage, first_epoch, old_state)
+        tuned.is_continued = is_partial
 
         # 5. Keep.
         self._keep(data, tuned, log, first_epoch)
@@ -352,6 +355,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             self.memory, self.device, self.precision, self.n_jobs, self.on_error, self.verbose
         )
 
+    @own_settings()
     def _embed(self, X) -> tuple[np.ndarray, list[BadRow]]:
         """Tuned embeddings, NaN in rows of unreadable images, and these images."""
         from sktransfer.fine_tuning._inputs import embed_rows
@@ -414,8 +418,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return np.asarray(columns, dtype=object)
 
     @property
+    @own_settings()
     def net_(self) -> NeuralNet:
-        """The skorch net. After unpickling it is made again, without the optimizer's state."""
+        """The skorch net. It is made again when it is first needed after unpickling."""
         if "_tuned" not in vars(self):
             raise AttributeError(
                 f"This {type(self).__name__} is not fitted yet, so it has no net_."
@@ -423,12 +428,16 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         tuned = self._tuned
         if tuned.net is None:
             from sktransfer.embedding._batches import resolve_device
-            from sktransfer.fine_tuning._train import make_net
+            from sktransfer.fine_tuning._train import has_scheduler, make_net
+            from sktransfer.fine_tuning._training_state import continue_from
 
             settings = self._training_settings(tuned, device=resolve_device(self.device), seed=0)
             module, first = tuned.module(), tuned.first_trained_stage
             module.freeze(first)
-            tuned.net = make_net(module, first, settings)
+            net = make_net(module, first, settings)
+            if (state := tuned.training_state()) is not None:
+                continue_from(net, state, has_scheduler(self.callbacks))
+            tuned.net = net
         return tuned.net
 
     def __sklearn_is_fitted__(self) -> bool:

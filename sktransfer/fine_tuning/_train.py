@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -15,7 +16,7 @@ from skorch.callbacks import Callback, LRScheduler
 from skorch.helper import predefined_split
 
 from sktransfer._progress import warn
-from sktransfer._threads import own_random_state, repeatable_kernels
+from sktransfer._threads import is_out_of_memory, own_random_state, repeatable_kernels
 from sktransfer.fine_tuning._callbacks import (
     EpochLog,
     OneCycle,
@@ -26,6 +27,7 @@ from sktransfer.fine_tuning._callbacks import (
 from sktransfer.fine_tuning._head import Loss, WeightedLoss
 from sktransfer.fine_tuning._inputs import Batches, TrainingSet
 from sktransfer.fine_tuning._module import TunedModule, TunedNetwork
+from sktransfer.fine_tuning._training_state import TrainingState, continue_from
 
 Groups = list[dict]
 
@@ -171,17 +173,18 @@ def train(
     settings: TrainingSettings,
     first_stage: Callable[[int], int],
     first_epoch: int = 0,
-    old_net: NeuralNet | None = None,
+    old_state: TrainingState | None = None,
 ) -> EpochLog:
     """Train `tuned` in place.
 
     `first_stage` gives the lowest stage trained in an epoch, counted from 1. `first_epoch` epochs
-    were trained before with `old_net`, whose optimizer's state is continued.
+    were trained before, which left `old_state`.
     """
     module, first = tuned.module(), tuned.first_trained_stage
     with (
         own_random_state(settings.seed, settings.device),  # dropout draws from it
         repeatable_kernels(settings.device),
+        _explained_memory(settings.batch_size),
     ):
         module.to(settings.device)
         for parameter in module.stages.parameters():
@@ -198,14 +201,13 @@ def train(
             settings.kind, settings.lr, first_epoch, valid, settings.keeps_best, patience, first
         )
         callbacks: list[Callback] = [unfreezing, log]
-        has_scheduler = _has_scheduler(settings.callbacks or [])
-        if not settings.is_continued and not has_scheduler:
+        if not settings.is_continued and not has_scheduler(settings.callbacks):
             n_batches = -(-len(phases[0].train_set) // settings.batch_size)
             n_steps = n_batches * sum(phase.n_epochs for phase in phases)
             callbacks.insert(1, OneCycle(max(1, n_steps)))
         net = make_net(module, first, settings, callbacks)
-        if old_net is not None:
-            _continue(net, old_net, has_scheduler)
+        if old_state is not None:
+            continue_from(net, old_state, has_scheduler(settings.callbacks))
         tuned.net = net
         _run(net, phases, log)
         module.load_state_dict(log.best_state, strict=False)
@@ -219,11 +221,60 @@ def train(
     return log
 
 
+@contextmanager
+def _explained_memory(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"Memory does not suffice for training ({error}). Give a smaller batch_size (it is "
+            f"{batch_size}), smaller images (preprocessing={{'size': …, 'crop': …}}), fewer stages "
+            "to unfreeze, precision='bfloat16', or another device."
+        ) from error
+
+
+class _Halving:
+    """A method of skorch's net for one batch, which runs the batch in parts if memory runs out.
+
+    It calls the class's method, so that a net can be pickled during training.
+    """
+
+    def __init__(self, net: NeuralNet, name: str):
+        self.net, self.name = net, name
+
+    def __call__(self, batch: tuple, **params: object) -> dict:
+        while True:
+            try:
+                return getattr(type(self.net), self.name)(self.net, batch, **params)
+            except (RuntimeError, MemoryError) as error:
+                if not (is_out_of_memory(error) and self._halve(batch[0]["x"])):
+                    raise
+            # Outside the handler, which refers to the failed step's tensors.
+            self.net.optimizer_.zero_grad()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+
+    def _halve(self, x: torch.Tensor) -> bool:
+        module, n_images = self.net.module_, x.shape[0] * x.shape[1]
+        is_possible = module.halve(n_images)
+        if is_possible:
+            warn(
+                f"Out of memory in training with {n_images} images: the network runs "
+                f"{module.most_at_once} of them at once from now on, which is slower and gives "
+                "the same model. A smaller batch_size needs less memory."
+            )
+        return is_possible
+
+
 def _run(net: NeuralNet, phases: list[Phase], log: EpochLog) -> None:
     """Run skorch's loop until the last epoch, or until a KeyboardInterrupt."""
     module, first_set = net.module_, phases[0].train_set
     module.input_stage = phases[0].input_stage
+    methods = {name: _Halving(net, name) for name in ("train_step_single", "validation_step")}
     try:
+        vars(net).update(methods)
         net.notify("on_train_begin", X=first_set, y=None)
         for n_epochs, input_stage, train_set, valid_set in phases:
             module.input_stage = input_stage
@@ -244,6 +295,8 @@ def _run(net: NeuralNet, phases: list[Phase], log: EpochLog) -> None:
         module.eval()
         module.input_stage = 0
         net.train_split, log.valid = None, None  # the net does not keep the rows
+        for name in methods:
+            del vars(net)[name]
 
 
 def make_net(
@@ -326,26 +379,9 @@ def _make_optimizer(
     return optimizer
 
 
-def _continue(net: NeuralNet, old: NeuralNet, has_scheduler: bool) -> None:
-    """Copy the history and the optimizer's state of the epochs before."""
-    net.history_ = copy.deepcopy(old.history_)
-    optimizer, before = net.optimizer_, old.optimizer_
-    if type(optimizer) is type(before):
-        state = optimizer.state_dict()
-        n_parameters = sum(len(group["params"]) for group in optimizer.param_groups)
-        # The head comes first and lower stages last: more or fewer of these change no number.
-        moments = before.state_dict()["state"].items()
-        state["state"] = {i: copy.deepcopy(own) for i, own in moments if i < n_parameters}
-        optimizer.load_state_dict(state)
-    if has_scheduler:  # it continues from the last epoch's rates, which torch keeps in the groups
-        for group, own in zip(optimizer.param_groups, before.param_groups, strict=False):
-            group.update({key: own[key] for key in ("lr", "initial_lr") if key in own})
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-
-
-def _has_scheduler(callbacks: Sequence) -> bool:
-    parts = [part for c in callbacks for part in (c if isinstance(c, tuple) else (c,))]
+def has_scheduler(callbacks: Sequence | None) -> bool:
+    """Whether the user's callbacks set the learning rates."""
+    parts = [part for c in callbacks or [] for part in (c if isinstance(c, tuple) else (c,))]
     return any(part is LRScheduler or isinstance(part, LRScheduler) for part in parts)
 
 

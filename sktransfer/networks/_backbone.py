@@ -11,6 +11,7 @@ from os import PathLike
 import torch
 from torch import nn
 
+from sktransfer._threads import own_settings
 from sktransfer.networks._graph import Stages
 from sktransfer.networks._inference import (
     POOLINGS,
@@ -30,6 +31,7 @@ _FORMAT = "sktransfer-embedding-1"
 _EMBEDDING = "embedding"
 
 
+@own_settings()
 def load_backbone(
     backbone: str | nn.Module | Callable[[], nn.Module] | Source = "builtin",
     *,
