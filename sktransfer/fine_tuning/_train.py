@@ -184,7 +184,7 @@ def train(
     with (
         own_random_state(settings.seed, settings.device),  # dropout draws from it
         repeatable_kernels(settings.device),
-        _explained_memory(settings.batch_size),
+        _explained(settings.batch_size),
     ):
         module.to(settings.device)
         for parameter in module.stages.parameters():
@@ -222,10 +222,17 @@ def train(
 
 
 @contextmanager
-def _explained_memory(batch_size: int) -> Iterator[None]:
+def _explained(batch_size: int) -> Iterator[None]:
+    """Say what to change where memory, or a batch's number of rows, does not suffice."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ValueError) as error:
+        if "Expected more than 1 value per channel" in str(error):
+            raise ValueError(
+                "A batch norm of `head`, or of a network with weights=None, got a batch of one "
+                "row, and in training it takes several. Give at least 2 different images and a "
+                f"batch_size of at least 3 (it is {batch_size}), or a head without batch norm."
+            ) from error
         if not is_out_of_memory(error):
             raise
         raise MemoryError(
@@ -359,6 +366,11 @@ def _groups(module: TunedModule, first_stage: int, settings: TrainingSettings) -
                         "stage": name,
                     }
                 )
+    if not groups:
+        raise ValueError(
+            "There is nothing to train: no parameter of `head` requires a gradient, and no stage "
+            "is unfrozen. Give head.requires_grad_(True), or another unfreeze."
+        )
     return groups
 
 
