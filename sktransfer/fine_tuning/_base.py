@@ -288,11 +288,15 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     def _start_as_probe(self, head: nn.Module, part: Part, rng, has_corners: bool) -> None:
         from sktransfer.fine_tuning._head import fit_probe
+        from sktransfer.fine_tuning._targets import clip_far_out
 
         views = part.embeddings[:, None]
         if has_corners and len(part.rows) < _N_ROWS_TO_SPLIT:
             views = part.all_rows.with_corners(part.rows)
-        probe = fit_probe(views, part.target, part.weight, self._kind, self._n_outputs, rng)
+        target = part.target
+        if self._kind == "regression" and self.loss != "auto":
+            target = clip_far_out(target, part.weight)
+        probe = fit_probe(views, target, part.weight, self._kind, self._n_outputs, rng)
         head.start_from(*probe)  # type: ignore[operator]
 
     def _phases(self, tuned: TunedNetwork, data: _Data, max_epochs: int) -> list[Phase]:

@@ -14,6 +14,7 @@ from sktransfer.fine_tuning._targets import (
     check_y_given,
     class_factors,
     codes_of,
+    column_names,
     read_classes,
     read_labels,
     shown,
@@ -129,7 +130,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     Attributes
     ----------
     classes_ : ndarray of shape (n_classes,)
-        The labels. For several labels per row: the numbers of the columns of `y`.
+        The labels. For several labels per row: the names or numbers of the columns of `y`.
     class_priors_ : ndarray of shape (n_classes,), float64
         Frequencies of the classes, or of each label, in training: the probabilities that are
         predicted for an unreadable image.
@@ -303,7 +304,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
             As in `fit`.
         classes : array-like of shape (n_classes,), default=None
             In the first call: all classes that later calls may have. For several labels per row
-            they can only be the numbers of the columns of `y`.
+            they can only be the names or numbers of the columns of `y`.
 
         Returns
         -------
@@ -395,6 +396,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         """
         predicted = self.predict(X)
         labels, _ = read_labels(y, len(predicted))
+        self._check_label_names(y, "y")
         if predicted.dtype.kind == "O" and not are_strings(predicted):
             # scikit-learn's accuracy takes no other objects than strings.
             return float(np.average(predicted == labels, weights=sample_weight))
@@ -408,7 +410,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         check_y_given(y, type(self).__name__, name)
         labels, is_multilabel = read_labels(y, n_rows, name)
         if reset:
-            self._set_classes(labels, "multilabel" if is_multilabel else "multiclass")
+            self._set_classes(labels, column_names(y) if is_multilabel else None, is_multilabel)
         elif is_multilabel != (self._kind == "multilabel") or (
             is_multilabel and labels.shape[1] != len(self.classes_)
         ):
@@ -416,8 +418,9 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
                 f"{name} has shape {labels.shape}, but this {type(self).__name__} was fitted "
                 f"on {self._kind} targets with {len(self.classes_)} classes."
             )
+        self._check_label_names(y, name)
         given = vars(self).get("_classes_given")
-        if given is not None and not np.array_equal(given, self.classes_):
+        if given is not None and not np.array_equal(given, sorted_classes(self.classes_)):
             raise ValueError(
                 f"classes={given!r} is not the same as in the first call to partial_fit, "
                 f"which was {self.classes_!r}."
@@ -425,14 +428,25 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         check_class_weight(self.class_weight, self.classes_, is_multilabel)
         return labels if is_multilabel else codes_of(labels, self.classes_, name)
 
-    def _set_classes(self, labels, kind):
+    def _check_label_names(self, y, name):
+        """Raise ValueError for columns of several labels that are not those of `fit`."""
+        if self._kind != "multilabel" or np.array_equal(self.classes_, range(len(self.classes_))):
+            return
+        names = column_names(y)
+        if names is not None and not np.array_equal(names, self.classes_):
+            raise ValueError(
+                f"{name} has the columns {names.tolist()}, but this {type(self).__name__} was "
+                f"fitted on {self.classes_.tolist()}: give the same ones in the same order."
+            )
+
+    def _set_classes(self, labels, names, is_multilabel):
         given = vars(self).get("_classes_given")
-        if kind == "multilabel":
-            classes = np.arange(labels.shape[1])
-            if given is not None and not np.array_equal(given, classes):
+        if is_multilabel:
+            classes = np.arange(labels.shape[1]) if names is None else names
+            if given is not None and not np.array_equal(given, sorted_classes(classes)):
                 raise ValueError(
                     f"classes={given!r}, but y has several labels per row: there the classes are "
-                    f"the numbers of its columns, {classes!r}. Leave `classes` out."
+                    f"the numbers or names of its columns, {classes!r}. Leave `classes` out."
                 )
         else:
             classes = sorted_classes(labels) if given is None else given
@@ -442,7 +456,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
                     f"{'y' if given is None else '`classes`'} holds one class only: "
                     f"{shown(classes[0])!r}."
                 )
-        self.classes_, self._kind = classes, kind
+        self.classes_, self._kind = classes, "multilabel" if is_multilabel else "multiclass"
 
     def _prepare_target(self, target, weight, *, reset):
         if self._kind == "multilabel":

@@ -7,7 +7,7 @@ from sklearn.base import RegressorMixin
 
 from sktransfer._validation import StrOptions, fit_context
 from sktransfer.fine_tuning._base import BaseFineTuning
-from sktransfer.fine_tuning._targets import check_y_given, read_numbers
+from sktransfer.fine_tuning._targets import check_y_given, clip_far_out, read_numbers
 
 # In standard deviations; the square of what is farther from the mean overflows float32.
 _FARTHEST = 1e18
@@ -323,6 +323,8 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
             largest = np.abs(target).max(axis=0)
             largest = np.where(largest > 0, largest, 1.0)
             scaled, share = target / largest, weight / weight.sum()
+            if self.loss != "auto":  # another loss may be there for outliers' sake
+                scaled = clip_far_out(scaled, weight)
             mean = share @ scaled
             scale = np.sqrt(share @ (scaled - mean) ** 2)
             self._target_mean = mean * largest

@@ -1,11 +1,14 @@
 """The head, and the loss that it is trained with."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from small_models import LOSSES, assert_same_model, of_kind, quick, small, state_of
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 
 from sktransfer import FineTuningRegressor
 
@@ -87,9 +90,7 @@ def test_batch_norm_in_a_head_needs_several_rows(coded, n, batch_size):
     X, k = coded
     head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3))
     model = quick(head=head, batch_size=batch_size)
-    with pytest.raises(
-        ValueError, match=r"batch norm of `head`.* got a batch of one row"
-    ):
+    with pytest.raises(ValueError, match=r"batch norm of `head`.* got a batch of one row"):
         model.partial_fit(X[:n], k[:n], classes=[0, 1, 2])
     quick(head=head, batch_size=3).fit(X[:4], k[:4])
 
@@ -216,6 +217,52 @@ def test_huber_is_torchs(coded, n_targets):
         for loss in ("huber", lambda s, t: F.huber_loss(s, t, reduction="none").mean(1))
     )
     assert_same_model(named, own, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_weight_of_two_is_the_row_twice_under_any_loss(coded, kind):
+    cls, X, y = of_kind(coded, kind)
+    settings = {"loss": LOSSES[kind], "lr": 0.01, "unfreeze": 1, "batch_size": 16}
+    if kind == "labels":
+        settings["class_weight"] = "balanced"
+    again = [0, 1, 4, 4]
+    weighted = small(cls, **settings).fit(X, y, 1 + np.bincount(again, minlength=len(X)))
+    repeated = small(cls, **settings).fit([*X, *X[again]], [*y, *y[again]])
+    assert_same_model(weighted, repeated, rtol=0, atol=0)
+
+
+FOCAL = {  # Lin et al. 2017, as in the guide
+    "labels": lambda s, t: (1 - s.softmax(1).gather(1, t[:, None])[:, 0]) ** 2 * F.cross_entropy(
+        s, t, reduction="none"
+    ),
+    "indicators": functools.partial(sigmoid_focal_loss, alpha=-1, reduction="none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOCAL)
+def test_focal_loss_is_that_of_the_formula(coded, kind):
+    cls, X, y = of_kind(coded, kind)
+    model = quick(cls, loss=FOCAL[kind], lr=1e-12, batch_size=64).fit(X, y)
+    p = model.predict_proba(X)
+    right = p[np.arange(48), y] if kind == "labels" else np.where(y == 1, p, 1 - p)
+    losses = -((1 - right) ** 2) * np.log(right)
+    assert model.history_[-1]["train_loss"] == pytest.approx(losses.mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["huber", nn.HuberLoss(reduction="none"), F.l1_loss])
+def test_a_robust_loss_endures_an_outlier(numbers, loss):
+    """One target of 5,000 among 0…20 changes neither the scale nor the start."""
+    X, y = numbers
+    y = (y - y.min()) / np.ptp(y) * 20
+    loss = functools.partial(F.l1_loss, reduction="none") if loss is F.l1_loss else loss
+    clean = small(FineTuningRegressor, loss=loss).fit(X, y)
+    broken = np.where(np.arange(48) == 7, 5_000.0, y)
+    error, squared = (
+        np.abs(small(FineTuningRegressor, loss=given).fit(X, broken).predict(X) - y).mean()
+        for given in (loss, "auto")
+    )
+    assert error < np.abs(clean.predict(X) - y).mean() + 1.5
+    assert squared > 20
 
 
 def test_the_loss_is_checked(stripes):
