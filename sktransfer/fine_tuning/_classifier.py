@@ -96,10 +96,11 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         state to be repeatable. ``v2.MixUp`` and ``v2.CutMix`` mix images of a batch and their
         targets; not for several labels per row. A list holds several of these. Where
         `preprocessing` is a callable, its float images are changed, but not their colours.
-    early_stopping : "auto" or bool, default="auto"
+    early_stopping : "auto", bool or splitter, default="auto"
         Whether the epoch with the best score on a validation part is kept. Epoch 0 counts: from
         a linear probe, the model is never worse there than the probe. ``"auto"``: if `X_val` is
-        given or there are at least 1000 training rows.
+        given or there are at least 1000 training rows. A splitter of scikit-learn such as
+        ``GroupShuffleSplit()`` chooses the validation part, by its first split.
     validation_fraction : float, default=0.1
         Share of the rows that is held out for validation if no `X_val` is given.
     n_iter_no_change : int, default=10
@@ -270,7 +271,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         self.verbose = verbose
 
     @fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y, sample_weight=None, X_val=None, y_val=None):
+    def fit(self, X, y, sample_weight=None, X_val=None, y_val=None, groups=None):
         """Fine-tune the network.
 
         Parameters
@@ -283,12 +284,14 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
             A weight of 2 is the row twice.
         X_val, y_val : default=None
             A validation part, like `X` and `y`, on which the best epoch is chosen.
+        groups : array-like of shape (n_samples,), default=None
+            Groups of rows (patients, tiles) that `early_stopping` keeps whole.
 
         Returns
         -------
         self : FineTuningClassifier
         """
-        return self._fit(X, y, sample_weight, X_val, y_val)
+        return self._fit(X, y, sample_weight, X_val, y_val, groups)
 
     @fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X, y, classes=None, sample_weight=None):
