@@ -206,8 +206,8 @@ def first_split(
             f"{class_name}(...).set_fit_request(groups=True)."
         )
         raise ValueError(
-            f"early_stopping: {type(splitter).__name__} cannot split these {len(flat)} rows ({error})."
-            f"{hint if groups is None else ''}"
+            f"early_stopping: {type(splitter).__name__} cannot split these {len(flat)} rows "
+            f"({error}).{hint if groups is None else ''}"
         ) from error
 
 

@@ -389,13 +389,15 @@ class TimmSource(NamedSource):
         try:
             with own_random_state(RANDOM_SEED), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return freeze(timm.create_model(self.model_name, pretrained=True))
+                made = freeze(timm.create_model(self.model_name, pretrained=True))
         except Exception as error:
             config = timm.get_pretrained_cfg(self.model_name)
             url = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
             reason = f"{type(error).__name__}: {error}"
             place = "anywhere, and give that path as weights=PATH"
             raise _weights.not_downloaded(self.name, reason, url, place) from error
+        _weights.warn_unless_finite(made, self.name)
+        return made
 
 
 def import_timm() -> ModuleType:
