@@ -1,12 +1,13 @@
-"""What a user sees while a call runs: a progress bar, and warnings at their own line."""
+"""What a user sees: a progress bar, warnings at their own line, and the nearest known name."""
 
 from __future__ import annotations
 
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.util import find_spec
 
 
@@ -30,3 +31,15 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     specs = [find_spec(name) for name in ("sktransfer", "sklearn", "skorch", "joblib")]
     folders = tuple(os.path.dirname(spec.origin) for spec in specs if spec and spec.origin)
     warnings.warn(message, category, skip_file_prefixes=folders)
+
+
+# What other libraries call it.
+_SYNONYMS = {"mean": "avg", "half": "float16", "fp16": "float16"}
+
+
+def did_you_mean(value: str, known: Iterable[str]) -> str:
+    """Name the values that are nearest to an unknown one, for an error; ``""`` if none is near."""
+    lower = {name.lower(): name for name in known}
+    wanted = _SYNONYMS.get(value.lower(), value.lower())
+    close = [lower[name] for name in get_close_matches(wanted, lower, n=3, cutoff=0.6)]
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -297,8 +297,9 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     def partial_fit(self, X, y, classes=None, sample_weight=None):
         """Train one more epoch, at constant learning rates.
 
-        It trains a copy of the network and of the optimizer's state: if it fails, the model is
-        as before. Nothing is held out, averaged or stopped early. Changes of `backbone`, `weights`,
+        It trains a copy of the network and of the optimizer's state, which begins anew after
+        `fit` and is part of pickles from then on: if it fails, the model is as before. Nothing is
+        held out, averaged or stopped early. Changes of `backbone`, `weights`,
         `layer`, `pooling` and `preprocessing` have no effect before the next `fit`.
 
         Parameters

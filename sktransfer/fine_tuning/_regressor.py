@@ -61,7 +61,9 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         A callable takes scores (n, n_outputs) and targets, and returns one value per row (torch's
         losses with ``reduction="none"``), as equal images of the same target become one weighted
         row. A single number is accepted where all rows have the same weight. Targets are
-        numbers (n, n_targets), scaled to mean 0 and variance 1 in training.
+        numbers (n, n_targets), scaled to mean 0 and variance 1 in training. With any loss but
+        ``"auto"``, this scaling and the ridge regression of the start take targets farther than
+        three interquartile ranges from the quartiles as if they were there.
     max_epochs : int, default=8
         With 0 the model is the linear probe.
     batch_size : int, default=32
@@ -274,8 +276,9 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     def partial_fit(self, X, y, sample_weight=None):
         """Train one more epoch, at constant learning rates.
 
-        It trains a copy of the network and of the optimizer's state: if it fails, the model is
-        as before. Nothing is held out, averaged or stopped early. Changes of `backbone`, `weights`,
+        It trains a copy of the network and of the optimizer's state, which begins anew after
+        `fit` and is part of pickles from then on: if it fails, the model is as before. Nothing is
+        held out, averaged or stopped early. Changes of `backbone`, `weights`,
         `layer`, `pooling` and `preprocessing` have no effect before the next `fit`.
 
         Parameters

@@ -15,7 +15,7 @@ from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
 from skorch.callbacks import Callback, LRScheduler
 from skorch.helper import predefined_split
 
-from sktransfer._progress import warn
+from sktransfer._progress import did_you_mean, warn
 from sktransfer._threads import is_out_of_memory, own_random_state, repeatable_kernels
 from sktransfer.fine_tuning._callbacks import (
     EpochLog,
@@ -147,7 +147,7 @@ class UnfreezePlan:
         if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 0:
             raise ValueError(
                 f"{name}={value!r} is not accepted: give a number of stages from 0 to {n}, "
-                "or 'all'."
+                f"or 'all'.{did_you_mean(str(value), ['all'])}"
             )
         if int(value) > n:
             names = [self.stage_names[i] for i in self._counted]

@@ -11,6 +11,7 @@ from os import PathLike
 import torch
 from torch import nn
 
+from sktransfer._progress import did_you_mean
 from sktransfer._threads import own_settings
 from sktransfer.networks._graph import Stages
 from sktransfer.networks._inference import (
@@ -97,7 +98,8 @@ def load_backbone(
     [('stage2', 96), ('stage4', 704)]
     """
     if not isinstance(pooling, str) or pooling not in POOLINGS:
-        raise ValueError(f"pooling={pooling!r} is not accepted: one of {list(POOLINGS)}.")
+        hint = did_you_mean(str(pooling), POOLINGS)
+        raise ValueError(f"pooling={pooling!r} is not accepted: one of {list(POOLINGS)}.{hint}")
     source = resolve_source(backbone, weights)
     loaded = Backbone(
         source, layer, pooling, resolve_preprocessing(preprocessing, source.preprocessing)

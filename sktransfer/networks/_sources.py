@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights, list_models
 
+from sktransfer._progress import did_you_mean
 from sktransfer._threads import one_at_a_time, own_random_state
 from sktransfer.networks import _weights, builtin
 from sktransfer.networks._preprocessing import Preprocessing, with_overrides
@@ -193,10 +195,27 @@ def freeze(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
-    bare = name.removeprefix("timm:")
-    close = get_close_matches(bare.lower(), known, n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(repr(prefix + c) for c in close)}?" if close else ""
+def _nearest_of_timm(name: str) -> str:
+    """Name timm's networks that are nearest to an unknown one, for an error.
+
+    The name of another hub may be part of one of timm's (``"google/vit-base-patch16-224"``), or
+    share a word with it (``"dinov2_vits14"``).
+    """
+    if importlib.util.find_spec("timm") is None:
+        return ""
+    known = import_timm().list_models()
+    wanted = re.sub(r"\W+", "_", name.removeprefix("timm:").rpartition("/")[2].lower())
+    close = get_close_matches(wanted, known, n=3, cutoff=0.8)
+    pattern = ""
+    if not close:
+        sharing = {w: [k for k in known if w in k] for w in re.findall(r"[a-z]{3,}\d*", wanted)}
+        if found := {word: names for word, names in sharing.items() if names}:
+            word = min(found, key=lambda w: len(found[w]))
+            close = get_close_matches(wanted, found[word], n=3, cutoff=0.0)
+            pattern = f" list_backbones('timm:*{word}*') lists {len(found[word])}."
+    close = close or get_close_matches(wanted, known, n=3, cutoff=0.6)
+    names = " or ".join(repr(f"timm:{name}") for name in close)
+    return f" Did you mean {names}?{pattern}" if close else ""
 
 
 _ACCEPTED = "a path of a local .pt, .pth or .safetensors file is accepted too, and None for random"
@@ -211,8 +230,12 @@ def named_source(name: str, weights: object) -> NamedSource:
     known = torchvision_names()
     if name in known:
         return TorchvisionSource(name, weights)
+    nearest = did_you_mean(name, [*known, "builtin"])
+    of_timm = _nearest_of_timm(name)
+    if not nearest or f"'timm:{name}'" in of_timm:
+        nearest = of_timm
     raise ValueError(
-        f"backbone={name!r} is not known.{did_you_mean(name, [*known, 'builtin'])} "
+        f"backbone={name!r} is not known.{nearest} "
         "list_backbones() lists the known names; 'timm:NAME' names one of timm's."
     )
 
@@ -228,6 +251,7 @@ class BuiltinSource(NamedSource):
                 raise ValueError(
                     f"weights={weights!r} is not among the weights of the built-in backbone: "
                     f"{['DEFAULT', *builtin.VERSIONS]}; {_ACCEPTED} weights."
+                    f"{did_you_mean(str(weights), ['DEFAULT', *builtin.VERSIONS])}"
                 )
             self.version = str(weights)
         version = builtin.VERSIONS[self.version]
@@ -305,7 +329,7 @@ def _published_weights(name: str, weights: object) -> WeightsEnum:
     known = [*dict.fromkeys(["DEFAULT", *members.__members__])]
     raise ValueError(
         f"weights={weights!r} is not among the published weights of {name}: {known}; "
-        f"{_ACCEPTED} weights."
+        f"{_ACCEPTED} weights.{did_you_mean(str(weights), known)}"
     )
 
 
@@ -342,7 +366,7 @@ class TimmSource(NamedSource):
         if not timm.is_model(bare) and not self.model_name.startswith(("hf-hub:", "hf_hub:")):
             known = timm.list_models()
             raise ValueError(
-                f"backbone={name!r}: timm has no such network.{did_you_mean(name, known, 'timm:')}"
+                f"backbone={name!r}: timm has no such network.{_nearest_of_timm(name)}"
                 f" list_backbones('timm:*') lists its {len(known)}."
             )
         if not (self.is_published or self.is_random or self.is_user_file):
