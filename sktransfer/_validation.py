@@ -81,10 +81,9 @@ SHARED_CONSTRAINTS: dict[str, list] = {
 
 def fit_context(*, prefer_skip_nested_validation: bool) -> Callable[[Callable], Callable]:
     """scikit-learn's decorator of fit methods, whose errors name the nearest accepted string."""
-    decorate = _fit_context(prefer_skip_nested_validation=prefer_skip_nested_validation)
 
     def decorator(method: Callable) -> Callable:
-        checked = decorate(method)
+        checked = _fit_context(prefer_skip_nested_validation=prefer_skip_nested_validation)(method)
 
         @functools.wraps(method)
         def wrapper(estimator, *args, **kwargs):

@@ -256,23 +256,18 @@ class _Halving:
             try:
                 return getattr(type(self.net), self.name)(self.net, batch, **params)
             except (RuntimeError, MemoryError) as error:
-                if not (is_out_of_memory(error) and self._halve(batch[0]["x"])):
+                n_images = batch[0]["x"].shape[:2].numel()
+                if not is_out_of_memory(error) or not self.net.module_.halve(n_images):
                     raise
             # Outside the handler, which refers to the failed step's tensors.
             self.net.optimizer_.zero_grad()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
-
-    def _halve(self, x: torch.Tensor) -> bool:
-        module, n_images = self.net.module_, x.shape[0] * x.shape[1]
-        is_possible = module.halve(n_images)
-        if is_possible:
             warn(
                 f"Out of memory in training with {n_images} images: the network runs "
-                f"{module.most_at_once} of them at once from now on, which is slower and gives "
-                "the same model. A smaller batch_size needs less memory."
+                f"{self.net.module_.most_at_once} of them at once from now on, which is slower "
+                "and gives the same model. A smaller batch_size needs less memory."
             )
-        return is_possible
 
 
 def _run(net: NeuralNet, phases: list[Phase], log: EpochLog) -> None:

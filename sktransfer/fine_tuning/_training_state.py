@@ -43,7 +43,11 @@ def training_state_of(net: NeuralNet, has_moments: bool) -> TrainingState:
     return TrainingState(
         _name_of(optimizer),
         [_numbers(epoch) for epoch in net.history_],
-        [{k: float(g[k]) for k in ("lr", "initial_lr")} for g in _scheduled(optimizer)],
+        [
+            {key: float(group[key]) for key in ("lr", "initial_lr")}
+            for group in optimizer.param_groups
+            if "initial_lr" in group
+        ],
         tensors,
         copy.deepcopy({k: v for k, v in flat.items() if k not in tensors}),
     )
@@ -60,24 +64,16 @@ def continue_from(net: NeuralNet, state: TrainingState, has_scheduler: bool) -> 
         for key, value in {**state.tensors, **state.numbers}.items():
             i, _, name = key.partition(".")
             if int(i) < n_parameters:
-                fresh["state"].setdefault(int(i), {})[name] = _in_training_layout(value)
+                is_map = isinstance(value, torch.Tensor) and value.ndim == 4  # as its parameter
+                layout = torch.channels_last if is_map else torch.preserve_format
+                own = value.clone(memory_format=layout) if torch.is_tensor(value) else value
+                fresh["state"].setdefault(int(i), {})[name] = own
         optimizer.load_state_dict(fresh)
     if has_scheduler:  # it continues from the last epoch's rates, which torch keeps in the groups
         for group, own in zip(optimizer.param_groups, state.rates, strict=False):
             group.update(own)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
-
-
-def _in_training_layout(value: object) -> object:
-    """Copy a value; maps channels last, as the parameters that they belong to."""
-    if isinstance(value, torch.Tensor) and value.ndim == 4:
-        return value.clone(memory_format=torch.channels_last)
-    return copy.deepcopy(value)
-
-
-def _scheduled(optimizer: torch.optim.Optimizer) -> list[dict]:
-    return [group for group in optimizer.param_groups if "initial_lr" in group]
 
 
 def _numbers(epoch: dict) -> dict:
