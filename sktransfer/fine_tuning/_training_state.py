@@ -22,7 +22,7 @@ class TrainingState(NamedTuple):
         skorch's numbers of each epoch, without those of the batches.
     rates : list of dict
         ``lr`` and ``initial_lr`` of each parameter group that a scheduler of torch has changed.
-    tensors, numbers : dict
+    numbers, tensors : dict
         The optimizer's state, ``"<position of the parameter>.<name>"`` -> value; empty after
         ``fit``, which may keep other weights than those of its last step.
     """
@@ -30,8 +30,8 @@ class TrainingState(NamedTuple):
     optimizer: str
     history: list[dict]
     rates: list[dict[str, float]]
-    tensors: dict[str, torch.Tensor]
     numbers: dict[str, object]
+    tensors: dict[str, torch.Tensor]
 
 
 def training_state_of(net: NeuralNet, has_moments: bool) -> TrainingState:
@@ -48,8 +48,8 @@ def training_state_of(net: NeuralNet, has_moments: bool) -> TrainingState:
             for group in optimizer.param_groups
             if "initial_lr" in group
         ],
-        tensors,
         copy.deepcopy({k: v for k, v in flat.items() if k not in tensors}),
+        tensors,
     )
 
 
