@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -29,8 +30,9 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
         warnings.warn(message, category, stacklevel=3)
         return
     specs = [find_spec(name) for name in ("sktransfer", "sklearn", "skorch", "joblib")]
-    folders = tuple(os.path.dirname(spec.origin) for spec in specs if spec and spec.origin)
-    warnings.warn(message, category, skip_file_prefixes=folders)
+    folders = (os.path.dirname(spec.origin) for spec in specs if spec and spec.origin)
+    # contextlib's decorators call some of our functions.
+    warnings.warn(message, category, skip_file_prefixes=(*folders, contextlib.__file__))
 
 
 # What other libraries call it.
