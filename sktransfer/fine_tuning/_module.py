@@ -96,12 +96,12 @@ class TunedModule(nn.Module):
     ) -> torch.Tensor:
         """Send images (n, …) through the stages from `start` to before `stop`."""
         function = partial(self._run_part, start=start, stop=stop, pooling=pooling)
-        n_at_once = self._n_at_once(x)
-        if torch.is_grad_enabled() and n_at_once <= (self.most_at_once or 0):
+        is_short = self.most_at_once is not None and torch.is_grad_enabled()
+        if is_short and not self._has_moving_statistics():
             # One part after another is computed again for its gradients.
             function = partial(checkpoint, function, use_reentrant=False)
         with torch.autocast(x.device.type, torch.bfloat16, self.precision == "bfloat16"):
-            parts = [function(part) for part in x.split(n_at_once)]
+            parts = [function(part) for part in x.split(self._n_at_once(x))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _run_part(
