@@ -1,12 +1,14 @@
-"""What a user sees while a call runs: a progress bar, and warnings at their own line."""
+"""What a user sees: a progress bar, warnings at their own line, and the nearest known name."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.util import find_spec
 
 
@@ -28,8 +30,9 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
         warnings.warn(message, category, stacklevel=3)
         return
     specs = [find_spec(name) for name in ("sktransfer", "sklearn", "skorch", "joblib")]
-    folders = tuple(os.path.dirname(spec.origin) for spec in specs if spec and spec.origin)
-    warnings.warn(message, category, skip_file_prefixes=folders)
+    folders = (os.path.dirname(spec.origin) for spec in specs if spec and spec.origin)
+    # contextlib's decorators call some of our functions.
+    warnings.warn(message, category, skip_file_prefixes=(*folders, contextlib.__file__))
 
 
 def shown(value: object) -> str:
@@ -48,3 +51,15 @@ def words(error: BaseException) -> str:
     text = error.strerror if is_of_file else str(error).strip()  # type: ignore[attr-defined]
     text = (text or repr(error))[:300]
     return text if isinstance(error, (OSError, SyntaxError)) else f"{type(error).__name__}: {text}"
+
+
+# What other libraries call it.
+_SYNONYMS = {"mean": "avg", "half": "float16", "fp16": "float16"}
+
+
+def did_you_mean(value: str, known: Iterable[str]) -> str:
+    """Name the values that are nearest to an unknown one, for an error; ``""`` if none is near."""
+    lower = {name.lower(): name for name in known}
+    wanted = _SYNONYMS.get(value.lower(), value.lower())
+    close = [lower[name] for name in get_close_matches(wanted, lower, n=3, cutoff=0.6)]
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

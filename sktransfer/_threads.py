@@ -1,15 +1,32 @@
-"""Process-wide settings that threads share: fits that change them take turns."""
+"""What a process shares: settings, which fits that change them take turns with, and memory."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+# Of torch's allocators, and of libraries that fail to allocate: CUDA, cuBLAS, cuDNN, MPS, XPU, and
+# oneDNN, whose "could not create a primitive descriptor" means an unknown operation.
+_OUT_OF_MEMORY = re.compile(
+    r"out.of.(\w+.)?memory|out.of.resources|alloc(ation)?.?failed|can.?t allocate|cannot allocate|"
+    r"not enough memory|failed to allocate|bad.alloc|invalid buffer size|"
+    r"could not (create|execute) a (primitive|memory)(?! desc)",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice, on the CPU or on a device."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+    )
 
 
 def process_lock() -> threading.RLock:  # type: ignore[valid-type]
@@ -26,6 +43,53 @@ def process_lock() -> threading.RLock:  # type: ignore[valid-type]
 # Held while torch's global random state, its kernels' settings or the warnings' filters differ
 # from the caller's: two threads that each put back what they found would leave the other's behind.
 one_at_a_time = process_lock()
+
+_dtype_lock = process_lock()
+
+_n_calls = 0  # that need float32 by default
+_dtype_before: torch.dtype | None = None  # the caller's, if it is another
+
+
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+    """Compute in float32 on the CPU, with gradients, whatever torch's settings of the caller are.
+
+    Those are the default dtype and device, autocast, inference mode and whether gradients are
+    recorded. Everything that builds, trains or runs a network is called within.
+    """
+    import torch
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_float32_by_default())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+@contextlib.contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Set the default dtype, which all threads share: the last call to end sets it back."""
+    import torch
+
+    global _n_calls, _dtype_before
+    with _dtype_lock:
+        _n_calls += 1
+        if torch.get_default_dtype() != torch.float32:
+            _dtype_before = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        with _dtype_lock:
+            _n_calls -= 1
+            if _n_calls == 0 and _dtype_before is not None:
+                torch.set_default_dtype(_dtype_before)
+                _dtype_before = None
 
 
 @contextlib.contextmanager

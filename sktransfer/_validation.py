@@ -6,13 +6,22 @@ scikit-learn can break no other. Other files import what they need of them from 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.base import _fit_context as fit_context
+from sklearn.base import _fit_context
 from sklearn.utils import _safe_indexing as safe_indexing
-from sklearn.utils._param_validation import HasMethods, Interval, Options, StrOptions
+from sklearn.utils._param_validation import (
+    HasMethods,
+    Interval,
+    InvalidParameterError,
+    Options,
+    StrOptions,
+)
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import (
     _check_feature_names,
@@ -21,6 +30,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
+from sktransfer._progress import did_you_mean
 from sktransfer.images._containers import is_number_dtype, is_tensor
 from sktransfer.images._images import Images, as_images
 
@@ -70,6 +80,35 @@ SHARED_CONSTRAINTS: dict[str, list] = {
     ],
     "verbose": ["verbose"],
 }
+
+
+def fit_context(*, prefer_skip_nested_validation: bool) -> Callable[[Callable], Callable]:
+    """scikit-learn's decorator of fit methods, whose errors name the nearest accepted string."""
+
+    def decorator(method: Callable) -> Callable:
+        checked = _fit_context(prefer_skip_nested_validation=prefer_skip_nested_validation)(method)
+
+        @functools.wraps(method)
+        def wrapper(estimator, *args, **kwargs):
+            with _suggestions(estimator):
+                return checked(estimator, *args, **kwargs)
+
+        return wrapper
+
+    return decorator
+
+
+@contextlib.contextmanager
+def _suggestions(estimator: BaseEstimator) -> Iterator[None]:
+    try:
+        yield
+    except InvalidParameterError as error:
+        for name, constraints in estimator._parameter_constraints.items():
+            value = getattr(estimator, name, None)
+            if isinstance(value, str) and f"The {name!r} parameter of" in str(error):
+                known = [o for c in constraints if isinstance(c, StrOptions) for o in c.options]
+                raise InvalidParameterError(f"{error}{did_you_mean(value, known)}") from None
+        raise
 
 
 def check_images(estimator: BaseEstimator, X, *, reset: bool, name: str = "X") -> Images:
@@ -129,7 +168,8 @@ def is_empty_part(estimator: BaseEstimator, X) -> bool:
 
 def check_parameters(estimator: BaseEstimator) -> None:
     """Raise scikit-learn's error for a parameter outside the estimator's constraints."""
-    estimator._validate_params()
+    with _suggestions(estimator):
+        estimator._validate_params()
 
 
 def check_weight(sample_weight, n_samples: int) -> np.ndarray:

@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from sktransfer._progress import warn
+from sktransfer._threads import is_out_of_memory
 from sktransfer.networks._inference import with_index
 
 if TYPE_CHECKING:
@@ -307,7 +308,7 @@ class BatchLimit:
                 batch = uploaded(lambda: on_host.to(device, non_blocking=in_background), device)
             return network(batch)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
                 raise MemoryError(
@@ -358,10 +359,3 @@ def _copied_back(parts: list[Tensor], device: torch.device) -> Callable[[], list
         return copies
 
     return wait_for_copies
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)  # the CPU's and mps's allocators raise plain RuntimeErrors
-    return "can't allocate memory" in text or "out of memory" in text

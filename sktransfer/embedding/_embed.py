@@ -16,6 +16,7 @@ import torch
 from joblib.parallel import get_active_backend
 
 from sktransfer._progress import progress_bar
+from sktransfer._threads import own_settings
 from sktransfer.embedding._batches import (
     Batch,
     BatchLimit,
@@ -119,6 +120,7 @@ def _embed_part(
     return rows, bad, images.take_notes()
 
 
+@own_settings()
 def embed(
     images: Images,
     backbone: Backbone,

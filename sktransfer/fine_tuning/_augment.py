@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
+from sktransfer._progress import did_you_mean
+
 # (smallest share of the image that is kept, largest change of its proportions,
 #  change of brightness, contrast and saturation)
 _STRENGTHS = {"light": (0.7, 1.15, 0.0), "strong": (0.35, 4 / 3, 0.3)}
@@ -135,6 +137,7 @@ def _flattened(augment: str | Callable | Sequence) -> Iterator[str | Callable]:
         raise ValueError(
             f"augment holds {steps!r}: 'light', 'strong', a callable of one image, a transform "
             "of torchvision.transforms.v2, or a list of these is accepted."
+            f"{did_you_mean(str(steps), _STRENGTHS)}"
         )
 
 

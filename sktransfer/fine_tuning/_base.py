@@ -15,7 +15,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from sktransfer._progress import warn
+from sktransfer._threads import own_settings
 from sktransfer._validation import (
     SHARED_CONSTRAINTS,
     HasMethods,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sktransfer.fine_tuning._callbacks import EpochLog
     from sktransfer.fine_tuning._inputs import EmbeddingSettings
     from sktransfer.fine_tuning._module import TunedNetwork
-    from sktransfer.fine_tuning._rows import Part, TrainingRows
+    from sktransfer.fine_tuning._rows import Part, Split, TrainingRows
     from sktransfer.fine_tuning._train import Phase, TrainingSettings, UnfreezePlan
     from sktransfer.images._images import Images
     from sktransfer.networks._backbone import Backbone
@@ -71,7 +71,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         "optimizer": [StrOptions({"adamw", "sgd"}), callable],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "augment": [StrOptions({"light", "strong"}), callable, list, tuple, None],
-        "early_stopping": [StrOptions({"auto"}), "boolean"],
+        "early_stopping": [StrOptions({"auto"}), "boolean", HasMethods(["split", "get_n_splits"])],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
         "random_state": ["random_state"],
@@ -114,16 +114,19 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return weight
 
     # -- fit --------------------------------------------------------------------------------
-    def _fit(self, X, y, sample_weight=None, X_val=None, y_val=None, *, is_partial=False) -> Self:
+    @own_settings()
+    def _fit(
+        self, X, y, sample_weight=None, X_val=None, y_val=None, groups=None, *, is_partial=False
+    ) -> Self:
         """Fit a copy and take over its attributes, so that a failed fit changes nothing."""
         fitted = copy.copy(self)
         old = vars(self).get("_tuned") if is_partial else None
-        fitted._fit_in_place(X, y, sample_weight, X_val, y_val, old, is_partial)
+        fitted._fit_in_place(X, y, sample_weight, X_val, y_val, groups, old, is_partial)
         self.__dict__ = fitted.__dict__
         return self
 
     def _fit_in_place(
-        self, X, y, sample_weight, X_val, y_val, old: TunedNetwork | None, is_partial: bool
+        self, X, y, sample_weight, X_val, y_val, groups, old: TunedNetwork | None, is_partial: bool
     ) -> None:
         from sktransfer.embedding._embed import check_place
         from sktransfer.fine_tuning._train import train
@@ -136,7 +139,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             max_epochs, first_epoch = 1, self.n_iter_ if old is not None else 0
 
         # 1. Data: each image once, embedded where a probe is fitted.
-        data = self._read_data(X, y, sample_weight, X_val, y_val, old, is_partial, rng)
+        data = self._read_data(X, y, sample_weight, X_val, y_val, groups, old, is_partial, rng)
         plan, n_stages = data.plan, len(data.plan.stage_names)
 
         # 2. Start: the head is the linear probe, or the network is that of the last epoch.
@@ -167,19 +170,23 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             is_continued=is_partial,
             wise_ft_share=np.interp(len(data.train.rows), *_WISE_FT) if uses_wise_ft else None,
         )
-        old_net = None if old is None else old.net
-        log = train(tuned, phases, settings, plan.first_stage, first_epoch, old_net)
+        old_state = None if old is None else old.training_state()
+        log = train(tuned, phases, settings, plan.first_stage, first_epoch, old_state)
+        tuned.is_continued = is_partial
 
         # 5. Keep.
         self._keep(data, tuned, log, first_epoch)
 
-    def _read_data(self, X, y, sample_weight, X_val, y_val, old, is_partial, rng) -> _Data:
-        from sktransfer.fine_tuning._rows import TrainingRows
+    def _read_data(self, X, y, sample_weight, X_val, y_val, groups, old, is_partial, rng) -> _Data:
+        from sktransfer.fine_tuning._rows import TrainingRows, held_out_rows
         from sktransfer.fine_tuning._train import UnfreezePlan
 
         images = check_images(self, X, reset=old is None)
         target = self._read_target(y, images.n_rows, reset=old is None)
         weight = check_weight(sample_weight, images.n_rows)
+        given, split = target, None
+        if self._has_splitter and X_val is None and not is_partial:
+            split = self._split(given, groups, rng)  # before a network is loaded
         backbone = self._load_backbone() if old is None else old.backbone
         stage_names = backbone.stage_names_to_layer
         first_epoch = 0 if old is None else self.n_iter_
@@ -192,7 +199,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         settings = self._embedding_settings()
         rows = TrainingRows(images, target, weight, backbone, settings, wants_embeddings)
         target = self._prepare_target(rows.target, rows.weight, reset=old is None)
-        index = np.arange(len(rows))
         if X_val is not None or y_val is not None:
             images, target_val = self._check_validation(X_val, y_val)
             weight = np.ones(images.n_rows)
@@ -203,13 +209,15 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             valid = self._part(valid_rows, target_val, np.arange(len(valid_rows)))
         else:
             valid = None
-        keeps_best = bool(self.early_stopping)
+        keeps_best = self._has_splitter or bool(self.early_stopping)
         if self.early_stopping == "auto":
             keeps_best = valid is not None or len(rows) >= _N_ROWS_TO_SPLIT
         keeps_best = keeps_best and not is_partial and self.max_epochs > 0
+        index = np.arange(len(rows))
         if keeps_best and valid is None:
-            held_out = self._held_out(target, rng)
-            index = np.setdiff1d(index, held_out)
+            if split is None and groups is not None:
+                split = self._split(given, groups, rng)
+            index, held_out = held_out_rows(rows, target, split, self.validation_fraction, rng)
             keeps_best = len(held_out) > 0
             valid = self._part(rows, target, held_out) if keeps_best else None
         return _Data(backbone, plan, self._part(rows, target, index), valid, keeps_best)
@@ -221,19 +229,15 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         images = check_images(self, X_val, reset=False, name="X_val")
         return images, self._read_target(y_val, images.n_rows, reset=False, name="y_val")
 
-    def _held_out(self, target: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
-        """Rows to validate on; none, with a warning, if there are too few."""
-        from sktransfer.fine_tuning._head import stratified_part
+    def _split(self, target: np.ndarray, groups, rng) -> Split:
+        """Rows of `X` to train on and to validate on, by scikit-learn's splitter."""
+        from sklearn.model_selection import GroupShuffleSplit
 
-        fraction, n = self.validation_fraction, len(target)
-        held_out = stratified_part(target if target.ndim == 1 else None, fraction, rng, n)
-        if len(held_out) == 0:
-            warn(
-                f"There is no early stopping: validation_fraction={fraction} of {n} different "
-                "rows leaves no row to validate on. Give a larger validation_fraction, more rows "
-                "of each class, or X_val and y_val."
-            )
-        return held_out
+        from sktransfer.fine_tuning._rows import first_split
+
+        by_groups = GroupShuffleSplit(1, test_size=self.validation_fraction)
+        splitter = self.early_stopping if self._has_splitter else by_groups
+        return first_split(splitter, target, groups, rng, type(self).__name__)
 
     def _part(self, all_rows: TrainingRows, target: np.ndarray, rows: np.ndarray) -> Part:
         from sktransfer.fine_tuning._rows import Part
@@ -254,6 +258,10 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
                 pooling=self.pooling,
                 preprocessing=self.preprocessing,
             )
+
+    @property
+    def _has_splitter(self) -> bool:
+        return hasattr(self.early_stopping, "get_n_splits")
 
     @property
     def _starts_as_probe(self) -> bool:
@@ -287,11 +295,15 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     def _start_as_probe(self, head: nn.Module, part: Part, rng, has_corners: bool) -> None:
         from sktransfer.fine_tuning._head import fit_probe
+        from sktransfer.fine_tuning._targets import clip_far_out
 
         views = part.embeddings[:, None]
         if has_corners and len(part.rows) < _N_ROWS_TO_SPLIT:
             views = part.all_rows.with_corners(part.rows)
-        probe = fit_probe(views, part.target, part.weight, self._kind, self._n_outputs, rng)
+        target = part.target
+        if self._kind == "regression" and self.loss != "auto":
+            target = clip_far_out(target, part.weight)
+        probe = fit_probe(views, target, part.weight, self._kind, self._n_outputs, rng)
         head.start_from(*probe)  # type: ignore[operator]
 
     def _phases(self, tuned: TunedNetwork, data: _Data, max_epochs: int) -> list[Phase]:
@@ -356,6 +368,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             memory, self.device, self.precision, self.n_jobs, self.on_error, self.verbose
         )
 
+    @own_settings()
     def _embed(self, X) -> tuple[np.ndarray, list[BadRow]]:
         """Tuned embeddings, NaN in rows of unreadable images, and these images."""
         from sktransfer.fine_tuning._inputs import embed_rows
@@ -418,8 +431,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return np.asarray(columns, dtype=object)
 
     @property
+    @own_settings()
     def net_(self) -> NeuralNet:
-        """The skorch net. After unpickling it is made again, without the optimizer's state."""
+        """The skorch net. It is made again when it is first needed after unpickling."""
         if "_tuned" not in vars(self):
             raise AttributeError(
                 f"This {type(self).__name__} is not fitted yet, so it has no net_."
@@ -427,12 +441,16 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         tuned = self._tuned
         if tuned.net is None:
             from sktransfer.embedding._batches import resolve_device
-            from sktransfer.fine_tuning._train import make_net
+            from sktransfer.fine_tuning._train import has_scheduler, make_net
+            from sktransfer.fine_tuning._training_state import continue_from
 
             settings = self._training_settings(tuned, device=resolve_device(self.device), seed=0)
             module, first = tuned.module(), tuned.first_trained_stage
             module.freeze(first)
-            tuned.net = make_net(module, first, settings)
+            net = make_net(module, first, settings)
+            if (state := tuned.training_state()) is not None:
+                continue_from(net, state, has_scheduler(self.callbacks))
+            tuned.net = net
         return tuned.net
 
     def __sklearn_is_fitted__(self) -> bool:

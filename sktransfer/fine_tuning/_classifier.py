@@ -14,6 +14,7 @@ from sktransfer.fine_tuning._targets import (
     check_y_given,
     class_factors,
     codes_of,
+    column_names,
     read_classes,
     read_labels,
     shown,
@@ -99,10 +100,11 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         ``v2.MixUp`` and ``v2.CutMix`` mix images of a batch and their targets; not for several
         labels per row. A list holds several of these. Where `preprocessing` is a callable, its
         float images are changed, but not their colours.
-    early_stopping : "auto" or bool, default="auto"
+    early_stopping : "auto", bool or splitter, default="auto"
         Whether the epoch with the best score on a validation part is kept. Epoch 0 counts: from
         a linear probe, the model is never worse there than the probe. ``"auto"``: if `X_val` is
-        given or there are at least 1000 training rows.
+        given or there are at least 1000 training rows. A splitter of scikit-learn such as
+        ``GroupShuffleSplit()`` chooses the validation part, by its first split.
     validation_fraction : float, default=0.1
         Share of the rows that is held out for validation if no `X_val` is given.
     n_iter_no_change : int, default=10
@@ -133,7 +135,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     Attributes
     ----------
     classes_ : ndarray of shape (n_classes,)
-        The labels. For several labels per row: the numbers of the columns of `y`.
+        The labels. For several labels per row: the names or numbers of the columns of `y`.
     class_priors_ : ndarray of shape (n_classes,), float64
         Frequencies of the classes, or of each label, in training: the probabilities that are
         predicted for an unreadable image.
@@ -275,7 +277,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         self.verbose = verbose
 
     @fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y, sample_weight=None, X_val=None, y_val=None):
+    def fit(self, X, y, sample_weight=None, X_val=None, y_val=None, groups=None):
         """Fine-tune the network.
 
         Parameters
@@ -288,19 +290,22 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
             A weight of 2 is the row twice.
         X_val, y_val : default=None
             A validation part, like `X` and `y`, on which the best epoch is chosen.
+        groups : array-like of shape (n_samples,), default=None
+            Groups of rows (patients, tiles) that `early_stopping` keeps whole.
 
         Returns
         -------
         self : FineTuningClassifier
         """
-        return self._fit(X, y, sample_weight, X_val, y_val)
+        return self._fit(X, y, sample_weight, X_val, y_val, groups)
 
     @fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X, y, classes=None, sample_weight=None):
         """Train one more epoch, at constant learning rates.
 
-        It trains a copy of the network and of the optimizer's state: if it fails, the model is
-        as before. Nothing is held out, averaged or stopped early. Changes of `backbone`, `weights`,
+        It trains a copy of the network and of the optimizer's state, which begins anew after
+        `fit` and is part of pickles from then on: if it fails, the model is as before. Nothing is
+        held out, averaged or stopped early. Changes of `backbone`, `weights`,
         `layer`, `pooling` and `preprocessing` have no effect before the next `fit`.
 
         Parameters
@@ -309,7 +314,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
             As in `fit`.
         classes : array-like of shape (n_classes,), default=None
             In the first call: all classes that later calls may have. For several labels per row
-            they can only be the numbers of the columns of `y`.
+            they can only be the names or numbers of the columns of `y`.
 
         Returns
         -------
@@ -401,6 +406,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         """
         predicted = self.predict(X)
         labels, _ = read_labels(y, len(predicted))
+        self._check_label_names(y, "y")
         if predicted.dtype.kind == "O" and not are_strings(predicted):
             # scikit-learn's accuracy takes no other objects than strings.
             return float(np.average(predicted == labels, weights=sample_weight))
@@ -414,7 +420,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         check_y_given(y, type(self).__name__, name)
         labels, is_multilabel = read_labels(y, n_rows, name)
         if reset:
-            self._set_classes(labels, "multilabel" if is_multilabel else "multiclass")
+            self._set_classes(labels, column_names(y) if is_multilabel else None, is_multilabel)
         elif is_multilabel != (self._kind == "multilabel") or (
             is_multilabel and labels.shape[1] != len(self.classes_)
         ):
@@ -422,8 +428,9 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
                 f"{name} has shape {labels.shape}, but this {type(self).__name__} was fitted "
                 f"on {self._kind} targets with {len(self.classes_)} classes."
             )
+        self._check_label_names(y, name)
         given = vars(self).get("_classes_given")
-        if given is not None and not np.array_equal(given, self.classes_):
+        if given is not None and not np.array_equal(given, sorted_classes(self.classes_)):
             raise ValueError(
                 f"classes={given!r} is not the same as in the first call to partial_fit, "
                 f"which was {self.classes_!r}."
@@ -431,14 +438,25 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         check_class_weight(self.class_weight, self.classes_, is_multilabel)
         return labels if is_multilabel else codes_of(labels, self.classes_, name)
 
-    def _set_classes(self, labels, kind):
+    def _check_label_names(self, y, name):
+        """Raise ValueError for columns of several labels that are not those of `fit`."""
+        if self._kind != "multilabel" or np.array_equal(self.classes_, range(len(self.classes_))):
+            return
+        names = column_names(y)
+        if names is not None and not np.array_equal(names, self.classes_):
+            raise ValueError(
+                f"{name} has the columns {names.tolist()}, but this {type(self).__name__} was "
+                f"fitted on {self.classes_.tolist()}: give the same ones in the same order."
+            )
+
+    def _set_classes(self, labels, names, is_multilabel):
         given = vars(self).get("_classes_given")
-        if kind == "multilabel":
-            classes = np.arange(labels.shape[1])
-            if given is not None and not np.array_equal(given, classes):
+        if is_multilabel:
+            classes = np.arange(labels.shape[1]) if names is None else names
+            if given is not None and not np.array_equal(given, sorted_classes(classes)):
                 raise ValueError(
                     f"classes={given!r}, but y has several labels per row: there the classes are "
-                    f"the numbers of its columns, {classes!r}. Leave `classes` out."
+                    f"the numbers or names of its columns, {classes!r}. Leave `classes` out."
                 )
         else:
             classes = sorted_classes(labels) if given is None else given
@@ -448,7 +466,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
                     f"{'y' if given is None else '`classes`'} holds one class only: "
                     f"{shown(classes[0])!r}."
                 )
-        self.classes_, self._kind = classes, kind
+        self.classes_, self._kind = classes, "multilabel" if is_multilabel else "multiclass"
 
     def _prepare_target(self, target, weight, *, reset):
         if self._kind == "multilabel":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -72,11 +73,11 @@ def make_head(
     """Make the head that the parameter ``head`` asks for; a module is copied.
 
     Raises ValueError if a hidden size is not a positive integer, or a module does not turn
-    embeddings (n, n_in) into scores (n, n_out).
+    float32 embeddings (n, n_in) into float32 scores (n, n_out).
     """
     if isinstance(head, str):
         return LinearHead(n_in, n_out, (), dropout)
-    if not isinstance(head, nn.Module):
+    if isinstance(head, (tuple, list)):
         for size in head:
             if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
                 raise ValueError(
@@ -84,19 +85,35 @@ def make_head(
                     'head=(256,), or "linear" for no hidden layer.'
                 )
         return LinearHead(n_in, n_out, tuple(head), dropout)
-    own = copy.deepcopy(head)
+    return _checked_copy(head, n_in, n_out)
+
+
+def _checked_copy(head: object, n_in: int, n_out: int) -> nn.Module:
+    """Copy a user's module to the CPU if it can be trained as the head."""
+    shown = textwrap.shorten(repr(head), 80, placeholder=" …")
+    takes = f"A head takes float32 embeddings (n, {n_in}) and returns float32 scores (n, {n_out})"
+    if not isinstance(head, nn.Module):
+        what = "a class: give an instance of it" if isinstance(head, type) else "no torch module"
+        raise ValueError(f"head={shown} is {what}. {takes}.")
     try:
-        with torch.no_grad():
-            shape = tuple(own.eval()(torch.zeros(2, n_in)).shape)
+        own = copy.deepcopy(head).cpu().eval()
+        x = torch.zeros(2, n_in, device="cpu", requires_grad=True)
+        with torch.enable_grad():
+            scores = own(x)
+            copy.deepcopy(own).double()(x.double())  # as predictions are made
     except Exception as error:
-        error.add_note(f"The head was called with embeddings of shape (2, {n_in}).")
-        raise
-    if shape != (2, n_out):
         raise ValueError(
-            f"head={head!r} returns scores of shape {shape} for 2 embeddings of {n_in} columns; "
-            f"(2, {n_out}) is needed here."
-        )
-    return own
+            f"head={shown} fails on embeddings of shape (2, {n_in}) ({type(error).__name__}: "
+            f"{error}). {takes}, and computes in float64 after double()."
+        ) from error
+    got = f"an object of type {type(scores).__name__}"
+    if isinstance(scores, torch.Tensor):
+        got = f"{str(scores.dtype).removeprefix('torch.')} scores of shape {tuple(scores.shape)}"
+        if scores.shape == (2, n_out) and scores.dtype == torch.float32:
+            if scores.requires_grad and any(True for _ in own.parameters()):
+                return own
+            got = "scores that depend on no parameter of it"
+    raise ValueError(f"head={shown} returns {got} for 2 embeddings of {n_in} columns. {takes}.")
 
 
 class WeightedLoss(nn.Module):

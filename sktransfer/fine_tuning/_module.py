@@ -6,13 +6,17 @@ import copy
 import hashlib
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from skorch import NeuralNet
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from sktransfer._threads import own_settings
 from sktransfer.embedding._batches import cpu_batch_size
+from sktransfer.fine_tuning._training_state import TrainingState, training_state_of
 from sktransfer.networks._backbone import Backbone
 from sktransfer.networks._inference import scale_and_shift
 from sktransfer.networks._preprocessing import Preprocessing
@@ -59,6 +63,7 @@ class TunedModule(nn.Module):
         self.pooling, self.head = pooling, head
         self.moves_statistics, self.precision = moves_statistics, precision
         self.input_stage, self.n_frozen = 0, len(self.stages)
+        self.most_at_once: int | None = None  # images, once memory has not sufficed for a batch
         self.is_normalising = mean is not None
         if mean is not None and std is not None:
             scale, shift = scale_and_shift(mean, std)
@@ -89,26 +94,50 @@ class TunedModule(nn.Module):
         self, x: torch.Tensor, start: int, stop: int, pooling: nn.Module | None = None
     ) -> torch.Tensor:
         """Send images (n, …) through the stages from `start` to before `stop`."""
-        parts = []
+        function = partial(self._run_part, start=start, stop=stop, pooling=pooling)
+        is_short = self.most_at_once is not None and torch.is_grad_enabled()
+        if is_short and not self._has_moving_statistics():
+            # One part after another is computed again for its gradients.
+            function = partial(checkpoint, function, use_reentrant=False)
         with torch.autocast(x.device.type, torch.bfloat16, self.precision == "bfloat16"):
-            for part in x.split(self._n_at_once(x)):
-                if start == 0 and self.is_normalising:
-                    part = torch.addcmul(self.shift, part.float(), self.scale)
-                if part.ndim == 4:
-                    part = part.contiguous(memory_format=torch.channels_last)
-                for stage in self.stages[start:stop]:
-                    part = stage(part)
-                parts.append(part if pooling is None else pooling(part))
+            parts = [function(part) for part in x.split(self._n_at_once(x))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _run_part(
+        self, x: torch.Tensor, *, start: int, stop: int, pooling: nn.Module | None
+    ) -> torch.Tensor:
+        if start == 0 and self.is_normalising:
+            x = torch.addcmul(self.shift, x.float(), self.scale)
+        if x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        for stage in self.stages[start:stop]:
+            x = stage(x)
+        return x if pooling is None else pooling(x)
+
+    def halve(self, n_images: int) -> bool:
+        """Run half as many images at once from now on; False if that is impossible.
+
+        Batch norms that use the statistics of a batch need it whole.
+        """
+        n_before = min(n_images, self.most_at_once or n_images)
+        if n_before < 2 or self.input_stage == len(self.stages) or self._has_moving_statistics():
+            return False
+        self.most_at_once = -(-n_before // 2)
+        return True
+
+    def _has_moving_statistics(self) -> bool:
+        return any(part.training and _has_statistics(part) for part in self.stages.modules())
 
     def _n_at_once(self, x: torch.Tensor) -> int:
         """How many images to run at once; the sum of the gradients is the same."""
+        n = max(1, len(x))
+        if self._has_moving_statistics():
+            return n
         if x.device.type == "cpu":
             n_trained = sum(p.numel() for p in self.stages.parameters() if p.requires_grad)
-            has_moving = any(p.training and _has_statistics(p) for p in self.stages.modules())
-            if n_trained <= _MANY_PARAMETERS and not has_moving:
-                return cpu_batch_size(x.shape[1:])
-        return max(1, len(x))
+            if n_trained <= _MANY_PARAMETERS:
+                n = min(n, cpu_batch_size(x.shape[1:]))
+        return min(n, self.most_at_once or n)
 
     @property
     def device(self) -> torch.device:
@@ -203,6 +232,8 @@ class TunedNetwork:
         self.moves_statistics, self.precision = moves_statistics, precision
         self.stage_names = backbone.stage_names_to_layer
         self.net: NeuralNet | None = None  # skorch's, of the last training in this process
+        self.is_continued = False  # by partial_fit
+        self._training_state: TrainingState | None = None  # of another process
         self._root: nn.Module | None = None  # the network whose layers the stages call
         self._module: TunedModule | None = None
         self._loaded: dict[str, np.ndarray] | None = None
@@ -219,6 +250,7 @@ class TunedNetwork:
         with self._lock:
             if self._module is None or (whole and not self._module.stages):
                 self._root, self._module = self._build(whole or self.has_own_stages)
+                self._module.eval()
             return self._module
 
     def copy(self, head: nn.Module, first_trained_stage: int, precision: str) -> TunedNetwork:
@@ -312,6 +344,17 @@ class TunedNetwork:
             for name, tensor in _weights(stages[i].module).items()
         }
 
+    def training_state(self) -> TrainingState | None:
+        """What the next epoch of ``partial_fit`` continues from; None before any training."""
+        if self.net is None:
+            return self._training_state
+        return training_state_of(self.net, has_moments=self.is_continued)
+
+    def set_training_state(self, state: TrainingState) -> None:
+        """Set what :meth:`training_state` returned, of this network in another process."""
+        self.net, self._training_state = None, state
+        self.is_continued = bool(state.tensors or state.numbers)
+
     # -- embedding and scores ---------------------------------------------------------------
     def tuned_backbone(self) -> Backbone:
         """The backbone with the trained weights, for `embed` and the store."""
@@ -329,6 +372,7 @@ class TunedNetwork:
                 self._tuned = self.backbone.with_weights(root, digest)
             return self._tuned
 
+    @own_settings()
     def scores(self, embeddings: np.ndarray) -> np.ndarray:
         """The head's scores, in float64 so that they do not depend on the batch."""
         head = copy.deepcopy(self.head).cpu().double().eval().requires_grad_(False)
@@ -338,7 +382,7 @@ class TunedNetwork:
     # -- pickling ---------------------------------------------------------------------------
     def __getstate__(self) -> dict[str, object]:
         state = dict(self.__dict__)
-        state["_loaded"] = self.trained_state()
+        state["_loaded"], state["_training_state"] = self.trained_state(), self.training_state()
         state["head"] = copy.deepcopy(self.head).cpu()
         for name in ("net", "_root", "_module", "_tuned"):
             state[name] = None

@@ -7,7 +7,7 @@ from sklearn.base import RegressorMixin
 
 from sktransfer._validation import StrOptions, fit_context
 from sktransfer.fine_tuning._base import BaseFineTuning
-from sktransfer.fine_tuning._targets import check_y_given, read_numbers
+from sktransfer.fine_tuning._targets import check_y_given, clip_far_out, read_numbers
 
 # In standard deviations; the square of what is farther from the mean overflows float32.
 _FARTHEST = 1e18
@@ -64,7 +64,9 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         A callable takes scores (n, n_outputs) and targets, and returns one value per row (torch's
         losses with ``reduction="none"``), as equal images of the same target become one weighted
         row. A single number is accepted where all rows have the same weight. Targets are
-        numbers (n, n_targets), scaled to mean 0 and variance 1 in training.
+        numbers (n, n_targets), scaled to mean 0 and variance 1 in training. With any loss but
+        ``"auto"``, this scaling and the ridge regression of the start take targets farther than
+        three interquartile ranges from the quartiles as if they were there.
     max_epochs : int, default=8
         With 0 the model is the linear probe.
     batch_size : int, default=32
@@ -88,10 +90,11 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         ``torchvision.transforms.v2`` do; draw from torch's random state to be repeatable.
         Mixing images (``v2.MixUp``) is for classes only. A list holds several of these. Where
         `preprocessing` is a callable, its float images are changed, but not their colours.
-    early_stopping : "auto" or bool, default="auto"
+    early_stopping : "auto", bool or splitter, default="auto"
         Whether the epoch with the best score on a validation part is kept. Epoch 0 counts: from
         a linear probe, the model is never worse there than the probe. ``"auto"``: if `X_val` is
-        given or there are at least 1000 training rows.
+        given or there are at least 1000 training rows. A splitter of scikit-learn such as
+        ``GroupShuffleSplit()`` chooses the validation part, by its first split.
     validation_fraction : float, default=0.1
         Share of the rows that is held out for validation if no `X_val` is given.
     n_iter_no_change : int, default=10
@@ -253,7 +256,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         self.verbose = verbose
 
     @fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y, sample_weight=None, X_val=None, y_val=None):
+    def fit(self, X, y, sample_weight=None, X_val=None, y_val=None, groups=None):
         """Fine-tune the network.
 
         Parameters
@@ -265,19 +268,22 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
             A weight of 2 is the row twice.
         X_val, y_val : default=None
             A validation part, like `X` and `y`, on which the best epoch is chosen.
+        groups : array-like of shape (n_samples,), default=None
+            Groups of rows (patients, tiles) that `early_stopping` keeps whole.
 
         Returns
         -------
         self : FineTuningRegressor
         """
-        return self._fit(X, y, sample_weight, X_val, y_val)
+        return self._fit(X, y, sample_weight, X_val, y_val, groups)
 
     @fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X, y, sample_weight=None):
         """Train one more epoch, at constant learning rates.
 
-        It trains a copy of the network and of the optimizer's state: if it fails, the model is
-        as before. Nothing is held out, averaged or stopped early. Changes of `backbone`, `weights`,
+        It trains a copy of the network and of the optimizer's state, which begins anew after
+        `fit` and is part of pickles from then on: if it fails, the model is as before. Nothing is
+        held out, averaged or stopped early. Changes of `backbone`, `weights`,
         `layer`, `pooling` and `preprocessing` have no effect before the next `fit`.
 
         Parameters
@@ -328,6 +334,8 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
             largest = np.abs(target).max(axis=0)
             largest = np.where(largest > 0, largest, 1.0)
             scaled, share = target / largest, weight / weight.sum()
+            if self.loss != "auto":  # another loss may be there for outliers' sake
+                scaled = clip_far_out(scaled, weight)
             mean = share @ scaled
             scale = np.sqrt(share @ (scaled - mean) ** 2)
             self._target_mean = mean * largest

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+from sklearn.model_selection import BaseCrossValidator
 
 from sktransfer._progress import warn
 from sktransfer.embedding._batches import n_decoding_threads
 from sktransfer.embedding._embed import BadRow
-from sktransfer.fine_tuning._head import CornerViews
+from sktransfer.fine_tuning._head import CornerViews, stratified_part
 from sktransfer.fine_tuning._inputs import (
     EmbeddingSettings,
     FrozenStages,
@@ -28,6 +31,8 @@ from sktransfer.networks._backbone import Backbone
 from sktransfer.store._store import as_store
 
 _N_REPORTED = 10
+
+Split = tuple[np.ndarray, np.ndarray]
 
 
 class TrainingRows:
@@ -52,7 +57,7 @@ class TrainingRows:
         self._outputs: Precomputed | None = None
         keys, bad = _keys_of(images, settings)
         bad = [b for b in bad if weight[b.row] != 0]
-        index, weight = merge_rows(keys, target, weight)
+        index, weight, merged = merge_rows(keys, target, weight)
         self.images = _rows_of(images, index)
         embeddings, pixels = None, None
         if wants_embeddings and len(index):
@@ -66,6 +71,8 @@ class TrainingRows:
         report_bad(self.bad, images, settings.on_error, what)
         is_good = ~np.isin(index, [b.row for b in self.bad])
         self._index = index[is_good]
+        positions = np.append(np.where(is_good, np.cumsum(is_good) - 1, -1), -1)
+        self._positions = positions[merged]  # of each row of X; -1: it is left out
         if len(self) == 0:
             verb = "train" if what == "training" else "validate"
             raise ValueError(
@@ -81,6 +88,10 @@ class TrainingRows:
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        """Positions here of some rows of `X`, ascending."""
+        return np.setdiff1d(self._positions[rows], [-1])
 
     def with_corners(self, rows: np.ndarray) -> np.ndarray:
         """Embeddings of some rows and their corners, (n, n_views, n_columns · n_features).
@@ -146,26 +157,87 @@ class Part(NamedTuple):
 
 def merge_rows(
     keys: Sequence[bytes | None], target: np.ndarray, weight: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Merge rows of the same images and target into one of their joint weight.
 
     So a weight of two is the row twice, and no row is on both sides of a validation split. Rows
     of no weight are left out. The rows are sorted by their digests: the order of `X` has no
     effect.
 
-    Returned are the first of each set of equal rows, and the joint weights.
+    Returned are the first of each set of equal rows, the joint weights, and the position of each
+    row in these, or -1.
     """
+    joined = [
+        b"" if key is None or weight[i] == 0 else key + target[i].tobytes()
+        for i, key in enumerate(keys)
+    ]
     first: dict[bytes, int] = {}
     total: dict[bytes, float] = {}
-    for i, key in enumerate(keys):
-        if key is None or weight[i] == 0:
-            continue
-        full = key + target[i].tobytes()
-        first.setdefault(full, i)
-        total[full] = total.get(full, 0.0) + float(weight[i])
+    for i, full in enumerate(joined):
+        if full:
+            first.setdefault(full, i)
+            total[full] = total.get(full, 0.0) + float(weight[i])
     order = sorted(first)
+    position = {full: k for k, full in enumerate(order)}
     index = np.array([first[full] for full in order], dtype=int)
-    return index, np.array([total[full] for full in order], dtype=float)
+    weight = np.array([total[full] for full in order], dtype=float)
+    return index, weight, np.array([position.get(full, -1) for full in joined], dtype=int)
+
+
+def first_split(
+    splitter: BaseCrossValidator,
+    target: np.ndarray,
+    groups: npt.ArrayLike | None,
+    rng: np.random.RandomState,
+    class_name: str,
+) -> Split:
+    """Rows of `X` to train on and to validate on: the first split of a copy of `splitter`."""
+    splitter = copy.deepcopy(splitter)
+    if getattr(splitter, "random_state", 0) is None:
+        splitter.random_state = rng.randint(np.iinfo(np.int32).max)
+    flat = target[:, 0] if target.ndim == 2 and target.shape[1] == 1 else target
+    try:
+        return next(iter(splitter.split(np.empty((len(flat), 1)), flat, groups)))
+    except (TypeError, ValueError) as error:
+        hint = (
+            " Give fit(..., groups=...). cross_validate and searches pass groups on, given as "
+            "params={'groups': ...} or fit(..., groups=...), after "
+            "sklearn.set_config(enable_metadata_routing=True) and "
+            f"{class_name}(...).set_fit_request(groups=True)."
+        )
+        raise ValueError(
+            f"early_stopping: {type(splitter).__name__} cannot split these {len(flat)} rows "
+            f"({error}).{hint if groups is None else ''}"
+        ) from error
+
+
+def held_out_rows(
+    rows: TrainingRows,
+    target: np.ndarray,
+    split: Split | None,
+    fraction: float,
+    rng: np.random.RandomState,
+) -> Split:
+    """Positions in `rows` to train on and to validate on; none of the latter, with a warning.
+
+    A row that is equal to one on the validation side of `split` is there as well.
+    """
+    n = len(rows)
+    if split is None:
+        held_out = stratified_part(target if target.ndim == 1 else None, fraction, rng, n)
+        index = np.setdiff1d(np.arange(n), held_out)
+    else:
+        held_out = rows.positions(split[1])
+        index = np.setdiff1d(rows.positions(split[0]), held_out)
+    if len(index) == 0:
+        raise ValueError("The splitter given as early_stopping leaves no row to train on.")
+    if len(held_out) == 0:
+        what = f"validation_fraction={fraction}" if split is None else "the splitter's first part"
+        warn(
+            f"There is no early stopping: {what} of {n} different rows leaves no row to validate "
+            "on. Give a larger validation_fraction, more rows of each class, or X_val and y_val."
+        )
+    return index, held_out
 
 
 def _keys_of(

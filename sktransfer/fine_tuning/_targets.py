@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,11 +12,12 @@ from sklearn.utils.validation import check_array, check_consistent_length, colum
 
 
 def check_y_given(y: object, class_name: str, name: str = "y") -> None:
-    """Raise ValueError for a missing ``y``, in scikit-learn's words, or one without rows."""
+    """Raise ValueError for a ``y`` that is missing, has no rows, or has lists as rows."""
     if y is None:
         raise ValueError(
             f"This {class_name} estimator requires y to be passed, but the target y is None."
         )
+    _check_no_tags(y, name)
     _check_has_rows(y, name)
 
 
@@ -29,13 +31,15 @@ def read_labels(y: npt.ArrayLike, n_rows: int, name: str = "y") -> tuple[np.ndar
         do not hold 0 and 1.
     """
     labels = _as_array(y)
-    _check_none_missing(labels, name)
+    _check_finite(labels, name, "label")
     if labels.ndim == 2 and labels.shape[1] > 1:
         # A data frame of several dtypes is an array of objects.
         if labels.dtype.kind not in "biufO" or not np.isin(labels, (0, 1)).all():
+            hint = " FineTuningRegressor takes several numbers per row."
             raise ValueError(
                 f"{name} has shape {labels.shape} and is not an indicator matrix of 0 and 1. "
                 "Unknown label type: give one label per row, or a 0/1 column per label."
+                f"{hint if labels.dtype.kind in 'iuf' else ''}"
             )
         check_consistent_length(np.empty(n_rows), labels)
         return labels.astype(np.int64), True
@@ -49,17 +53,43 @@ def read_classes(classes: npt.ArrayLike) -> np.ndarray:
     """The parameter ``classes`` of partial_fit, sorted."""
     _check_has_rows(classes, "classes")
     labels = _as_array(classes).ravel()
-    _check_none_missing(labels, "classes")
+    _check_finite(labels, "classes", "label")
     return sorted_classes(labels, "classes")
 
 
 def read_numbers(y: npt.ArrayLike, n_rows: int, name: str = "y") -> np.ndarray:
     """Regression targets, float64: (n,) or (n, n_targets)."""
+    values = _as_array(y)
+    cells = values.flat if values.dtype.kind in "USO" else ()
+    text = next((i for i, value in enumerate(cells) if isinstance(value, (str, bytes))), None)
+    if text is not None:
+        row = np.unravel_index(text, values.shape)[0]
+        raise ValueError(
+            f"{name} holds {shown(values.flat[text])!r:.80} in row {row}, and FineTuningRegressor "
+            "predicts numbers: FineTuningClassifier takes labels. Text that stands for numbers is "
+            f"read by pandas.to_numeric({name})."
+        )
+    _check_finite(values, name, "number")
     target = check_array(y, ensure_2d=False, dtype="numeric", input_name=name)
     if target.ndim == 2 and target.shape[1] == 1:
         target = column_or_1d(target, warn=True)
     check_consistent_length(np.empty(n_rows), target)
     return np.asarray(target, dtype=np.float64)
+
+
+def clip_far_out(target: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Clip each column to three interquartile ranges beyond its quartiles, Tukey's outer fences.
+
+    Nothing is clipped where half of the weight is on one value.
+    """
+    columns = []
+    for column in target.T:
+        order = np.argsort(column, kind="stable")
+        total = np.cumsum(weight[order])
+        low, high = column[order][np.searchsorted(total, [total[-1] / 4, total[-1] * 3 / 4])]
+        reach = 3 * (high - low) if high > low else np.inf
+        columns.append(np.clip(column, low - reach, high + reach))
+    return np.stack(columns, axis=1)
 
 
 def sorted_classes(labels: np.ndarray, name: str = "y") -> np.ndarray:
@@ -123,41 +153,75 @@ def _as_array(y: npt.ArrayLike) -> np.ndarray:
     return labels
 
 
-def _check_none_missing(labels: np.ndarray, name: str) -> None:
-    kind = labels.dtype.kind
-    if kind in "fc":
-        is_missing = np.isnan(labels)
-    elif kind in "mM":
-        is_missing = np.isnat(labels)
-    elif kind == "O":
-        found = [_is_missing(label) for label in labels.flat]
-        is_missing = np.array(found, dtype=bool).reshape(labels.shape)
-    else:
+def _check_no_tags(y: object, name: str) -> None:
+    """Raise ValueError for lists or sets of labels; in a Series, tuples are labels."""
+    values = y if isinstance(y, (list, tuple)) else np.asarray(y)
+    kinds: tuple[type, ...] = (list, set, frozenset, np.ndarray)
+    is_column = isinstance(values, np.ndarray)
+    if not isinstance(values, np.ndarray):
+        kinds += (tuple,)
+    elif values.dtype.kind != "O" or values.ndim != 1:
         return
-    if is_missing.any():
-        where = tuple(np.argwhere(is_missing)[0])
+    rows: list = [row for row in values if isinstance(row, kinds) and getattr(row, "ndim", 1) > 0]
+    lengths = {len(row) for row in rows}
+    has_sets = any(isinstance(row, (set, frozenset)) for row in rows)
+    if not is_column and not has_sets and len(lengths) <= 1:
+        items = [item for row in rows for item in row]
+        if lengths == {1} or not any(isinstance(item, str) for item in items):
+            return  # a table
+    if rows:
         raise ValueError(
-            f"Input {name} contains NaN or None: the label of row {where[0]} is {labels[where]}. "
-            "Every row needs a label; leave out those without."
+            f"{name} holds {rows[0]!r:.80} and the like as rows. For several labels per row, "
+            f"sklearn.preprocessing.MultiLabelBinarizer().fit_transform({name}) makes the 0/1 "
+            "column per label that FineTuningClassifier takes."
         )
+
+
+def column_names(y: npt.ArrayLike) -> np.ndarray | None:
+    """Names of the columns of a data frame; None for anything else."""
+    return np.asarray(y.columns) if hasattr(y, "columns") else None
+
+
+def _check_finite(values: np.ndarray, name: str, noun: str) -> None:
+    """Raise ValueError for a missing or infinite value, with its row."""
+    kind = values.dtype.kind
+    if kind in "fc":
+        is_missing, is_infinite = np.isnan(values), np.isinf(values)
+    elif kind == "O":
+        kinds = [(_is_missing(v), isinstance(v, float) and abs(v) == math.inf) for v in values.flat]
+        is_missing, is_infinite = np.array(kinds, dtype=bool).reshape(-1, 2).T
+    else:
+        is_missing, is_infinite = np.isnat(values) if kind in "mM" else np.zeros(0), np.zeros(0)
+    for what, is_bad in (("NaN or None", is_missing), ("infinity", is_infinite)):
+        if is_bad.any():
+            row, *column = np.argwhere(is_bad.reshape(values.shape))[0].tolist()
+            value, where = values[(row, *column)], f" in column {column[0]}" if column else ""
+            raise ValueError(
+                f"Input {name} contains {what}: the {noun} of row {row} is {value}{where}. Every "
+                f"row needs a {noun}; leave out those without."
+            )
 
 
 def _is_missing(label: object) -> bool:
     # pandas' NA compares as NA, not as a boolean.
-    return label is None or type(label).__name__ == "NAType" or bool(label != label)
+    return label is None or type(label).__name__ == "NAType" or bool(np.any(label != label))
 
 
 def _check_discrete(labels: np.ndarray, name: str) -> None:
-    """Raise ValueError for numbers with fractions and infinity, in scikit-learn's words.
+    """Raise ValueError for numbers with fractions, in scikit-learn's words.
 
     Objects of types that scikit-learn does not know (dates, periods) are accepted as labels.
     """
     if labels.dtype.kind == "O" and not are_strings(labels):
         labels = np.array([x for x in labels if isinstance(x, (float, np.floating))], dtype=float)
-    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-        check_array(labels, ensure_2d=False, dtype=None, input_name=name)
-    if len(labels):
-        check_classification_targets(labels)
+    try:
+        if len(labels):
+            check_classification_targets(labels)
+    except ValueError as error:
+        example = labels[labels % 1 != 0][:1] if labels.dtype.kind == "f" else labels[:1]
+        raise ValueError(
+            f"{error} {name} holds {shown(example[0])!r:.80}: FineTuningRegressor predicts numbers."
+        ) from error
 
 
 def _comparable(labels: np.ndarray, others: np.ndarray) -> list:

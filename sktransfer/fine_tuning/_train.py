@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -14,8 +15,8 @@ from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
 from skorch.callbacks import Callback, LRScheduler
 from skorch.helper import predefined_split
 
-from sktransfer._progress import warn
-from sktransfer._threads import own_random_state, repeatable_kernels
+from sktransfer._progress import did_you_mean, warn
+from sktransfer._threads import is_out_of_memory, own_random_state, repeatable_kernels
 from sktransfer.fine_tuning._callbacks import (
     EpochLog,
     OneCycle,
@@ -26,6 +27,7 @@ from sktransfer.fine_tuning._callbacks import (
 from sktransfer.fine_tuning._head import Loss, WeightedLoss
 from sktransfer.fine_tuning._inputs import Batches, TrainingSet
 from sktransfer.fine_tuning._module import TunedModule, TunedNetwork
+from sktransfer.fine_tuning._training_state import TrainingState, continue_from
 
 Groups = list[dict]
 
@@ -145,7 +147,7 @@ class UnfreezePlan:
         if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 0:
             raise ValueError(
                 f"{name}={value!r} is not accepted: give a number of stages from 0 to {n}, "
-                "or 'all'."
+                f"or 'all'.{did_you_mean(str(value), ['all'])}"
             )
         if int(value) > n:
             names = [self.stage_names[i] for i in self._counted]
@@ -171,17 +173,18 @@ def train(
     settings: TrainingSettings,
     first_stage: Callable[[int], int],
     first_epoch: int = 0,
-    old_net: NeuralNet | None = None,
+    old_state: TrainingState | None = None,
 ) -> EpochLog:
     """Train `tuned` in place.
 
     `first_stage` gives the lowest stage trained in an epoch, counted from 1. `first_epoch` epochs
-    were trained before with `old_net`, whose optimizer's state is continued.
+    were trained before, which left `old_state`.
     """
     module, first = tuned.module(), tuned.first_trained_stage
     with (
         own_random_state(settings.seed, settings.device),  # dropout draws from it
         repeatable_kernels(settings.device),
+        _explained(settings.batch_size),
     ):
         module.to(settings.device)
         for parameter in module.stages.parameters():
@@ -198,14 +201,13 @@ def train(
             settings.kind, settings.lr, first_epoch, valid, settings.keeps_best, patience, first
         )
         callbacks: list[Callback] = [unfreezing, log]
-        has_scheduler = _has_scheduler(settings.callbacks or [])
-        if not settings.is_continued and not has_scheduler:
+        if not settings.is_continued and not has_scheduler(settings.callbacks):
             n_batches = -(-len(phases[0].train_set) // settings.batch_size)
             n_steps = n_batches * sum(phase.n_epochs for phase in phases)
             callbacks.insert(1, OneCycle(max(1, n_steps)))
         net = make_net(module, first, settings, callbacks)
-        if old_net is not None:
-            _continue(net, old_net, has_scheduler)
+        if old_state is not None:
+            continue_from(net, old_state, has_scheduler(settings.callbacks))
         tuned.net = net
         _run(net, phases, log)
         module.load_state_dict(log.best_state, strict=False)
@@ -222,11 +224,62 @@ def train(
     return log
 
 
+@contextmanager
+def _explained(batch_size: int) -> Iterator[None]:
+    """Say what to change where memory, or a batch's number of rows, does not suffice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, ValueError) as error:
+        if "Expected more than 1 value per channel" in str(error):
+            raise ValueError(
+                "A batch norm of `head`, or of a network with weights=None, got a batch of one "
+                "row, and in training it takes several. Give at least 2 different images and a "
+                f"batch_size of at least 3 (it is {batch_size}), or a head without batch norm."
+            ) from error
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"Memory does not suffice for training ({error}). Give a smaller batch_size (it is "
+            f"{batch_size}), smaller images (preprocessing={{'size': …, 'crop': …}}), fewer stages "
+            "to unfreeze, precision='bfloat16', or another device."
+        ) from error
+
+
+class _Halving:
+    """A method of skorch's net for one batch, which runs the batch in parts if memory runs out.
+
+    It calls the class's method, so that a net can be pickled during training.
+    """
+
+    def __init__(self, net: NeuralNet, name: str):
+        self.net, self.name = net, name
+
+    def __call__(self, batch: tuple, **params: object) -> dict:
+        while True:
+            try:
+                return getattr(type(self.net), self.name)(self.net, batch, **params)
+            except (RuntimeError, MemoryError) as error:
+                n_images = batch[0]["x"].shape[:2].numel()
+                if not is_out_of_memory(error) or not self.net.module_.halve(n_images):
+                    raise
+            # Outside the handler, which refers to the failed step's tensors.
+            self.net.optimizer_.zero_grad()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+            warn(
+                f"Out of memory in training with {n_images} images: the network runs "
+                f"{self.net.module_.most_at_once} of them at once from now on, which is slower "
+                "and gives the same model. A smaller batch_size needs less memory."
+            )
+
+
 def _run(net: NeuralNet, phases: list[Phase], log: EpochLog) -> None:
     """Run skorch's loop until the last epoch, or until a KeyboardInterrupt."""
     module, first_set = net.module_, phases[0].train_set
     module.input_stage = phases[0].input_stage
+    methods = {name: _Halving(net, name) for name in ("train_step_single", "validation_step")}
     try:
+        vars(net).update(methods)
         net.notify("on_train_begin", X=first_set, y=None)
         for n_epochs, input_stage, train_set, valid_set in phases:
             module.input_stage = input_stage
@@ -247,6 +300,8 @@ def _run(net: NeuralNet, phases: list[Phase], log: EpochLog) -> None:
         module.eval()
         module.input_stage = 0
         net.train_split, log.valid = None, None  # the net does not keep the rows
+        for name in methods:
+            del vars(net)[name]
 
 
 def make_net(
@@ -310,6 +365,11 @@ def _groups(module: TunedModule, first_stage: int, settings: TrainingSettings) -
                         "stage": name,
                     }
                 )
+    if not groups:
+        raise ValueError(
+            "There is nothing to train: no parameter of `head` requires a gradient, and no stage "
+            "is unfrozen. Give head.requires_grad_(True), or another unfreeze."
+        )
     return groups
 
 
@@ -330,26 +390,9 @@ def _make_optimizer(
     return optimizer
 
 
-def _continue(net: NeuralNet, old: NeuralNet, has_scheduler: bool) -> None:
-    """Copy the history and the optimizer's state of the epochs before."""
-    net.history_ = copy.deepcopy(old.history_)
-    optimizer, before = net.optimizer_, old.optimizer_
-    if type(optimizer) is type(before):
-        state = optimizer.state_dict()
-        n_parameters = sum(len(group["params"]) for group in optimizer.param_groups)
-        # The head comes first and lower stages last: more or fewer of these change no number.
-        moments = before.state_dict()["state"].items()
-        state["state"] = {i: copy.deepcopy(own) for i, own in moments if i < n_parameters}
-        optimizer.load_state_dict(state)
-    if has_scheduler:  # it continues from the last epoch's rates, which torch keeps in the groups
-        for group, own in zip(optimizer.param_groups, before.param_groups, strict=False):
-            group.update({key: own[key] for key in ("lr", "initial_lr") if key in own})
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-
-
-def _has_scheduler(callbacks: Sequence) -> bool:
-    parts = [part for c in callbacks for part in (c if isinstance(c, tuple) else (c,))]
+def has_scheduler(callbacks: Sequence | None) -> bool:
+    """Whether the user's callbacks set the learning rates."""
+    parts = [part for c in callbacks or [] for part in (c if isinstance(c, tuple) else (c,))]
     return any(part is LRScheduler or isinstance(part, LRScheduler) for part in parts)
 
 

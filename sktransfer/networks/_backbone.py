@@ -11,6 +11,8 @@ from os import PathLike
 import torch
 from torch import nn
 
+from sktransfer._progress import did_you_mean
+from sktransfer._threads import own_settings
 from sktransfer.networks._graph import Stages
 from sktransfer.networks._inference import (
     POOLINGS,
@@ -24,13 +26,15 @@ from sktransfer.networks._inference import (
 )
 from sktransfer.networks._own import ModuleSource, own_source
 from sktransfer.networks._preprocessing import AnyPreprocessing, resolve_preprocessing
-from sktransfer.networks._sources import GivenSource, Source, named_source
+from sktransfer.networks._published import named_source
+from sktransfer.networks._sources import GivenSource, Source
 
 # Part of every fingerprint; a change of how embeddings are computed changes it.
 _FORMAT = "sktransfer-embedding-2"
 _EMBEDDING = "embedding"
 
 
+@own_settings()
 def load_backbone(
     backbone: str | nn.Module | Callable[[], nn.Module] | Source = "builtin",
     *,
@@ -97,7 +101,8 @@ def load_backbone(
     [('stage2', 96), ('stage4', 704)]
     """
     if not isinstance(pooling, str) or pooling not in POOLINGS:
-        raise ValueError(f"pooling={pooling!r} is not accepted: one of {list(POOLINGS)}.")
+        hint = did_you_mean(str(pooling), POOLINGS)
+        raise ValueError(f"pooling={pooling!r} is not accepted: one of {list(POOLINGS)}.{hint}")
     source = resolve_source(backbone, weights)
     loaded = Backbone(
         source, layer, pooling, resolve_preprocessing(preprocessing, source.preprocessing)

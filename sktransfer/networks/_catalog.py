@@ -139,7 +139,7 @@ def list_backbones(pattern: str | None = None, *, timm: bool = False) -> Backbon
     """
     if pattern is not None and not isinstance(pattern, str):
         raise TypeError(f"pattern={pattern!r} is not a string such as 'resnet*'.")
-    from sktransfer.networks._sources import import_timm, torchvision_names
+    from sktransfer.networks._published import import_timm, torchvision_names
 
     names = ["builtin", *torchvision_names()]
     if timm or (pattern or "").startswith("timm:"):
@@ -158,7 +158,7 @@ def _matches(name: str, pattern: str) -> bool:
 def _info(name: str, is_built: bool) -> BackboneInfo:
     from torchvision.models import get_model_weights
 
-    from sktransfer.networks._sources import import_timm
+    from sktransfer.networks._published import import_timm
     from sktransfer.networks.builtin import DEFAULT, VERSIONS
 
     if name == "builtin":

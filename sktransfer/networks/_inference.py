@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sktransfer._threads import one_at_a_time, process_lock
+from sktransfer._threads import one_at_a_time, own_settings, process_lock
 from sktransfer.networks._graph import graph_module, is_patched
 from sktransfer.networks._preprocessing import AnyPreprocessing, Preprocessing
 from sktransfer.networks._sources import Source
@@ -59,6 +59,7 @@ class Network:
         self._copies: OrderedDict[tuple, EmbeddingNetwork] = OrderedDict()
 
     @property
+    @own_settings()
     def module(self) -> nn.Module:
         """The module with its weights, in eval mode; it is shared, so do not alter it."""
         with self._lock:

@@ -13,13 +13,8 @@ from sktransfer._threads import own_random_state
 from sktransfer.networks import _weights
 from sktransfer.networks._fingerprint import architecture_digest
 from sktransfer.networks._preprocessing import Preprocessing
-from sktransfer.networks._sources import (
-    GivenSource,
-    freeze,
-    random_seed,
-    timm_preprocessing,
-    weights_path,
-)
+from sktransfer.networks._published import timm_preprocessing
+from sktransfer.networks._sources import GivenSource, freeze, random_seed, weights_path
 from sktransfer.networks._stages import plan_stages
 
 # Equal modules share one copy.
@@ -63,6 +58,8 @@ def own_source(module: nn.Module, weights: object) -> ModuleSource:
             "a path of a local .pt, .pth or .safetensors file fills it, None gives it new random "
             "ones."
         )
+    else:
+        _weights.warn_unless_finite(module, name)
     return ModuleSource(module, name)
 
 
@@ -85,12 +82,15 @@ def _check_layers(module: nn.Module, name: str) -> None:
                 f"{name} is or holds a torch.jit module ({path or 'the network itself'!r}), which "
                 "cannot be split into layers: give the torch.nn.Module it was made from."
             )
-    for path, parameter in module.named_parameters():
-        if is_lazy(parameter) or parameter.is_meta:
+    for path, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if is_lazy(tensor) or tensor.is_meta:
             raise ValueError(
                 f"{name} holds no values in {path!r} yet: send one batch through a lazy module, or "
                 "load the weights of one that was built on the meta device, first."
             )
+        if odd := _weights.what_is_odd(tensor):
+            raise ValueError(f"{name}: {path!r} {odd}. Dense tensors of numbers are needed.")
+    for path, parameter in module.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise ValueError(
                 f"{name} holds weights of type {parameter.dtype} ({path!r}): give a float32 module "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from torch import nn
+
+from sktransfer._progress import warn
 
 # Where training scripts keep the state dict in a checkpoint, the usual key first.
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "module", "params")
@@ -90,6 +93,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     No code in the file is run: ``weights_only=True``, or safetensors.
     """
     state = _unwrap(_read(path), path)
+    _check_tensors(state, path)
     names = list(state)
     while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in names)), None):
         names = [name.removeprefix(prefix) for name in names]
@@ -106,6 +110,13 @@ def _read(path: Path) -> object:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file: {error}.") from error
+    if zipfile.is_zipfile(path):  # as torch.save writes it, uncompressed
+        with zipfile.ZipFile(path) as archive:
+            n_bytes = sum(entry.file_size for entry in archive.infolist())
+        if n_bytes > path.stat().st_size:
+            raise ValueError(
+                f"{path} is compressed, and holds {n_bytes:,} bytes: write it with torch.save."
+            )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old file formats
@@ -133,6 +144,65 @@ def _unwrap(state: object, path: Path) -> Mapping[str, torch.Tensor]:
         f"{path} holds {what}, not tensors by name: a state dict is needed, alone or under one of "
         f"{', '.join(map(repr, _WRAPPERS))}."
     )
+
+
+_DTYPES = {torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+_DTYPES |= {torch.int8, torch.int16, torch.int32, torch.int64}
+_DTYPES |= {torch.bfloat16, torch.float16, torch.float32, torch.float64}
+
+
+def what_is_odd(tensor: torch.Tensor) -> str | None:
+    """What keeps a tensor from being a plain, dense one of numbers, if anything does."""
+    if tensor.is_meta:
+        return "holds no values (it is on the meta device)"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return f"is {'nested' if tensor.is_nested else tensor.layout}, not dense"
+    return None if tensor.dtype in _DTYPES else f"is of type {tensor.dtype}"
+
+
+def _check_tensors(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raise ValueError unless all are plain tensors by name, with a value in the file for each."""
+    sizes: dict[int, int] = {}  # of each storage, less the bytes of its different views
+    views = set()
+    for name, tensor in state.items():
+        odd = what_is_odd(tensor)
+        if not isinstance(name, str):
+            odd = "has a name that is no string"
+        elif odd is None and type(tensor) not in (torch.Tensor, nn.Parameter):
+            odd = f"is a {type(tensor).__name__}"
+        elif odd is None:
+            storage = tensor.untyped_storage()
+            view = storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
+            if view not in views:  # two names may share one tensor
+                views.add(view)
+                sizes.setdefault(view[0], storage.nbytes())
+                sizes[view[0]] -= tensor.numel() * tensor.element_size()
+                if sizes[view[0]] < 0:
+                    odd = f"has the shape {tuple(tensor.shape)}, for which the values are missing"
+        if odd is not None:
+            raise ValueError(
+                f"{path}: {name!r} {odd}. A state dict of plain tensors of numbers is needed, as "
+                "module.state_dict() of a module that holds its weights."
+            )
+
+
+def warn_unless_finite(module: nn.Module, source: str, head_layers: Collection[str] = ()) -> None:
+    """Warn of weights that are NaN or infinite; a mask may hold -inf."""
+    in_head = tuple(f"{layer}." for layer in head_layers)
+    parameters = {name for name, _ in module.named_parameters()}
+    bad = []
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not name.startswith(in_head):
+            is_right = tensor.isfinite()
+            if not is_right.all() and name not in parameters:
+                is_right |= tensor == -torch.inf
+            if not is_right.all():
+                bad.append(name)
+    if bad:
+        warn(
+            f"{source}: {len(bad)} tensors hold NaN or infinity, the first of them {bad[0]!r}, so "
+            "embeddings may be NaN. The weights may come from a training that diverged."
+        )
 
 
 def _like(
@@ -177,9 +247,9 @@ def fit_state_dict(
         pattern = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
         state = _like(state, {pattern.sub(r"\1\2", key): value for key, value in state.items()})
     misshapen = {
-        key: f"{key} ({tuple(state[key].shape)} in the file, {tuple(own[key].shape)})"
+        key: f"{key} ({_shown(state[key])} in the file, {_shown(own[key])})"
         for key in own
-        if key in state and state[key].shape != own[key].shape
+        if key in state and not _is_alike(state[key], own[key])
     }
     fitting = {key: value for key, value in state.items() if key not in misshapen}
     # The layers rename the keys of older versions of torchvision.
@@ -199,4 +269,16 @@ def fit_state_dict(
     own = module.state_dict()
     zeros = {key: torch.zeros_like(t, device="cpu") for key, t in own.items() if t.is_meta}
     module.load_state_dict(_like(own, zeros), strict=False, assign=True)  # in the head
+    warn_unless_finite(module, source, head_layers)
     return {what: keys for what, keys in report.items() if keys}
+
+
+def _is_alike(given: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether the shapes are equal, and not whole numbers given for fractions."""
+    is_whole = own.is_floating_point() and not given.is_floating_point()
+    return given.shape == own.shape and not is_whole
+
+
+def _shown(tensor: torch.Tensor) -> str:
+    kind = "" if tensor.is_floating_point() else f" {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{tuple(tensor.shape)}{kind}"

@@ -36,7 +36,8 @@ _HEADER = {"format": (int,), "version": (str,), "estimators": (list,)}
 _NONE = type(None)
 _RECORD = {"class": (str,), "parameters": (dict,), "needs": (dict,), "network": (int, _NONE)}
 _RECORD |= {"output": (str, _NONE), "routing": (dict,), "fit": (dict, _NONE)}
-_FIT = {"weights": (str,), "preprocessing": (dict, _NONE), "attributes": (dict,)}
+_FIT: dict[str, tuple] = {"weights": (str,), "preprocessing": (dict, _NONE)}
+_FIT |= {"attributes": (dict,), "training": (list,)}
 
 # Class -> the fitted attributes that a file holds, and their types.
 _COMMON: dict[str, type] = {"n_features_in_": int, "n_features_out_": int, "_n_image_columns": int}
@@ -121,6 +122,11 @@ class Reader:
             settings = _decoded(decoder, record["fit"]["preprocessing"], "preprocessing")
             backbone = self._backbone(estimator, record, settings)
             self._restore_fit(i, estimator, backbone, attributes)
+            training = _decoded(decoder, record["fit"]["training"], "training")
+            if training and hasattr(estimator, "_tuned"):
+                _restore_training(
+                    estimator._tuned, training, _taken(self.tensors, f"{i}/training/")
+                )
         return estimator
 
     def _check_names(self, parameters: dict) -> None:
@@ -158,7 +164,7 @@ class Reader:
     def _network(self, k: int, name: str, module: object = None) -> Source | nn.Module:
         """The network with the weights of the file: a source by its name, or the module given."""
         from sktransfer.networks._backbone import resolve_source
-        from sktransfer.networks._sources import saved_source
+        from sktransfer.networks._published import saved_source
 
         if k not in self._networks:
             state = _taken(self.tensors, f"networks/{k}/")
@@ -330,6 +336,23 @@ def _tuned_network(
     _check_finite({**trained, **state})
     tuned.load_trained_state({key: tensor.numpy() for key, tensor in trained.items()})
     return tuned
+
+
+def _restore_training(tuned: TunedNetwork, plain: object, tensors: Tensors) -> None:
+    """Restore what partial_fit continues from."""
+    from sktransfer.fine_tuning._training_state import TrainingState
+
+    kinds = [str, list, list, dict]
+    is_right = isinstance(plain, list) and [type(part) for part in plain] == kinds
+    require(is_right, "its state of training is of an unknown kind")
+    assert isinstance(plain, list)
+    names = [*tensors, *plain[3]]
+    is_right = all(isinstance(name, str) and re.fullmatch(r"\d{1,6}\.\w+", name) for name in names)
+    is_right = is_right and all(isinstance(part, dict) for part in (*plain[1], *plain[2]))
+    require(is_right, "its state of training is of an unknown kind")
+    _check_finite(tensors)
+    optimizer, history, rates, numbers = plain
+    tuned.set_training_state(TrainingState(optimizer, history, rates, numbers, tensors))
 
 
 def _check_finite(state: Tensors) -> None:

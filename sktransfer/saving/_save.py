@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sktransfer._progress import warn
+from sktransfer._threads import own_settings
 from sktransfer._version import __version__
 from sktransfer.networks._preprocessing import Preprocessing
 from sktransfer.saving._archive import Refused, atomic_write, write
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
     from torch import nn
 
+    from sktransfer.fine_tuning._module import TunedNetwork
     from sktransfer.networks._backbone import Backbone
     from sktransfer.saving._archive import Tensors
 
@@ -243,8 +245,22 @@ class _Writer:
         return {
             "weights": backbone.weights_digest,
             "preprocessing": encode(asdict(settings), "preprocessing") if is_plain else None,  # type: ignore[call-overload]
+            "training": self._training(i, tuned),
             "attributes": {key: encode(value, key) for key, value in attributes.items()},
         }
+
+    def _training(self, i: int, tuned: TunedNetwork | None) -> list:
+        """What partial_fit continues from; it begins anew where a file cannot hold it."""
+        if tuned is None or (state := tuned.training_state()) is None:
+            return []
+        *plain, tensors = state
+        try:
+            encoded = self._encoder.encode(plain, "the optimizer's state")
+        except TypeError as error:
+            warn(f"The optimizer begins anew in partial_fit of what will be loaded: {error}")
+            return []
+        self.tensors |= {f"{i}/training/{name}": tensor for name, tensor in tensors.items()}
+        return encoded  # type: ignore[return-value]
 
 
 def _check_loads(part: Path, estimator: BaseEstimator, ours: list, modules: dict) -> None:
@@ -264,6 +280,7 @@ def _check_loads(part: Path, estimator: BaseEstimator, ours: list, modules: dict
 
 
 # -- loading ---------------------------------------------------------------------------------
+@own_settings()
 def load(
     path: str | os.PathLike,
     *,

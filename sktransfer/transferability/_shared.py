@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import numpy as np
 from PIL import Image
 
-from sktransfer.images._cells import Cell
+from sktransfer.images._cells import Cell, Size
 from sktransfer.images._images import BadImage, Images
 from sktransfer.networks._backbone import Backbone
 from sktransfer.networks._inference import Network
@@ -48,34 +50,38 @@ class SharedCell(Cell):
     """
 
     def __init__(self, cell: Cell, owner: SharedImages) -> None:
-        self.content, self._note, self._owner = cell.content, cell._note, owner
-        self._decoded: dict[tuple[int, int], Image.Image | np.ndarray] = {}
+        vars(self).update(vars(cell))
+        self._owner = owner
+        self._images: dict[tuple[int, int], Image.Image | np.ndarray] = {}
 
     @cached_property
     def digest(self) -> bytes:  # type: ignore[override]
         return super().digest
 
-    def decode(self, min_size: tuple[int, int] | None = None) -> Image.Image | np.ndarray:
+    @contextmanager
+    def decoded(self, min_size: Size = None) -> Iterator[Image.Image | np.ndarray]:
         if isinstance(self.content, np.ndarray):
-            return self.content
+            yield self.content
+            return
         key = self._reductions(min_size)
-        if key in self._decoded:
-            return self._decoded[key]
-        image = super().decode(min_size)
-        width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
-        self._owner.n_bytes_left -= 3 * width * height
-        if self._owner.n_bytes_left >= 0:
-            self._decoded[key] = image
-        return image
+        if key in self._images:
+            yield self._images[key]
+            return
+        with super().decoded(min_size) as image:
+            width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+            self._owner.n_bytes_left -= 3 * width * height
+            if self._owner.n_bytes_left >= 0:
+                self._images[key] = image
+            yield image
 
     @cached_property
     def _jpeg_size(self) -> tuple[int, int] | None:
         """Width and height of a JPEG file."""
         assert isinstance(self.content, bytes)
         try:
-            with Image.open(io.BytesIO(self.content)) as image:
-                return image.size if image.format == "JPEG" else None
-        except Exception:  # decode() says what is wrong
+            with Image.open(io.BytesIO(self.content), formats=["JPEG"]) as image:
+                return image.size
+        except Exception:  # another format, or decode() says what is wrong
             return None
 
     def _reductions(self, min_size: tuple[int, int] | None) -> tuple[int, int]:

@@ -1,11 +1,14 @@
 """The head, and the loss that it is trained with."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from small_models import LOSSES, assert_same_model, of_kind, quick, small, state_of
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 
 from sktransfer import FineTuningRegressor
 
@@ -34,11 +37,76 @@ def test_a_module_as_head(stripes):
     model = small(head=head, lr=0.1).fit(*stripes)
     assert all(torch.equal(before[name], value) for name, value in head.state_dict().items())
     assert not np.array_equal(state_of(model)["head.0.weight"], before["0.weight"].numpy())
-    with pytest.raises(ValueError, match=r"scores of shape \(2, 5\) for 2 embeddings of 6 columns"):
-        small(head=nn.Linear(6, 5)).fit(*stripes)
-    with pytest.raises(RuntimeError) as caught:
-        small(head=nn.Linear(7, 3)).fit(*stripes)
-    assert "embeddings of shape (2, 6)" in "".join(caught.value.__notes__)
+
+
+class Odd(nn.Module):
+    """A linear layer of which a function is returned."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(6, 3), function
+
+    def forward(self, x):
+        return self.function(self.linear(x))
+
+
+FAILS = r"fails on embeddings of shape \(2, 6\) \(\w+: "
+ODD_HEADS = {
+    "wrong width": (nn.Linear(7, 3), FAILS + "mat1 and mat2 shapes"),
+    "wrong outputs": (nn.Linear(6, 5), r"returns float32 scores of shape \(2, 5\) for 2"),
+    "class": (nn.Linear, "is a class: give an instance of it"),
+    "dict": (Odd(lambda scores: {"scores": scores}), "returns an object of type dict for 2 embed"),
+    "tuple": (nn.LSTM(6, 3), "returns an object of type tuple"),
+    "float64": (nn.Linear(6, 3).double(), FAILS + ".*Float and Double"),
+    "half": (nn.Linear(6, 3).half(), FAILS + ".*Float and Half"),
+    "float64 scores": (Odd(torch.Tensor.double), r"returns float64 scores of shape \(2, 3\)"),
+    "flat": (Odd(lambda scores: scores[:, 0]), r"returns float32 scores of shape \(2,\)"),
+    "convolution": (nn.Conv2d(6, 3, 1), FAILS + "Expected 3D"),
+    "embedding": (nn.Embedding(6, 3), FAILS),
+    "no forward": (nn.ModuleList([nn.Linear(6, 3)]), FAILS + ".*missing the required"),
+    "on meta": (nn.Linear(6, 3, device="meta"), FAILS + ".*no data"),
+    "no parameters": (nn.AdaptiveAvgPool1d(3), "returns scores that depend on no parameter"),
+    "detached": (Odd(torch.Tensor.detach), "returns scores that depend on no parameter"),
+}
+
+
+@pytest.mark.parametrize(("head", "message"), ODD_HEADS.values(), ids=ODD_HEADS)
+def test_a_head_that_cannot_be_trained(stripes, head, message):
+    """The message says what comes in and what must come out."""
+    takes = r"A head takes float32 embeddings \(n, 6\) and returns float32 scores \(n, 3\)"
+    with pytest.raises(ValueError, match=f"^head=.{{1,90}} {message}(.|\n)*{takes}"):
+        small(head=head).fit(*stripes)
+
+
+def test_a_head_that_computes_in_float32_alone(stripes):
+    """It could not predict, which is found out before training."""
+    head = Odd(lambda scores: scores @ torch.eye(3))
+    with pytest.raises(ValueError, match=r"head=.* fails .*computes in float64 after double\(\)"):
+        small(head=head).fit(*stripes)
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 32), (3, 1), (3, 2)])
+def test_batch_norm_in_a_head_needs_several_rows(coded, n, batch_size):
+    X, k = coded
+    head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3))
+    model = quick(head=head, batch_size=batch_size)
+    with pytest.raises(ValueError, match=r"batch norm of `head`.* got a batch of one row"):
+        model.partial_fit(X[:n], k[:n], classes=[0, 1, 2])
+    quick(head=head, batch_size=3).fit(X[:4], k[:4])
+
+
+def test_a_frozen_head(stripes):
+    head = nn.Linear(6, 3).requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train: no parameter of `head` requires"):
+        quick(head=head).fit(*stripes)
+    model = small(head=head, unfreeze=1).fit(*stripes)
+    np.testing.assert_array_equal(state_of(model)["head.weight"], head.weight.numpy())
+
+
+def test_a_lazy_head(stripes):
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(3))
+    models = [small(head=lazy).fit(*stripes) for _ in range(2)]
+    assert_same_model(*models, rtol=0, atol=0)
 
 
 def test_dropout_is_for_training_alone(stripes):
@@ -149,6 +217,52 @@ def test_huber_is_torchs(coded, n_targets):
         for loss in ("huber", lambda s, t: F.huber_loss(s, t, reduction="none").mean(1))
     )
     assert_same_model(named, own, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_weight_of_two_is_the_row_twice_under_any_loss(coded, kind):
+    cls, X, y = of_kind(coded, kind)
+    settings = {"loss": LOSSES[kind], "lr": 0.01, "unfreeze": 1, "batch_size": 16}
+    if kind == "labels":
+        settings["class_weight"] = "balanced"
+    again = [0, 1, 4, 4]
+    weighted = small(cls, **settings).fit(X, y, 1 + np.bincount(again, minlength=len(X)))
+    repeated = small(cls, **settings).fit([*X, *X[again]], [*y, *y[again]])
+    assert_same_model(weighted, repeated, rtol=0, atol=0)
+
+
+FOCAL = {  # Lin et al. 2017, as in the guide
+    "labels": lambda s, t: (1 - s.softmax(1).gather(1, t[:, None])[:, 0]) ** 2 * F.cross_entropy(
+        s, t, reduction="none"
+    ),
+    "indicators": functools.partial(sigmoid_focal_loss, alpha=-1, reduction="none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOCAL)
+def test_focal_loss_is_that_of_the_formula(coded, kind):
+    cls, X, y = of_kind(coded, kind)
+    model = quick(cls, loss=FOCAL[kind], lr=1e-12, batch_size=64).fit(X, y)
+    p = model.predict_proba(X)
+    right = p[np.arange(48), y] if kind == "labels" else np.where(y == 1, p, 1 - p)
+    losses = -((1 - right) ** 2) * np.log(right)
+    assert model.history_[-1]["train_loss"] == pytest.approx(losses.mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["huber", nn.HuberLoss(reduction="none"), F.l1_loss])
+def test_a_robust_loss_endures_an_outlier(numbers, loss):
+    """One target of 5,000 among 0…20 changes neither the scale nor the start."""
+    X, y = numbers
+    y = (y - y.min()) / np.ptp(y) * 20
+    loss = functools.partial(F.l1_loss, reduction="none") if loss is F.l1_loss else loss
+    clean = small(FineTuningRegressor, loss=loss).fit(X, y)
+    broken = np.where(np.arange(48) == 7, 5_000.0, y)
+    error, squared = (
+        np.abs(small(FineTuningRegressor, loss=given).fit(X, broken).predict(X) - y).mean()
+        for given in (loss, "auto")
+    )
+    assert error < np.abs(clean.predict(X) - y).mean() + 1.5
+    assert squared > 20
 
 
 def test_the_loss_is_checked(stripes):

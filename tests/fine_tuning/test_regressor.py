@@ -57,7 +57,7 @@ def test_numbers_that_are_too_far_from_the_others(coded):
     [
         ([np.nan] + [1.0] * 47, "Input y contains NaN"),
         ([np.inf] + [1.0] * 47, "Input y contains infinity"),
-        (["a"] * 48, "could not convert string to float|dtype='numeric'"),
+        (["a"] * 48, "y holds 'a' in row 0, .* FineTuningClassifier takes"),
         ([1.0, 2.0], "inconsistent numbers of samples"),
         (None, "requires y to be passed"),
     ],
