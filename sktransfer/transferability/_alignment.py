@@ -11,7 +11,7 @@ from torch.nn import functional
 SIZE = 64  # pixels a side of the thumbnails
 _BAND = 32  # frequencies a side that are compared; finer ones do not survive a re-saved file
 _WHITENING = 0.3
-_SCALES = (0.9, 0.8, 0.7, 0.6, 0.5)
+_SCALES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 _BLOCK = 256  # pairs compared at once; they fit into a processor's cache
 _SYMMETRIES = tuple((turns, is_mirrored) for is_mirrored in (False, True) for turns in range(4))
 _SAME_FRAME = 1  # of _BAND positions that an image may be shifted and still have the same frame
@@ -71,8 +71,8 @@ def find_alignments(
         whole = _spectra(first), _spectra(second)
         looks = []
         for turns, is_mirrored in _SYMMETRIES[1:]:
-            turned = np.rot90(first[:, :, ::-1] if is_mirrored else first, turns, axes=(1, 2))
-            looks.append(("flip" if is_mirrored else "rotation", _spectra(turned), whole[1]))
+            turned = _spectra(_turned(first, turns, is_mirrored))
+            looks.append(("flip" if is_mirrored else "rotation", turned, whole[1]))
         for scale in _SCALES:
             looks.append(("crop", _spectra(first, scale), whole[1]))
             looks.append(("crop", whole[0], _spectra(second, scale)))
@@ -82,6 +82,33 @@ def find_alignments(
             similarities[part][is_better] = found[is_better]
             kinds[part][is_better] = kind
     return similarities, kinds
+
+
+def other_orientations(
+    thumbnails: np.ndarray, pairs: np.ndarray, are_turned: np.ndarray
+) -> np.ndarray:
+    """Return the largest similarity in an orientation other than the one that fits.
+
+    Stripes, chequers and a single blob match others of their kind in any orientation.
+
+    Parameters
+    ----------
+    are_turned : ndarray of shape (n_pairs,), bool
+        Whether a flip or turn is what fits; else it is the upright orientation.
+    """
+    largest = np.empty(len(pairs), dtype=np.float32)
+    for start in range(0, len(pairs), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        first, second = (thumbnails[pairs[part, k]] for k in (0, 1))
+        whole = _spectra(second)
+        peaks = [_peaks(_spectra(_turned(first, *how)), whole)[0] for how in _SYMMETRIES]
+        peaks = np.array(peaks)
+        largest[part] = np.where(are_turned[part], np.sort(peaks, 0)[-2], peaks[1:].max(0))
+    return largest
+
+
+def _turned(thumbnails: np.ndarray, turns: int, is_mirrored: bool) -> np.ndarray:
+    return np.rot90(thumbnails[:, :, ::-1] if is_mirrored else thumbnails, turns, axes=(1, 2))
 
 
 def have_equal_levels(thumbnails: np.ndarray, pairs: np.ndarray) -> np.ndarray:

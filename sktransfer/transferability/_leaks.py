@@ -23,6 +23,7 @@ from sktransfer.transferability._alignment import (
     correlate,
     find_alignments,
     have_equal_levels,
+    other_orientations,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ _FEWEST_PAIRS = 45
 _FEW_IMAGES_THRESHOLD = 0.5
 _CHANCE = 1e-6
 _THRESHOLDS = 0.3, 0.95  # least and largest default
-_CERTAIN = 0.7  # no other alignment is tried
+_CERTAIN = 0.8  # no other alignment is tried
+_MARGIN = 2.0  # over the similarity in other orientations, of pairs that are not certain
 _NEARLY_ONE = 0.97  # of pairs whose pixels may be equal
 _BLOCK = 1024  # rows of the matrix of similarities that are in memory at once
 _DTYPE = np.dtype([("test_row", int), ("train_row", int), ("similarity", float), ("kind", object)])
@@ -90,8 +92,10 @@ def find_leaks(X_train, X_test=None, *, groups=None, threshold="auto", memory=No
     The candidates of an image are its ten nearest images by the built-in network's columns,
     standardised, in cosine. Each is then compared pixel by pixel: the similarity is the peak of
     their phase correlation [1]_ at 64×64 pixels, over all shifts, and for the two nearest also over
-    flips, quarter turns and crops to 0.9…0.5 of each side. It is 1 for equal images, about 0.9 for
-    copies, above 0.4 for most crops, and 0.1 to 0.2 for different images.
+    flips, quarter turns and crops to 0.95…0.5 of each side. It is 1 for equal images, about 0.9 for
+    copies, above 0.4 for most crops, and 0.1 to 0.2 for different images. A similarity below 0.8
+    must also be twice that of the pair in the other orientations: stripes, chequers and single
+    round objects match others of their kind in any.
 
     Peaks of different images follow a Gumbel distribution, the law of maxima. ``"auto"`` draws up
     to 20,000 pairs of rows, fits the distribution to the median and the upper quartile, which
@@ -318,6 +322,10 @@ class _Search:
             if self._are_equal(*pairs[k]):
                 similarities[k], kinds[k] = 1, "exact"
         is_found = similarities >= threshold
+        doubtful = np.flatnonzero(is_found & (similarities < _CERTAIN))
+        are_turned = np.isin(kinds[doubtful], ["flip", "rotation"])
+        others = other_orientations(self.thumbnails, pairs[doubtful], are_turned)
+        is_found[doubtful] = similarities[doubtful] >= _MARGIN * others
         return pairs[is_found], similarities[is_found], kinds[is_found]
 
     def _candidates(self) -> tuple[np.ndarray, np.ndarray]:
