@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.util import find_spec
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -119,7 +119,7 @@ def find_leaks(X_train, X_test=None, *, groups=None, threshold="auto", memory=No
     >>> leaks.groups_
     array([0, 1, 0, 1])
     """
-    if not (threshold == "auto" or (np.isscalar(threshold) and 0 <= float(threshold) <= 1)):
+    if threshold != "auto" and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
         raise ValueError(f'threshold must be "auto" or a number within 0…1; got {threshold!r}')
     sides = [_Side(X_train, "X_train", memory)]
     if X_test is not None:
@@ -213,7 +213,10 @@ class _Side:
             extractor = PretrainedFeatureExtractor(on_error="nan", memory=memory)
             columns = extractor.fit(X).transform(X)
         except (TypeError, ValueError) as error:
-            error.add_note(f"This is about {name} of find_leaks, which takes no image_shape.")
+            error.add_note(
+                f"This is about {name} of find_leaks. It takes no image_shape: give flat rows as "
+                "X.reshape(-1, height, width)."
+            )
             raise
         self.columns = np.asarray(columns).reshape(len(self.images), -1)
         with ThreadPoolExecutor(n_decoding_threads(None)) as pool:
@@ -311,6 +314,8 @@ class _Search:
     def pairs(self, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return pairs of images, their similarities and kinds."""
         pairs, are_nearest = self._candidates()
+        if len(pairs) == 0:
+            return pairs, np.empty(0, dtype=np.float32), np.empty(0, dtype="<U8")
         similarities, are_in_place = correlate(self.thumbnails, pairs)
         are_copies = are_in_place & have_equal_levels(self.thumbnails, pairs)
         kinds = np.where(are_copies, "copy", "near").astype("<U8")
@@ -414,8 +419,8 @@ class _Search:
 
 
 def _as_table(table: np.recarray) -> pd.DataFrame | np.recarray:
-    if find_spec("pandas") is None:
+    try:
+        import pandas as pd
+    except ImportError:
         return table
-    import pandas as pd
-
     return pd.DataFrame.from_records(table)
