@@ -17,7 +17,7 @@ from sktransfer.inspection._grid import image_shape_of, read_thumbnails, transfo
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import PathCollection
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from matplotlib.offsetbox import AnnotationBbox
 
 _THUMBNAIL = 48  # pixels
@@ -60,7 +60,7 @@ class EmbeddingDisplay:
     scatters_: list[PathCollection]
     thumbnails_: list[AnnotationBbox]
     ax_: Axes
-    figure_: Figure
+    figure_: Figure | SubFigure
 
     def __init__(
         self,
@@ -134,14 +134,12 @@ class EmbeddingDisplay:
         display : EmbeddingDisplay
         """
         features = StandardScaler().fit_transform(features)
-        names = ("", "")
+        names: tuple[str, str] = ("", "")
         if method == "pca":
             pca = PCA(n_components=2, random_state=random_state)
             points = pca.fit_transform(features)
-            shares = pca.explained_variance_ratio_
-            names = tuple(
-                f"PC {k + 1} ({share:.0%} of the variance)" for k, share in enumerate(shares)
-            )
+            first, second = pca.explained_variance_ratio_
+            names = f"PC 1 ({first:.0%} of the variance)", f"PC 2 ({second:.0%})"
         elif method == "tsne":
             perplexity = min(30.0, (len(features) - 1) / 3)
             tsne = TSNE(perplexity=perplexity, random_state=random_state)
@@ -178,25 +176,23 @@ class EmbeddingDisplay:
         return self
 
     def _draw_points(self, points: np.ndarray) -> list[PathCollection]:
-        style = {"s": 14, "linewidths": 0}
+        style: dict = {"s": 14, "linewidths": 0}
         if self.y is None:
-            return [self.ax_.scatter(*points.T, color=COLORS[0], **style)]
+            return [self.ax_.scatter(points[:, 0], points[:, 1], color=COLORS[0], **style)]
         y = np.asarray(self.y)
         check_consistent_length(points, y)
         labels = np.unique(y)
         if y.dtype.kind in "fiu" and len(labels) > 20:
-            scatter = self.ax_.scatter(*points.T, c=y, cmap="cividis", **style)
+            scatter = self.ax_.scatter(points[:, 0], points[:, 1], c=y, cmap="cividis", **style)
             self.figure_.colorbar(scatter, ax=self.ax_, label="y")
             return [scatter]
         scatters = []
         for k, label in enumerate(labels):
             # Eight colours times as many markers, never the same pair for 64 labels.
             marker = MARKERS[(k + k // len(COLORS)) % len(MARKERS)]
-            color = COLORS[k % len(COLORS)]
-            rows = points[y == label].T
-            scatters.append(
-                self.ax_.scatter(*rows, color=color, marker=marker, label=label, **style)
-            )
+            own = {"color": COLORS[k % len(COLORS)], "marker": marker, "label": label}
+            rows = points[y == label]
+            scatters.append(self.ax_.scatter(rows[:, 0], rows[:, 1], **style, **own))
         columns = -(-len(labels) // 20)
         self.ax_.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, ncols=columns)
         return scatters
@@ -218,6 +214,7 @@ class EmbeddingDisplay:
         ):
             box = OffsetImage(image, zoom=0.6)
             annotation = AnnotationBbox(box, points[i], pad=0.1, bboxprops={"linewidth": 0.5})
-            boxes.append(self.ax_.add_artist(annotation))
+            self.ax_.add_artist(annotation)
+            boxes.append(annotation)
         self.ax_.margins(0.08)
         return boxes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +25,7 @@ _LINE_INCHES = 0.17  # of a title, at _FONT_SIZE points
 _FONT_SIZE = 8
 
 
-def read_thumbnails(X, rows: Sequence[int], image_shape=None, size: int = SIZE) -> list[np.ndarray]:
+def read_thumbnails(X, rows: Iterable[int], image_shape=None, size: int = SIZE) -> list[np.ndarray]:
     """Read the images of some rows; those of several image columns are joined side by side.
 
     Returns
@@ -53,8 +53,8 @@ def _thumbnail(images, i: int, size: int) -> np.ndarray:
     scale = size / max(image.size)
     # Pixels of small images are drawn as squares.
     how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
-    shape = tuple(max(1, round(scale * side)) for side in image.size)
-    return np.asarray(image.resize(shape, how))
+    width, height = (max(1, round(scale * side)) for side in image.size)
+    return np.asarray(image.resize((width, height), how))
 
 
 def image_shape_of(estimator) -> tuple[int, ...] | None:
@@ -88,7 +88,7 @@ def grid_axes(name: str, ax: Axes | None, n_rows: int, n_columns: int, n_lines: 
 
 
 def draw_grid(
-    ax: Axes, thumbnails: list[np.ndarray], titles: list[str], places: list[tuple[float, int]]
+    ax: Axes, thumbnails: list[np.ndarray], titles: list[str], places: Sequence[tuple[float, int]]
 ) -> tuple[list[AxesImage], list[Text]]:
     """Draw each thumbnail into a cell (column, row) of a grid, with its title above.
 

@@ -11,7 +11,7 @@ from sktransfer.inspection._grid import draw_grid, grid_axes, read_thumbnails
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from matplotlib.image import AxesImage
     from matplotlib.text import Text
 
@@ -60,7 +60,7 @@ class LeaksDisplay:
     images_: list[AxesImage]
     texts_: list[Text]
     ax_: Axes
-    figure_: Figure
+    figure_: Figure | SubFigure
 
     def __init__(
         self,
@@ -115,20 +115,22 @@ class LeaksDisplay:
         -------
         self : LeaksDisplay
         """
-        n = len(np.asarray(self.test_row))
+        columns = (self.test_row, self.train_row, self.similarity, self.kind)
+        test_row, train_row, similarity, kind = map(np.asarray, columns)
+        n = len(test_row)
         n_columns = min(n_columns, max(n, 1))
         n_lines = -(-max(n, 1) // n_columns)
         self.ax_ = grid_axes("LeaksDisplay", ax, n_lines, 2 * n_columns, 2)
         self.figure_ = self.ax_.figure
         X_test = self.X_train if self.X_test is None else self.X_test
-        first = read_thumbnails(X_test, self.test_row)
-        second = read_thumbnails(self.X_train, self.train_row)
+        first = read_thumbnails(X_test, test_row)
+        second = read_thumbnails(self.X_train, train_row)
         titles, places = [], []
         names = ("test row", "train row") if self.X_test is not None else ("row", "row")
-        kinds = zip(self.test_row, self.train_row, self.similarity, self.kind, strict=True)
-        for k, (a, b, similarity, kind) in enumerate(kinds):
-            value = "" if np.isnan(similarity) else f" {similarity:.2f}"
-            titles += [f"{kind}{value}\n{names[0]} {a}", f"\n{names[1]} {b}"]
+        pairs = zip(test_row, train_row, similarity, kind, strict=True)
+        for k, (a, b, value, what) in enumerate(pairs):
+            number = "" if np.isnan(value) else f" {value:.2f}"
+            titles += [f"{what}{number}\n{names[0]} {a}", f"\n{names[1]} {b}"]
             # Pairs stand a little apart.
             x = 2.2 * (k % n_columns)
             places += [(x, k // n_columns), (x + 1, k // n_columns)]

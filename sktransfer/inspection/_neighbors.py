@@ -18,7 +18,7 @@ from sktransfer.inspection._grid import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from matplotlib.image import AxesImage
     from matplotlib.text import Text
 
@@ -65,7 +65,7 @@ class NeighborsDisplay:
     images_: list[AxesImage]
     texts_: list[Text]
     ax_: Axes
-    figure_: Figure
+    figure_: Figure | SubFigure
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from sktransfer.store._store import keep_nothing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from matplotlib.image import AxesImage
     from matplotlib.text import Text
 
@@ -68,7 +68,7 @@ class SaliencyDisplay:
     maps_: list[AxesImage]
     texts_: list[Text]
     ax_: Axes
-    figure_: Figure
+    figure_: Figure | SubFigure
 
     def __init__(
         self,
@@ -128,8 +128,8 @@ class SaliencyDisplay:
         shape = image_shape if image_shape is not None else image_shape_of(estimator)
         rows = _Rows(X, column, shape)
         method = next(name for name in _METHODS if hasattr(estimator, name))
-        classes = None if method == "predict" else list(estimator.classes_)
-        if target is not None and (classes is None or target not in classes):
+        classes = [] if method == "predict" else list(estimator.classes_)
+        if target is not None and target not in classes:
             known = f"one of {classes}" if classes else "None for an estimator without classes"
             raise ValueError(f"target must be {known}; got {target!r}")
         maps, names = [], []
@@ -214,7 +214,7 @@ class _Rows:
             self._values = np.asarray(X)  # the estimator may expect just such numbers
         self._images = as_images(self.images_only, image_shape)
         flat = self._values is not None and self._values.ndim == 2
-        self._shape = self._images.decode(0).shape[:2] if flat else None
+        self._shape = np.asarray(self._images.decode(0)).shape[:2] if flat else None
 
     def __len__(self) -> int:
         return len(self._images)
@@ -240,7 +240,8 @@ class _Rows:
         rows = self._X.iloc[[i] * len(cells)].reset_index(drop=True)
         column = np.empty(len(cells), dtype=object)
         column[:] = cells
-        return rows.assign(**{self._column: column})
+        rows[self._column] = column
+        return rows
 
 
 def _hidden(pixels: np.ndarray, n_patches: int) -> list[np.ndarray]:

@@ -13,7 +13,7 @@ from sktransfer.inspection._grid import draw_grid, grid_axes, image_shape_of, re
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from matplotlib.image import AxesImage
     from matplotlib.text import Text
 
@@ -61,7 +61,7 @@ class TopLossesDisplay:
     images_: list[AxesImage]
     texts_: list[Text]
     ax_: Axes
-    figure_: Figure
+    figure_: Figure | SubFigure
 
     def __init__(
         self,
@@ -159,19 +159,18 @@ class TopLossesDisplay:
         -------
         self : TopLossesDisplay
         """
-        n = len(np.asarray(self.rows))
+        columns = [np.asarray(c) for c in (self.rows, self.y_true, self.y_pred, self.loss)]
+        n = len(columns[0])
         n_columns = min(n_columns, max(n, 1))
         n_lines = -(-max(n, 1) // n_columns)
         self.ax_ = grid_axes("TopLossesDisplay", ax, n_lines, n_columns, 3)
         self.figure_ = self.ax_.figure
         titles = [
             f"row {row}, {loss:.2f}\nis {_short(true)}\npredicted {_short(predicted)}"
-            for row, true, predicted, loss in zip(
-                self.rows, self.y_true, self.y_pred, self.loss, strict=True
-            )
+            for row, true, predicted, loss in zip(*columns, strict=True)
         ]
-        thumbnails = read_thumbnails(self.X, self.rows, self.image_shape)
-        places = [(k % n_columns, k // n_columns) for k in range(n)]
+        thumbnails = read_thumbnails(self.X, columns[0], self.image_shape)
+        places = [(float(k % n_columns), k // n_columns) for k in range(n)]
         self.images_, self.texts_ = draw_grid(self.ax_, thumbnails, titles, places)
         self.ax_.set_title("Largest errors" if n else "No mistakes")
         return self

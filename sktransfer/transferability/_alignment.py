@@ -101,8 +101,7 @@ def other_orientations(
         part = slice(start, start + _BLOCK)
         first, second = (thumbnails[pairs[part, k]] for k in (0, 1))
         whole = _spectra(second)
-        peaks = [_peaks(_spectra(_turned(first, *how)), whole)[0] for how in _SYMMETRIES]
-        peaks = np.array(peaks)
+        peaks = np.array([_peaks(_spectra(_turned(first, *s)), whole)[0] for s in _SYMMETRIES])
         largest[part] = np.where(are_turned[part], np.sort(peaks, 0)[-2], peaks[1:].max(0))
     return largest
 
@@ -147,7 +146,9 @@ def _transform(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     )[0, 0]
     frequencies = torch.fft.fftfreq(_BAND) * _BAND
     angles = -2 * torch.pi / SIZE * frequencies[:, None] * torch.arange(size)
-    rows = torch.polar(torch.ones_like(angles), angles) @ (window[:, None] * shrink).cfloat()
+    rows = torch.polar(torch.ones_like(angles), angles) @ (window[:, None] * shrink).to(
+        torch.complex64
+    )
     return rows, rows[: _BAND // 2 + 1].T.contiguous()
 
 

@@ -119,7 +119,7 @@ def find_leaks(X_train, X_test=None, *, groups=None, threshold="auto", memory=No
     >>> leaks.groups_
     array([0, 1, 0, 1])
     """
-    if threshold != "auto" and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+    if threshold != "auto" and not (isinstance(threshold, Real) and 0 <= float(threshold) <= 1):
         raise ValueError(f'threshold must be "auto" or a number within 0…1; got {threshold!r}')
     sides = [_Side(X_train, "X_train", memory)]
     if X_test is not None:
@@ -253,7 +253,9 @@ class _Search:
         self.n_train = sides[0].images.n_rows
         self.n_rows = sum(side.images.n_rows for side in sides)
         self.groups = self._group_numbers(groups)
-        images, rows, first = [], [], {}
+        images: list[tuple[_Side, int]] = []
+        rows: list[list[int]] = []
+        first: dict[bytes | None, int] = {}
         for n_before, side in zip((0, self.n_train), sides, strict=False):
             for i in side.good:
                 u = first.setdefault(side.digests[i], len(first))
@@ -340,7 +342,7 @@ class _Search:
         sets = [(queries, training)]
         if self.is_split:  # pairs within each set join the groups
             sets += [(training, training), (queries, queries)]
-        found = {n: [np.empty((0, 2), dtype=np.intp)] for n in (_N_LOOKED_AT, _N_NEIGHBORS)}
+        nearest, near = [np.empty((0, 2), dtype=np.intp)], [np.empty((0, 2), dtype=np.intp)]
         unit = torch.from_numpy(self.unit)
         for ours, theirs in sets:
             for start in range(0, len(ours), _BLOCK):
@@ -348,13 +350,13 @@ class _Search:
                 cosines = self.columns[q] @ self.columns[theirs].T
                 cosines[unit[q][:, None] == unit[theirs]] = -torch.inf
                 top = cosines.topk(min(_N_NEIGHBORS, len(theirs)), dim=1)
-                for n, pairs in found.items():
+                for n, found in ((_N_LOOKED_AT, nearest), (_N_NEIGHBORS, near)):
                     is_one = torch.isfinite(top.values[:, :n]).numpy()
                     partners = theirs[top.indices[:, :n].numpy()]
-                    pairs.append(np.stack([np.repeat(q, is_one.sum(1)), partners[is_one]], axis=1))
-        nearest, pairs = (np.unique(np.sort(np.concatenate(p)), axis=0) for p in found.values())
+                    found.append(np.stack([np.repeat(q, is_one.sum(1)), partners[is_one]], axis=1))
+        first, pairs = (np.unique(np.sort(np.concatenate(p)), axis=0) for p in (nearest, near))
         n = len(self.images)
-        return pairs, np.isin(pairs @ [n, 1], nearest @ [n, 1])
+        return pairs, np.isin(pairs @ [n, 1], first @ [n, 1])
 
     def _are_equal(self, first: int, second: int) -> bool:
         """Whether two images have the same pixels at full size."""
@@ -381,7 +383,7 @@ class _Search:
             add(u, v, float(similarity), str(kind))
             add(v, u, float(similarity), str(kind))
         if self.is_split and self.groups is not None:
-            for pair in self._grouped_pairs(set(found)):
+            for pair in self._grouped_pairs(self.groups, set(found)):
                 found[pair] = np.nan, "group"
         order = sorted(found, key=lambda pair: (-np.nan_to_num(found[pair][0]), pair))
         n_listed: Counter[int] = Counter()
@@ -391,20 +393,21 @@ class _Search:
             if n_listed[row] <= _N_NEIGHBORS:
                 test_row = row - self.n_train if self.is_split else row
                 table.append((test_row, other, *found[row, other]))
-        names = ["test_row", "train_row", "similarity", "kind"]
-        return np.rec.array(table or np.empty(0, _DTYPE), dtype=_DTYPE, names=names)
+        return np.array(table, dtype=_DTYPE).view(np.recarray)
 
     def _are_grouped(self, row: int, other: int) -> bool:
         return self.groups is not None and self.groups[row] == self.groups[other]
 
-    def _grouped_pairs(self, found: set[tuple[int, int]]) -> list[tuple[int, int]]:
+    def _grouped_pairs(
+        self, groups: np.ndarray, found: set[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
         """Return a pair for each test row whose group is in training, and is not found yet."""
         first: dict[int, int] = {}
-        for row, group in enumerate(self.groups[: self.n_train]):
+        for row, group in enumerate(groups[: self.n_train]):
             first.setdefault(group, row)
         known = {row for row, other in found if self._are_grouped(row, other)}
         test = [row for row in range(self.n_train, self.n_rows) if row not in known]
-        return [(row, first[g]) for row in test if (g := self.groups[row]) in first]
+        return [(row, first[g]) for row in test if (g := groups[row]) in first]
 
     def components(self, pairs: np.ndarray) -> np.ndarray:
         """Return a number for each row, the same for rows that pairs or groups connect."""
