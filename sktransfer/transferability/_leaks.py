@@ -116,8 +116,8 @@ def find_leaks(X_train, X_test=None, *, groups=None, threshold="auto", memory=No
     >>> leaks = find_leaks([china, flower], [china[:, ::-1], flower[::2, ::2]])
     >>> leaks.table_["kind"].tolist()
     ['flip', 'copy']
-    >>> leaks.groups_
-    array([0, 1, 0, 1])
+    >>> leaks.groups_.tolist()
+    [0, 1, 0, 1]
     """
     if threshold != "auto" and not (isinstance(threshold, Real) and 0 <= float(threshold) <= 1):
         raise ValueError(f'threshold must be "auto" or a number within 0…1; got {threshold!r}')

@@ -1,5 +1,7 @@
 """Displays of images: what they draw, from any container, and what they leave in the store."""
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -69,6 +71,13 @@ def test_own_axes_are_used(pictures, y, own_axes):
     ):
         assert other.plot(ax=Figure().subplots()) is other
     assert plt.get_fignums() == []
+
+
+def test_a_missing_matplotlib_is_named(pictures, monkeypatch):
+    display = LeaksDisplay(pictures, None, [1], [0], [0.9], ["copy"])
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match=r"LeaksDisplay draws with .*sktransfer\[plot\]"):
+        display.plot()
 
 
 # -- leaks, neighbours -----------------------------------------------------------------------
