@@ -223,13 +223,16 @@ class _Side:
             read = list(pool.map(self._read, range(len(self.images))))
         self.digests = [digest for digest, _ in read]
         self.thumbnails = [thumbnail for _, thumbnail in read]
-        # The extractor may have read another state of a file than this.
-        is_bad = np.isnan(self.columns).any(axis=1)
-        self.good = [i for i, d in enumerate(self.digests) if d is not None and not is_bad[i]]
-        self.bad = [
-            BadRow(self.images.row(i), f"{name}, {self.images.where(i)}", str(read[i][1]))
-            for i in sorted(set(range(len(self.images))) - set(self.good))
-        ]
+        # A file may have changed since the extractor read it.
+        reasons = {bad.where: bad.reason for bad in extractor.bad_images_}
+        self.good, self.bad = [], []
+        for i, (digest, _) in enumerate(read):
+            where = self.images.where(i)
+            if digest is not None and where not in reasons:
+                self.good.append(i)
+                continue
+            reason = reasons.get(where) or str(read[i][1])
+            self.bad.append(BadRow(self.images.row(i), f"{name}, {where}", reason))
 
     def _read(self, i: int):
         try:
@@ -266,11 +269,8 @@ class _Search:
         self.images = images
         # Of each image: the rows that are looked for, and those that they may be found in.
         self.training = [[row for row in r if row < self.n_train] for r in rows]
-        self.queries = (
-            [[row for row in r if row >= self.n_train] for r in rows]
-            if self.is_split
-            else self.training
-        )
+        testing = [[row for row in r if row >= self.n_train] for r in rows]
+        self.queries = testing if self.is_split else self.training
         self.rows = rows
         self.thumbnails = np.array([side.thumbnails[i] for side, i in images], dtype=np.uint8)
         columns = np.array([side.columns[i] for side, i in images], dtype=np.float32)
@@ -298,10 +298,9 @@ class _Search:
     def default_threshold(self) -> float:
         """Return what different images exceed with a probability of 1e-6; see find_leaks."""
         n = len(self.images)
-        if n * (n - 1) // 2 < _FEWEST_PAIRS:
-            return _FEW_IMAGES_THRESHOLD
-        pairs = np.stack(np.triu_indices(n, 1), axis=1) if n < 200 else None
-        if pairs is None:
+        if n < 200:
+            pairs = np.stack(np.triu_indices(n, 1), axis=1)
+        else:
             pairs = np.random.default_rng(0).integers(n, size=(_N_DRAWN, 2))
         pairs = pairs[self.unit[pairs[:, 0]] != self.unit[pairs[:, 1]]]
         if len(pairs) < _FEWEST_PAIRS:
