@@ -4,15 +4,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sktransfer.inspection._embedding import EmbeddingDisplay
     from sktransfer.inspection._fine_tuning import FineTuningDisplay
+    from sktransfer.inspection._leaks import LeaksDisplay
+    from sktransfer.inspection._neighbors import NeighborsDisplay
     from sktransfer.inspection._ranking import BackboneRankingDisplay
+    from sktransfer.inspection._saliency import SaliencyDisplay
+    from sktransfer.inspection._top_losses import TopLossesDisplay
     from sktransfer.inspection._transfer_curve import TransferCurveDisplay
 
-__all__ = ["BackboneRankingDisplay", "FineTuningDisplay", "TransferCurveDisplay"]
+__all__ = [
+    "BackboneRankingDisplay",
+    "EmbeddingDisplay",
+    "FineTuningDisplay",
+    "LeaksDisplay",
+    "NeighborsDisplay",
+    "SaliencyDisplay",
+    "TopLossesDisplay",
+    "TransferCurveDisplay",
+]
 
 _MODULES = {
     "BackboneRankingDisplay": "_ranking",
+    "EmbeddingDisplay": "_embedding",
     "FineTuningDisplay": "_fine_tuning",
+    "LeaksDisplay": "_leaks",
+    "NeighborsDisplay": "_neighbors",
+    "SaliencyDisplay": "_saliency",
+    "TopLossesDisplay": "_top_losses",
     "TransferCurveDisplay": "_transfer_curve",
 }
 

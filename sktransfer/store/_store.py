@@ -7,8 +7,11 @@ file known already is not even read.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 from sktransfer._progress import shown
 from sktransfer.store._disk import DiskStore
@@ -47,16 +50,29 @@ def block_of(digest: bytes) -> int:
     return digest[0] % N_BLOCKS
 
 
+_keeps_nothing = ContextVar("_keeps_nothing", default=False)
+
+
+@contextlib.contextmanager
+def keep_nothing() -> Iterator[None]:
+    """Let any ``memory`` be a store that keeps nothing: for images made up to probe a model."""
+    token = _keeps_nothing.set(True)
+    try:
+        yield
+    finally:
+        _keeps_nothing.reset(token)
+
+
 def as_store(memory: object, start: str = "") -> Store:
     """Return the store that a ``memory`` parameter describes; `start`: of a relative folder.
 
     None: the store of this process. False, or a `joblib.Memory` without a location: a store that
     keeps nothing. A folder, or a `joblib.Memory` with one: a file there. A store: itself.
     """
+    if memory is False or _keeps_nothing.get():
+        return NO_STORE
     if memory is None:
         return _process_store
-    if memory is False:
-        return NO_STORE
     if isinstance(memory, MemoryStore | DiskStore):
         return memory
     is_joblib_memory = hasattr(memory, "location") and hasattr(memory, "cache")

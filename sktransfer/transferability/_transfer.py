@@ -22,6 +22,7 @@ from sktransfer.transferability._baselines import (
     networks_in,
 )
 from sktransfer.transferability._folds import as_seed, make_folds, nested_order
+from sktransfer.transferability._leaks import find_leaks
 from sktransfer.transferability._report import OWN, TransferReport
 from sktransfer.transferability._scores import finite, read_labels
 
@@ -268,11 +269,6 @@ def _warn_of_leaks(images, fold: tuple[np.ndarray, np.ndarray], seed: int) -> No
     """Look for images of the test part that are in the training part, too."""
     if images is None:
         return
-    try:
-        from sktransfer.transferability._leaks import find_leaks
-    except ImportError:
-        return
-
     train, test = fold
     if len(test) > _N_LEAK_TESTS:
         test = np.random.RandomState(seed).choice(test, _N_LEAK_TESTS, replace=False)

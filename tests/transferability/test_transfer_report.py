@@ -12,7 +12,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedKFold, c
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sktransfer import FineTuningClassifier, FineTuningRegressor, transferability
+from sktransfer import FineTuningClassifier, FineTuningRegressor
 from sktransfer.transferability import transfer_report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -287,7 +287,6 @@ def test_one_reading_of_pixels(faint):
     assert list(report.scores_) == ["pre-trained", "pixels"]
 
 
-@pytest.mark.skipif(not hasattr(transferability, "find_leaks"), reason="there is no find_leaks")
 @pytest.mark.parametrize("form", [list, lambda X: pd.DataFrame({"photo": list(X)})])
 def test_copies_on_both_sides_are_warned_of(faint, form):
     X, y = faint

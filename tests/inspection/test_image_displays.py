@@ -1,0 +1,286 @@
+"""Displays of images: what they draw, from any container, and what they leave in the store."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from sklearn.compose import make_column_transformer
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
+
+from sktransfer import PretrainedFeatureExtractor, embedding_store, inspection
+from sktransfer.inspection import (
+    EmbeddingDisplay,
+    LeaksDisplay,
+    NeighborsDisplay,
+    SaliencyDisplay,
+    TopLossesDisplay,
+)
+
+
+@pytest.fixture(params=["paths", "arrays", "frame", "series"])
+def X(request, pictures, picture_files):
+    """The twelve pictures in a container."""
+    return {
+        "paths": picture_files,
+        "arrays": pictures,
+        "frame": pd.DataFrame({"image": picture_files}, index=range(30, 42)),
+        "series": pd.Series(picture_files, index=range(30, 42)),
+    }[request.param]
+
+
+@pytest.fixture
+def y():
+    return np.array(["left", "right"] * 6)
+
+
+@pytest.fixture
+def own_axes():
+    return Figure().subplots()
+
+
+def titles(display):
+    return [text.get_text() for text in display.texts_]
+
+
+# -- every display ---------------------------------------------------------------------------
+def test_all_are_public():
+    assert set(inspection.__all__) <= set(dir(inspection))
+    for name in inspection.__all__:
+        assert getattr(inspection, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'SomeDisplay'"):
+        _ = inspection.SomeDisplay
+
+
+def test_own_axes_are_used(pictures, y, own_axes):
+    display = EmbeddingDisplay(pictures, np.random.default_rng(0).normal(size=(12, 2)), y)
+    assert display.plot(ax=own_axes) is display
+    assert display.ax_ is own_axes
+    assert display.figure_ is own_axes.figure
+    for other in (
+        LeaksDisplay(pictures, None, [1], [0], [0.9], ["copy"]),
+        NeighborsDisplay(pictures, pictures[:2], [[0, 1], [1, 0]], [[0, 1], [0, 1]]),
+        SaliencyDisplay(pictures[:2], np.ones((2, 4, 4)), ["a", "b"]),
+        TopLossesDisplay(pictures, [3], y[:1], y[1:2], [0.7]),
+    ):
+        assert other.plot(ax=Figure().subplots()) is other
+    assert plt.get_fignums() == []
+
+
+def test_a_missing_matplotlib_is_named(pictures, monkeypatch):
+    display = LeaksDisplay(pictures, None, [1], [0], [0.9], ["copy"])
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match=r"LeaksDisplay draws with .*sktransfer\[plot\]"):
+        display.plot()
+
+
+# -- leaks, neighbours -----------------------------------------------------------------------
+def test_leaks(X):
+    table = pd.DataFrame(
+        {
+            "test_row": [4, 2],
+            "train_row": [4, 3],
+            "similarity": [1, np.nan],
+            "kind": ["exact", "group"],
+        }
+    )
+    display = LeaksDisplay.from_leaks(table, X, X)
+    assert titles(display)[:2] == ["exact 1.00\ntest row 4", "\ntrain row 4"]
+    assert titles(display)[2] == "group\ntest row 2"
+    first, second = (np.asarray(image.get_array()) for image in display.images_[:2])
+    assert (first == second).all()
+    assert len(LeaksDisplay.from_leaks(table, X, n_pairs=1).images_) == 2
+
+
+def test_no_leaks(pictures):
+    table = {"test_row": [], "train_row": [], "similarity": [], "kind": []}
+    display = LeaksDisplay.from_leaks(table, pictures)
+    assert display.images_ == []
+    assert display.ax_.get_title() == "No similar images"
+
+
+def test_neighbors(X, y, pictures):
+    extractor = PretrainedFeatureExtractor(n_jobs=1)
+    display = NeighborsDisplay.from_estimator(extractor, X, pictures[:2], y_train=y, n_neighbors=3)
+    assert display.neighbors[:, 0].tolist() == [0, 1]
+    np.testing.assert_allclose(display.distances[:, 0], 0, atol=1e-4)
+    assert len(display.images_) == 2 * 4
+    assert titles(display)[:2] == ["image 0", "left (row 0)\n0.00"]
+    assert not hasattr(extractor, "backbone_")
+
+
+def test_neighbors_need_columns(pictures, y):
+    model = make_pipeline(PretrainedFeatureExtractor(), LogisticRegression()).fit(pictures, y)
+    with pytest.raises(TypeError, match=r"has no transform.*pipeline\[:-1\]"):
+        NeighborsDisplay.from_estimator(model, pictures, pictures)
+    display = NeighborsDisplay.from_estimator(model[:-1], pictures, pictures[:1], n_neighbors=50)
+    assert np.shape(display.neighbors) == (1, 12)
+
+
+def test_unreadable_images_are_grey_squares(pictures):
+    X = [None, pictures[0]]
+    display = LeaksDisplay(X, None, [0], [1], [1.0], ["copy"]).plot()
+    assert (np.asarray(display.images_[0].get_array()) == 200).all()
+
+
+# -- top losses ------------------------------------------------------------------------------
+def test_top_losses_are_the_confident_mistakes(X):
+    y_true = np.array(["a", "b"] * 6)
+    score = np.full((12, 2), 0.5)
+    score[0], score[1], score[2], score[3] = (0.1, 0.9), (0.3, 0.7), (0.9, 0.1), (0.8, 0.2)
+    score[4:, 0] = np.where(y_true[4:] == "a", 0.6, 0.4)
+    score[4:, 1] = 1 - score[4:, 0]
+    display = TopLossesDisplay.from_predictions(X, y_true, score)
+    assert list(display.rows) == [0, 3]
+    assert titles(display) == ["row 0, 0.90\nis a\npredicted b", "row 3, 0.80\nis b\npredicted a"]
+    binary = TopLossesDisplay.from_predictions(X, y_true, score[:, 1], classes=["a", "b"])
+    assert list(binary.rows) == [0, 3]
+    logits = np.log(score[:, 1] / score[:, 0])
+    assert list(TopLossesDisplay.from_predictions(X, y_true, logits, classes=["a", "b"]).rows) == [
+        0,
+        3,
+    ]
+
+
+@pytest.mark.parametrize("classifier", [LogisticRegression(), LinearSVC()])
+def test_top_losses_of_an_estimator(pictures, y, classifier):
+    model = make_pipeline(PretrainedFeatureExtractor(), classifier).fit(pictures, y)
+    wrong = y.copy()
+    wrong[[2, 7]] = wrong[[7, 2]]
+    display = TopLossesDisplay.from_estimator(model, pictures, wrong)
+    assert sorted(display.rows) == [2, 7]
+    assert TopLossesDisplay.from_estimator(model, pictures, y).ax_.get_title() == "No mistakes"
+
+
+def test_top_losses_of_a_regression(pictures):
+    y = np.arange(12.0)
+    model = make_pipeline(PretrainedFeatureExtractor(), Ridge()).fit(pictures, y)
+    y[5] += 100
+    display = TopLossesDisplay.from_estimator(model, pictures, y, n_images=3)
+    assert len(display.rows) == 3
+    assert display.rows[0] == 5
+    assert display.loss[0] == pytest.approx(100, rel=0.1)
+
+
+def test_top_losses_check_the_columns(pictures, y):
+    with pytest.raises(ValueError, match=r"y_score has 3 columns for 2 classes"):
+        TopLossesDisplay.from_predictions(pictures, y, np.ones((12, 3)))
+    with pytest.raises(ValueError, match="one column, which is of two classes"):
+        TopLossesDisplay.from_predictions(pictures, y, np.ones(12), classes=[1, 2, 3])
+
+
+# -- saliency --------------------------------------------------------------------------------
+class Corner:
+    """Scores images by the brightness of their upper left quarter; counts what it sees."""
+
+    classes_ = np.array(["dark", "bright"])
+
+    def __init__(self):
+        self.batches = []
+
+    def predict_proba(self, X):
+        self.batches.append(len(X))
+        p = np.array([np.mean(np.asarray(x)[:10, :10]) / 255 for x in X])
+        return np.column_stack([1 - p, p])
+
+
+@pytest.fixture
+def corner_images():
+    X = np.full((2, 40, 40, 3), 20, dtype=np.uint8)
+    X[:, :10, :10] = 240
+    return X
+
+
+@pytest.mark.parametrize("as_container", [np.asarray, list], ids=["array", "list"])
+def test_saliency_finds_the_part_that_counts(corner_images, as_container):
+    model = Corner()
+    X = as_container(corner_images)
+    display = SaliencyDisplay.from_estimator(model, X, n_patches=4, batch_size=10)
+    assert display.maps.shape == (2, 4, 4)
+    assert np.unravel_index(display.maps[0].argmax(), (4, 4)) == (0, 0)
+    np.testing.assert_allclose(display.maps[0][2:, 2:], 0, atol=1e-12)
+    assert max(model.batches) == 10
+    assert sum(model.batches) == 2 * (1 + 5**2)
+    assert titles(display)[0].startswith("bright: 0.94")
+    other = SaliencyDisplay.from_estimator(Corner(), X, n_patches=4, target="dark")
+    np.testing.assert_allclose(other.maps, -display.maps)
+
+
+def test_saliency_keeps_nothing_in_the_store(pictures, y, tmp_path):
+    model = make_pipeline(PretrainedFeatureExtractor(memory=tmp_path), LogisticRegression())
+    model.fit(pictures, y)
+    SaliencyDisplay.from_estimator(model, pictures[:1], n_patches=2)
+    assert len(embedding_store(tmp_path)) == 12
+    assert len(embedding_store()) == 0
+    model.predict(255 - pictures[:1])
+    assert len(embedding_store(tmp_path)) == 13
+
+
+@pytest.mark.parametrize("end", [LogisticRegression(), LinearSVC(), Ridge()])
+def test_saliency_of_any_pipeline(X, y, end):
+    target = np.arange(12.0) if isinstance(end, Ridge) else y
+    model = make_pipeline(PretrainedFeatureExtractor(), end).fit(X, target)
+    few = X.iloc[:2] if hasattr(X, "iloc") else X[:2]
+    display = SaliencyDisplay.from_estimator(model, few, n_patches=2)
+    assert np.isfinite(display.maps).all()
+    assert np.abs(display.maps).max() > 0
+    assert len(display.images_) == 4
+    assert len(display.maps_) == 2
+
+
+def test_saliency_of_a_table_with_other_columns(picture_files, y):
+    X = pd.DataFrame({"size": np.arange(12.0), "image": picture_files})
+    columns = make_column_transformer(
+        (PretrainedFeatureExtractor(), "image"), ("passthrough", ["size"])
+    )
+    model = make_pipeline(columns, LogisticRegression(max_iter=1000)).fit(X, y)
+    display = SaliencyDisplay.from_estimator(model, X[3:5], column="image", n_patches=2)
+    assert display.maps.shape == (2, 2, 2)
+    with pytest.raises(ValueError, match=r"columns \['size', 'image'\]; name one as column"):
+        SaliencyDisplay.from_estimator(model, X[3:5])
+
+
+def test_saliency_of_flat_rows():
+    X, y = load_digits(n_class=3, return_X_y=True)
+    X = X / 16
+    extractor = make_pipeline(
+        PretrainedFeatureExtractor(image_shape=(8, 8)), LogisticRegression(max_iter=500)
+    ).fit(X[:60], y[:60])
+    display = SaliencyDisplay.from_estimator(extractor, X[:1], n_patches=4)
+    assert display.maps.shape == (1, 4, 4)
+
+
+def test_saliency_of_an_unknown_class(corner_images):
+    with pytest.raises(ValueError, match=r"target must be one of \[.*got 'grey'"):
+        SaliencyDisplay.from_estimator(Corner(), corner_images, target="grey")
+
+
+# -- embedding -------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["pca", "tsne", PCA(2)])
+def test_embedding(X, y, method):
+    display = EmbeddingDisplay.from_estimator(PretrainedFeatureExtractor(), X, y, method=method)
+    assert np.shape(display.points) == (12, 2)
+    assert [len(scatter.get_offsets()) for scatter in display.scatters_] == [6, 6]
+    legend = [text.get_text() for text in display.ax_.get_legend().get_texts()]
+    assert legend == ["left", "right"]
+    assert 1 <= len(display.thumbnails_) <= 12
+
+
+def test_embedding_without_labels_or_with_numbers(pictures):
+    features = np.random.default_rng(0).normal(size=(12, 5))
+    assert len(EmbeddingDisplay.from_features(features, pictures).scatters_) == 1
+    many = np.tile(features, (3, 1)) + np.arange(36)[:, None]
+    display = EmbeddingDisplay.from_features(many, np.tile(pictures, (3, 1, 1, 1)), np.arange(36.0))
+    assert len(display.scatters_) == 1
+    assert len(display.figure_.axes) == 2
+
+
+def test_embedding_with_an_unknown_method(pictures):
+    with pytest.raises(ValueError, match=r'"tsne" or a transformer .* got .umap.'):
+        EmbeddingDisplay.from_features(np.eye(12), pictures, method="umap")
