@@ -21,7 +21,7 @@ FLOORS = [
     {"networks", "_validation"},
     {"embedding"},
     {"fine_tuning"},
-    {"_save"},
+    {"_export", "_save"},
     {"__init__"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
