@@ -373,7 +373,7 @@ def _explained(module: StandaloneModule) -> Iterator[None]:
 
 
 def _program(module: StandaloneModule) -> torch.export.ExportedProgram:
-    example, n_images = _random_images(module, 2), torch.export.Dim("n", min=1)
+    example, n_images = _random_images(module, 2), torch.export.Dim("n", min=1, max=2**31)
     with _explained(module), torch.no_grad():
         return torch.export.export(
             module, (example,), dynamic_shapes=({0: n_images},), strict=False
@@ -393,7 +393,7 @@ def _write_onnx(
         )
     assert onnx_program is not None
     model = onnx_program.model
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         node.metadata_props.clear()  # the exporter writes where on this machine the code lies
     model.graph.metadata_props.clear()
     model.metadata_props["sktransfer"] = metadata

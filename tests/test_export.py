@@ -206,7 +206,7 @@ class OtherwiseWhenExported(nn.Linear):
     """A head whose exported program is another one."""
 
     def forward(self, x):
-        return super().forward(x) + torch.arange(3) * torch.compiler.is_compiling()
+        return super().forward(x) + torch.arange(3) * (type(x) is not torch.Tensor)
 
 
 def test_a_file_with_other_results_is_not_kept(squares, tmp_path):
