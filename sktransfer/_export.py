@@ -149,8 +149,8 @@ def to_module(model: BaseEstimator) -> StandaloneModule:
 def export(model: BaseEstimator, path: str | os.PathLike, *, format: str = "onnx") -> None:
     """Write a fitted model, from pixels to what it returns, to a file for a server.
 
-    The file is the program of :func:`to_module`, which see for what it takes and returns; neither
-    sktransfer nor scikit-learn is needed to run it. The number of images is free.
+    The file holds the program of :func:`to_module`, whose documentation says what it takes and
+    returns. Neither sktransfer nor scikit-learn is needed to run it. The number of images is free.
 
     Parameters
     ----------
@@ -159,8 +159,8 @@ def export(model: BaseEstimator, path: str | os.PathLike, *, format: str = "onnx
     path : str or Path
         By convention it ends in ``.onnx`` or ``.pt2``.
     format : {"onnx", "torch"}, default="onnx"
-        ``"onnx"`` needs the extra ``export``. ``"torch"`` is read by
-        ``torch.export.load`` of the same version of torch or a later one.
+        ``"onnx"`` needs the extra ``export``. ``"torch"`` is for ``torch.export.load`` of the same
+        version of torch or a later one.
 
     Raises
     ------
@@ -187,17 +187,14 @@ def export(model: BaseEstimator, path: str | os.PathLike, *, format: str = "onnx
 
     Examples
     --------
-    >>> import json, tempfile, torch
+    >>> import tempfile, torch
     >>> from sklearn.datasets import load_digits
     >>> from sktransfer import FineTuningClassifier, export
     >>> X, y = load_digits(n_class=3, return_X_y=True)
     >>> model = FineTuningClassifier(image_shape=(8, 8), max_epochs=0).fit(X[:60] / 16, y[:60])
-    >>> extra = {"sktransfer": ""}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     export(model, f"{folder}/model.pt2", format="torch")
-    ...     program = torch.export.load(f"{folder}/model.pt2", extra_files=extra)
-    >>> json.loads(extra["sktransfer"])["labels"]
-    [0, 1, 2]
+    ...     program = torch.export.load(f"{folder}/model.pt2")
     >>> program.module()(torch.zeros(5, 3, 80, 80, dtype=torch.uint8)).shape
     torch.Size([5, 3])
     """

@@ -22,7 +22,7 @@ class StandaloneModule(nn.Module):
     Attributes
     ----------
     network : nn.Module
-        From normalised images to a list of pooled layers.
+        From normalised images to the pooled layer, or a list of them.
     answer : nn.Sequential
         From columns to what is returned.
     metadata : dict
@@ -56,7 +56,8 @@ class StandaloneModule(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self._normalised(images) if self._takes_pixels else images.float()
-        return self.answer(torch.cat(self.network(x), dim=1))
+        columns = self.network(x)
+        return self.answer(torch.cat(columns, dim=1) if isinstance(columns, list) else columns)
 
     def _normalised(self, images: torch.Tensor) -> torch.Tensor:
         got = f"The module got {images.dtype} images of shape {tuple(images.shape)}"
@@ -87,7 +88,11 @@ def _network(backbone: Backbone, n_layers: int) -> nn.Module:
         _mark_stages(extractor, dict(zip(plan.stage_keys, plan.names, strict=True)))
         return inference_copy(extractor, device, dtype, channels_last=True)
     if keys == [plan.embedding_key]:
-        return _Headless(copy.deepcopy(module), keys[0].removeprefix(">"), poolings[0])
+        # `extractor` ends the pass by an exception, which torch.export cannot follow.
+        headless = copy.deepcopy(module)
+        if head := keys[0].removeprefix(">"):
+            headless.set_submodule(head, nn.Identity())
+        return nn.Sequential(headless, poolings[0])
     return extractor.copy_to(device, dtype)
 
 
@@ -99,19 +104,3 @@ def _mark_stages(extractor: fx.GraphModule, names: dict[str, str]) -> None:
             with extractor.graph.inserting_after(node):
                 mark = extractor.graph.call_module(f"stages.{name}", (node,))
             node.replace_all_uses_with(mark, lambda user, mark=mark: user is not mark)
-
-
-class _Headless(nn.Module):
-    """A network that cannot be traced, without its head.
-
-    `HookedExtractor` ends the pass by an exception, which cannot be exported.
-    """
-
-    def __init__(self, module: nn.Module, head: str, pooling: nn.Module):
-        super().__init__()
-        if head:
-            module.set_submodule(head, nn.Identity())
-        self.module, self.pooling = module, pooling
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [self.pooling(self.module(x))]
