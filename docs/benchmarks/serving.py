@@ -142,7 +142,7 @@ def main():
     for name, weights in [("builtin", "DEFAULT"), ("resnet18", None)]:
         extractor = PretrainedFeatureExtractor(name, weights=weights, memory=False)
         model = make_pipeline(extractor, StandardScaler(), LogisticRegression(max_iter=1000))
-        model.fit(contents[:40], np.arange(40) % 4)
+        model.fit(contents[:20], np.arange(20) % 4)
         print(name)
         figures[name] = measure_latency(model, contents, options.rounds)
         figures[name]["server"] = measure_server(model, contents * 2)
