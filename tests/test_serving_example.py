@@ -20,6 +20,7 @@ requests = pytest.importorskip("requests")
 pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 pytest.importorskip("python_multipart")
+pytest.importorskip("skops")
 
 FOLDER = Path(__file__).parents[1] / "examples" / "serve"
 MAX_BYTES = 200_000
