@@ -22,7 +22,7 @@ FLOORS = [
     {"embedding"},
     {"fine_tuning"},
     {"saving", "inspection"},
-    {"__init__", "transferability"},
+    {"__init__", "_export", "transferability"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FOLDERS = sorted(file.parent.name for file in house.PACKAGE.glob("*/__init__.py"))
