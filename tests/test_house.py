@@ -21,8 +21,8 @@ FLOORS = [
     {"networks", "_validation"},
     {"embedding"},
     {"fine_tuning"},
-    {"saving", "inspection"},
-    {"__init__", "_export", "transferability"},
+    {"_export", "inspection", "saving"},
+    {"__init__", "transferability"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FOLDERS = sorted(file.parent.name for file in house.PACKAGE.glob("*/__init__.py"))
