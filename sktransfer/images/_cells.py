@@ -20,6 +20,7 @@ from sktransfer.images._containers import (
     is_tensor,
     typed_integers,
 )
+from sktransfer.images._decoding import Size, decode, pixels_of
 from sktransfer.images._files import (
     Urls,
     is_url,
@@ -29,17 +30,13 @@ from sktransfer.images._files import (
     read_path,
     read_stream,
 )
-from sktransfer.images._formats import open_image
-from sktransfer.images._pixels import BadImage, Note, Range
-from sktransfer.images._samples import Samples, prepare, samples_of
+from sktransfer.images._pixels import BadImage, Note, Range, Samples
 
-Size = tuple[int, int] | None  # (height, width)
 _GIVE_IMAGES = "of pairs (image, label) give the images alone: [image for image, _ in X]"
 _STRIPPED = (
     "; np.array(list_of_bytes) strips the zeros that a file ends in: give the list, or "
     "np.array(list_of_bytes, dtype=object)"
 )
-_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
 class Cell:
@@ -105,18 +102,16 @@ class Cell:
     @contextlib.contextmanager
     def decoded(self, min_size: Size = None) -> Iterator[Image.Image | np.ndarray]:
         """Decode as :meth:`decode`; other large images wait until the block ends."""
-        with contextlib.ExitStack() as stack:
-            yield self._decoded(min_size, stack)
+        with contextlib.ExitStack() as turn:
+            yield self._decoded(min_size, turn)
 
-    def _decoded(self, min_size: Size, stack: contextlib.ExitStack) -> Image.Image | np.ndarray:
+    def _decoded(self, min_size: Size, turn: contextlib.ExitStack) -> Image.Image | np.ndarray:
         if isinstance(self.content, np.ndarray):
             return self.content
         try:
-            opened, turn = open_image(self.content, min_size)
-            stack.enter_context(turn)
-            image = _decode(opened, self.content)
+            image = decode(self.content, min_size, turn)
             if isinstance(image, Image.Image):
-                if image.mode == "RGB" and self._value_range is None:
+                if self._value_range is None:
                     return image
                 image = Samples(np.asarray(image))
             return image.to_rgb(self._note, self._value_range)
@@ -125,30 +120,6 @@ class Cell:
             raise BadImage(f"{error}{hint}") from error.__cause__
         except MemoryError as error:
             raise BadImage(f"memory does not suffice to decode it: {error!r}") from error
-
-
-def _decode(image: Image.Image, data: bytes) -> Image.Image | Samples:
-    """Decode the first frame, upright, in RGB, RGBA or 1, or as numbers."""
-    try:
-        lower = prepare(image, data)
-        for part in filter(None, (image, lower)):
-            part.load()
-            with contextlib.suppress(Exception):  # damaged EXIF: the image is taken as upright
-                ImageOps.exif_transpose(part, in_place=True)
-        return samples_of(image, image, lower) or _simplify(image)
-    except BadImage:
-        raise
-    except Exception as error:
-        raise BadImage(f"the image file cannot be decoded: {words(error)}") from error
-
-
-def _simplify(image: Image.Image) -> Image.Image:
-    """Convert a loaded image of at most eight bits to RGB, RGBA or 1."""
-    palette = image.palette.mode if image.mode == "P" and image.palette else ""
-    if "transparency" in image.info or image.mode in _WITH_ALPHA or palette.endswith("A"):
-        image = image.convert("LA") if image.mode == "La" else image
-        return image.convert("RGBA")
-    return image if image.mode in ("RGB", "1") else image.convert("RGB")
 
 
 # -- what cells hold -------------------------------------------------------------------------
@@ -239,7 +210,8 @@ def _read_pil(image: Image.Image) -> bytes | Samples:
                 copy = ImageOps.exif_transpose(image)
             except Exception:  # damaged EXIF
                 copy = image.copy()
-            return samples_of(image, copy) or Samples(np.asarray(_simplify(copy)))
+            pixels = pixels_of(image, copy)
+            return pixels if isinstance(pixels, Samples) else Samples(np.asarray(pixels))
     except BadImage:
         raise
     except Exception as error:

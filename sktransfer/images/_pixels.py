@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,17 @@ _QUARTER = 2**14  # of 16 bits; images of 10, 12 and 14 bits are below it
 
 class BadImage(ValueError):
     """One image cannot be read; the message is the reason and names no row."""
+
+
+class Samples(NamedTuple):
+    """Numbers, and what their file says: those that are black and white, or that low is white."""
+
+    array: np.ndarray
+    value_range: Range | None = None
+    is_negative: bool = False
+
+    def to_rgb(self, note: Note, value_range: Range | None) -> np.ndarray:
+        return to_rgb(self.array, note, value_range or self.value_range, self.is_negative)
 
 
 def to_rgb(
