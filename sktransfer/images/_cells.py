@@ -152,14 +152,15 @@ def read_cell(cell, urls: Urls) -> bytes | Samples:
             return read_stream(stream)
     if hasattr(cell, "to_list"):  # a nested list in a column of polars
         cell = cell.to_numpy()
-    if isinstance(cell, tuple) and cell and isinstance(cell[0], (str, bytes, Image.Image)):
-        raise BadImage(f"it is a tuple that begins with {describe(cell[0])}; {_GIVE_IMAGES}")
-    if hasattr(cell, "__array__") or isinstance(cell, (list, tuple)):
+    is_tuple = isinstance(cell, tuple)
+    if is_tuple and cell and isinstance(cell[0], (str, bytes, Image.Image, Samples)):
+        raise BadImage(f"it is a {describe(cell)}; {_GIVE_IMAGES}")
+    if is_tuple or isinstance(cell, list) or hasattr(cell, "__array__"):
         try:
             with one_reader:  # what a lazy array reads from may be shared
                 array = np.asarray(cell).copy()
         except (ValueError, TypeError) as error:
-            hint = f"; {_GIVE_IMAGES}" if isinstance(cell, tuple) else ""
+            hint = "" if hasattr(cell, "__array__") else f"; {_GIVE_IMAGES}"
             raise BadImage(f"it does not become an array: {error}{hint}") from error
         return _read_array(array, urls)
     raise BadImage(
@@ -234,6 +235,7 @@ def _is_unread_file(image: Image.Image) -> bool:
 def _read_array(array: np.ndarray, urls: Urls) -> bytes | Samples:
     if np.ma.is_masked(array):
         raise BadImage(f"it is a masked array; {MASKED}")
+    array = np.asarray(array)  # a matrix has two dimensions always
     if array.dtype == object and array.ndim:  # pandas nests arrays where parquet nests lists
         is_python = array.ndim > 1 and isinstance(array.flat[0], int)
         array = _stack_nested(array)

@@ -20,6 +20,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from sktransfer._progress import words
 from sktransfer._threads import process_lock
+from sktransfer.images._files import BASE64
 from sktransfer.images._pixels import BadImage, Samples
 
 Size = tuple[int, int] | None  # (height, width)
@@ -132,6 +133,8 @@ def _why_unknown(data: bytes) -> str:
             "it is a TIFF whose numbers Pillow does not read, such as floats of 64 bits or in "
             "colour: save it as integers of 8 or 16 bits, or give the array that tifffile reads"
         )
+    if data.startswith(tuple(prefix.encode() for prefix in BASE64)):
+        return "it is base64; give base64.b64decode(data)"
     for name, (_, accept) in Image.OPEN.items():
         with contextlib.suppress(Exception):
             if name not in _FORMATS and accept is not None and accept(prefix) is True:
@@ -219,10 +222,13 @@ def _correct_tiff(image: Image.Image) -> None:
     """Correct the modes in which Pillow will read an opened TIFF."""
     if not isinstance(image, TiffImageFile) or not image.tile:
         return
+    is_planar = image.tag_v2.get(_PLANAR) == 2
+    if is_planar and image.mode == "LA":
+        raise BadImage("it is a TIFF of grey and transparency whose PlanarConfiguration is not 1")
     if image.tile[0].codec_name == "libtiff":  # gives numbers in this machine's byte order
         native = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
         _replace_raw_modes(image, lambda mode: native.get(mode, mode))
-    elif image.tag_v2.get(_PLANAR) == 2:  # of a plane's mode Pillow takes one letter
+    elif is_planar:  # of a plane's mode Pillow takes one letter
         bits, order = image.tag_v2.get(_BITS, (1,)), "BL"[image.tag_v2.prefix == b"II"]
         if len(bits) > 1 and bits[0] == 16:
             _replace_raw_modes(image, lambda mode: f"{mode};16{order}")

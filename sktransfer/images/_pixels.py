@@ -91,7 +91,7 @@ def to_rgb(
         array = _over_white(array)
     if array.shape[2] == 1:
         array = np.repeat(array, 3, axis=2)
-    array = np.ascontiguousarray(array).view(np.ndarray)
+    array = np.ascontiguousarray(array).view()
     array.flags.writeable = False  # of the view: it may show the user's own data
     return array
 

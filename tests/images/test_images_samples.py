@@ -31,11 +31,12 @@ def tiff(array, byte_order="<", is_white_low=False, planar=1, compressed=False, 
         strips = [packed.astype(np.uint8).tobytes()]
     strips = [zlib.compress(strip) for strip in strips] if compressed else strips
     n_channels = channels.shape[2]
-    photometric = 2 if n_channels > 1 else int(not is_white_low)
+    photometric = 2 if n_channels > 2 else int(not is_white_low)
     tags = {256: [W], 257: [H], 258: [n_bits or 8 * array.itemsize] * n_channels,
             259: [8 if compressed else 1], 262: [photometric], 277: [n_channels],
             278: [H if n_bits else ROWS], 284: [planar],
             339: [{"u": 1, "i": 2, "f": 3}[array.dtype.kind]] * n_channels}  # fmt: skip
+    tags |= {338: [2]} if n_channels == 2 else {}  # grey and alpha
     tags[279] = [len(strip) for strip in strips]
     tags[273] = list(8 + np.cumsum([0, *tags[279][:-1]]))
     body, entries = b"".join(strips), b""
@@ -237,3 +238,12 @@ def test_a_tiff_that_pillow_misreads_is_a_bad_image():
     with pytest.raises(BadImage, match="a TIFF of one channel whose PlanarConfiguration is not 1"):
         pixels(as_images([tiff(TWELVE_BITS, planar=2)]), 0)
     assert_shows(tiff(np.rint(RAMP * 255).astype(np.uint8), planar=2), RAMP)
+
+
+@deflated_or_not
+def test_tiff_of_grey_and_alpha(compressed):
+    grey = np.rint(RAMP * 255).astype(np.uint8)
+    array = np.stack([grey, np.full((H, W), 255, np.uint8)], axis=-1)
+    assert_shows(tiff(array, compressed=compressed), RAMP)
+    with pytest.raises(BadImage, match="a TIFF of grey and transparency whose PlanarConf"):
+        pixels(as_images([tiff(array, planar=2, compressed=compressed)]), 0)
