@@ -138,32 +138,13 @@ def embed(
     fill: float = np.nan,
     progress: Callable[[int], object] | None = None,
 ) -> list[BadRow]:
-    """Embed images into ``out``.
+    """Embed images into ``out``, float32 (n_images, n_features); return the bad ones.
 
     Each image is looked up in the store; what the store does not have is decoded, resized,
-    batched, sent through the network and put there.
-
-    Parameters
-    ----------
-    images : Images
-        Of length n_images = n_rows × n_columns.
-    out : ndarray of shape (n_images, n_features), float32
-        Receives the rows.
-    store : MemoryStore or DiskStore
-        Where rows are looked up and kept.
-    groups : sequence of int or None
-        Which of ``backbone.feature_groups`` are returned, in order; the others are
-        computed in the same pass and go to the store alone. ``None``: all.
-    fill : float
-        What the rows of bad images hold.
-    progress : callable or None
-        Called with the number of rows just finished.
-    backbone, batch_size, device, precision, n_jobs
-        As of `PretrainedFeatureExtractor`, the backbone loaded.
-
-    Returns
-    -------
-    bad_rows : list of BadRow
+    batched, sent through the network and put there. `groups` are those of the backbone's feature
+    groups that are returned, None for all; the others are computed in the same pass and go to the
+    store alone. `fill` is what the rows of bad images hold, and `progress` is called with each
+    number of rows just finished. The other parameters are those of `PretrainedFeatureExtractor`.
     """
     groups = range(len(backbone.feature_groups)) if groups is None else groups
     run = EmbeddingRun(images, backbone, out, store, precision, groups, fill, progress)

@@ -40,13 +40,7 @@ _STRIPPED = (
 
 
 class Cell:
-    """The content of one cell, read once.
-
-    Attributes
-    ----------
-    content : bytes, or ndarray of shape (H, W, 3), uint8
-        An encoded image, or the pixels.
-    """
+    """The content of one cell, read once: an encoded image, or pixels (H, W, 3), uint8."""
 
     def __init__(self, content: bytes | Samples, note: Note, value_range: Range | None) -> None:
         if not content:
@@ -80,21 +74,9 @@ class Cell:
     def decode(self, min_size: Size = None) -> Image.Image | np.ndarray:
         """Decode the image: upright, the first frame, in RGB, what is transparent over white.
 
-        Parameters
-        ----------
-        min_size : (height, width), default=None
-            A JPEG file may be decoded at 1/2, 1/4 or 1/8 as long as it stays at least that
-            large. Other images come at full size.
-
-        Returns
-        -------
-        PIL image in RGB, or ndarray of shape (H, W, 3), uint8
-            Whichever needs no further copy. The array is read-only: it may be the user's own.
-
-        Raises
-        ------
-        BadImage
-            With the reason.
+        A JPEG file may be decoded at 1/2, 1/4 or 1/8 as long as it stays at least as large as
+        `min_size`, (height, width). The image is one of PIL or an array (H, W, 3), uint8,
+        whichever needs no further copy. The array is read-only: it may be the user's own.
         """
         with self.decoded(min_size) as image:
             return image

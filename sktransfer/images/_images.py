@@ -53,11 +53,8 @@ def as_images(
     value_range : (low, high), default=None
         The numbers that are black and white in all images; what lies outside is clipped.
 
-    Raises
-    ------
-    TypeError, ValueError
-        X cannot be a collection of images, or could be two different ones. A single
-        cell that is not an image raises BadImage later, when it is read.
+    An X that cannot be a collection of images, or could be two different ones, raises a TypeError
+    or a ValueError; a single cell that is not an image raises BadImage when it is read.
     """
     limits = read_value_range(value_range)
     return Images(*as_columns(X, read_image_shape(image_shape)), limits)
