@@ -20,7 +20,7 @@ from sktransfer.images._containers import (
     is_tensor,
     typed_integers,
 )
-from sktransfer.images._decoding import Size, decode, pixels_of
+from sktransfer.images._decoding import Size, correct_tiff, decode, pixels_of
 from sktransfer.images._files import (
     Urls,
     is_url,
@@ -188,6 +188,7 @@ def _read_pil(image: Image.Image) -> bytes | Samples:
         with one_reader:
             if _is_unread_file(image):  # a list of Image.open(path) does not fill the memory
                 return read_stream(vars(image)["fp"])
+            correct_tiff(image)
             image.load()
             try:
                 copy = ImageOps.exif_transpose(image)

@@ -154,7 +154,7 @@ def _prepare(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile | N
         image.info["maximum"] = maximum if isinstance(maximum, int) else None
     if not isinstance(image, (PngImageFile, TiffImageFile)):
         return None
-    _correct_tiff(image)
+    correct_tiff(image)
     key, n_bits = image.info.get("transparency"), data[24]
     if image.mode in ("1", "L") and isinstance(key, int) and n_bits < 8:  # of a PNG
         image.info["transparency"] = min(255, key * 255 // (2**n_bits - 1))  # as the pixels
@@ -168,7 +168,7 @@ def _prepare(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile | N
     if not all(re.fullmatch("(RGB[AX]?|[RGBA]);16[BLN]", mode) for mode in raw_modes):
         return None
     lower = type(image)(io.BytesIO(data))
-    _correct_tiff(lower)
+    correct_tiff(lower)
     swapped = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
     _replace_raw_modes(lower, lambda mode: mode[:-1] + swapped[mode[-1]])
     return lower
@@ -218,7 +218,7 @@ def _of_eight_bits(image: Image.Image) -> Image.Image | Samples:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _correct_tiff(image: Image.Image) -> None:
+def correct_tiff(image: Image.Image) -> None:
     """Correct the modes in which Pillow will read an opened TIFF."""
     if not isinstance(image, TiffImageFile) or not image.tile:
         return

@@ -247,3 +247,17 @@ def test_tiff_of_grey_and_alpha(compressed):
     assert_shows(tiff(array, compressed=compressed), RAMP)
     with pytest.raises(BadImage, match="a TIFF of grey and transparency whose PlanarConf"):
         pixels(as_images([tiff(array, planar=2, compressed=compressed)]), 0)
+
+
+@both_orders
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_the_second_frame_of_a_tiff(dtype, compression, byte_order):
+    tifffile = pytest.importorskip("tifffile")
+    stream = io.BytesIO()
+    frames = (np.stack([RAMP[::-1], RAMP]) * 4095).astype(dtype)
+    options = {"compression": compression, "photometric": "minisblack", "metadata": None}
+    tifffile.imwrite(stream, frames, byteorder=byte_order, **options)
+    image = Image.open(stream)
+    image.seek(1)
+    assert_shows(image, RAMP, (0, 4095))
