@@ -186,7 +186,8 @@ def pixels_of(
     maximum = image.info.get("maximum") or (scaled if image.format == "PPM" else None)
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     kind = tags.get(_BITS), tags.get(_SAMPLE_FORMAT, (1,))
-    if lower is None and not is_deep and kind != ((8,), (2,)) and maximum in (None, 255):
+    is_deep |= kind == ((8,), (2,)) or (image.mode in ("RGB", "RGBA") and 16 in (kind[0] or ()))
+    if lower is None and not is_deep and maximum in (None, 255):
         return _of_eight_bits(upright)
     array, value_range = np.asarray(upright), None
     if lower is not None:
@@ -201,6 +202,8 @@ def pixels_of(
         array = array.view(np.uint32)  # … and unsigned ones as signed
     elif kind[0] == (12,):
         value_range = 0.0, 4095.0
+    elif array.dtype == np.uint8:  # the user has loaded the upper bytes
+        array = array * np.uint16(257)
     if array.dtype.itemsize == 2 and "transparency" in image.info:
         pixels = array[..., None] if array.ndim == 2 else array
         is_opaque = (pixels != image.info["transparency"]).any(axis=2, keepdims=True)

@@ -96,6 +96,10 @@ def test_tiff_of_16_bit_colors(n_channels, planar, compressed, byte_order):
     array = np.rint(np.concatenate([COLOR, opaque], axis=2) * 65535).astype(np.uint16)
     options = {"byte_order": byte_order, "planar": planar, "compressed": compressed}
     assert_shows(tiff(array, **options), COLOR)
+    if planar == 1 or compressed:
+        loaded = Image.open(io.BytesIO(tiff(array, **options)))
+        loaded.load()
+        assert_shows(loaded, COLOR, (0, 65535))
     if planar == 1 or not compressed:  # else Pillow reads eight bits
         window = np.clip((COLOR * 65535 - 2000) / 3000, 0, 1)
         assert_shows(tiff(array, **options), window, (2000, 5000))
