@@ -225,10 +225,8 @@ def _read_array(array: np.ndarray, urls: Urls) -> bytes | Samples:
         array = typed_integers(array) if is_python else array
     if array.ndim == 0:
         item = array.item()
-        if isinstance(item, (str, bytes)):
+        if isinstance(item, (str, bytes)) or is_missing(item):
             return read_cell(item, urls)
-        if is_missing(item):
-            raise BadImage(f"the cell is missing: it holds {item!r}")
         raise BadImage(f"the cell is a single number, {item!r}; an image is an array (H, W)")
     if array.ndim == 1:
         raise BadImage(

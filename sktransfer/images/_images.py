@@ -63,12 +63,9 @@ def as_images(
 class Images:
     """A sequence of images: the rows of X times its image columns, row by row.
 
-    ``len(images)`` is ``n_rows * n_columns``: with two image columns the images of row 0
-    are numbers 0 and 1, so that the embeddings of all images, an array of shape
-    ``(len(images), d)``, reshape to ``(n_rows, n_columns * d)``. A slice or an array of
-    numbers selects a view whose images keep the row they came from.
-
-    `read`, `stat` and `where` may be called from several threads at once.
+    With two image columns the images of row 0 are numbers 0 and 1, so that the embeddings of all
+    images reshape to ``(n_rows, n_columns * d)``. A slice or an array of numbers selects a view
+    whose images keep the row they came from. Several threads may read at once.
 
     Attributes
     ----------
