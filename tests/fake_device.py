@@ -81,7 +81,9 @@ class DeviceTensor(torch.Tensor):
 
 
 class FakeDevice(TorchDispatchMode):
-    """A context in which the device ``"meta:0"`` computes; `n_uploads` counts copies to it.
+    """A context in which the device ``"meta:0"`` computes.
+
+    `n_uploads` and `n_downloads` count the copies to it and from it.
 
     Parameters
     ----------
@@ -95,7 +97,8 @@ class FakeDevice(TorchDispatchMode):
 
     def __init__(self, monkeypatch, is_streaming=True, most_images=None):
         super().__init__()
-        self.stream, self.most_images, self.n_uploads = Stream(), most_images, 0
+        self.stream, self.most_images = Stream(), most_images
+        self.n_uploads = self.n_downloads = 0
         self._pinned = set()
         FakeDevice.now = self
         if is_streaming:
@@ -202,6 +205,7 @@ class FakeDevice(TorchDispatchMode):
             self.n_uploads += 1
             is_read_later = in_background and self._is_pinned(tensor)
             return DeviceTensor(value, tensor if is_read_later else None)
+        self.n_downloads += 1
         if not in_background:
             return value
         on_host = torch.full_like(value, torch.nan if value.is_floating_point() else 77)

@@ -102,6 +102,16 @@ def test_rows_of_the_store_need_no_network(pictures, tmp_path, monkeypatch):
     assert device.n_uploads == 0
 
 
+def test_images_on_the_device_are_copied_from_it_once(pictures, monkeypatch):
+    expected = PretrainedFeatureExtractor(memory=False).fit_transform(pictures)
+    with FakeDevice(monkeypatch) as device:
+        X = torch.from_numpy(pictures).permute(0, 3, 1, 2).to("meta:0")
+        extractor = PretrainedFeatureExtractor(device="meta", memory=False).fit(X)
+        device.n_downloads = 0
+        close(extractor.transform(X), expected)
+    assert device.n_downloads == 2  # the images, and their rows
+
+
 # -- CUDA ---------------------------------------------------------------------------------------
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

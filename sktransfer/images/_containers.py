@@ -62,8 +62,8 @@ def _as_columns(X, image_shape: Shape) -> Columns:
         X = X.compute()
     if _is_frame(X):
         return _from_frame(X, image_shape)
-    if is_tensor(X):
-        return _from_numbers(X, image_shape)
+    if is_tensor(X):  # from a device all images at once, rather than twice one by one
+        return _from_numbers(X.detach().cpu(), image_shape)
     if hasattr(X, "to_pylist"):
         X = _cells_of_arrow(X)
     elif hasattr(X, "to_numpy") and hasattr(X, "dtype"):  # pandas and polars Series
