@@ -172,7 +172,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         )
         old_state = None if old is None else old.training_state()
         log = train(tuned, phases, settings, plan.first_stage, first_epoch, old_state)
-        tuned.is_continued = is_partial
 
         # 5. Keep.
         self._keep(data, tuned, log, first_epoch)

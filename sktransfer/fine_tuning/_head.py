@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from torch import nn
 from torch.nn import functional as F
 
+from sktransfer._progress import shown
 from sktransfer._threads import one_at_a_time
 from sktransfer.networks._backbone import Backbone
 
@@ -90,11 +90,10 @@ def make_head(
 
 def _checked_copy(head: object, n_in: int, n_out: int) -> nn.Module:
     """Copy a user's module to the CPU if it can be trained as the head."""
-    shown = textwrap.shorten(repr(head), 80, placeholder=" …")
     takes = f"A head takes float32 embeddings (n, {n_in}) and returns float32 scores (n, {n_out})"
     if not isinstance(head, nn.Module):
         what = "a class: give an instance of it" if isinstance(head, type) else "no torch module"
-        raise ValueError(f"head={shown} is {what}. {takes}.")
+        raise ValueError(f"head={shown(head)} is {what}. {takes}.")
     try:
         own = copy.deepcopy(head).cpu().eval()
         x = torch.zeros(2, n_in, device="cpu", requires_grad=True)
@@ -103,17 +102,19 @@ def _checked_copy(head: object, n_in: int, n_out: int) -> nn.Module:
             copy.deepcopy(own).double()(x.double())  # as predictions are made
     except Exception as error:
         raise ValueError(
-            f"head={shown} fails on embeddings of shape (2, {n_in}) ({type(error).__name__}: "
+            f"head={shown(head)} fails on embeddings of shape (2, {n_in}) ({type(error).__name__}: "
             f"{error}). {takes}, and computes in float64 after double()."
         ) from error
     got = f"an object of type {type(scores).__name__}"
     if isinstance(scores, torch.Tensor):
-        got = f"{str(scores.dtype).removeprefix('torch.')} scores of shape {tuple(scores.shape)}"
+        got = _described(scores, "scores")
         if scores.shape == (2, n_out) and scores.dtype == torch.float32:
             if scores.requires_grad and any(True for _ in own.parameters()):
                 return own
             got = "scores that depend on no parameter of it"
-    raise ValueError(f"head={shown} returns {got} for 2 embeddings of {n_in} columns. {takes}.")
+    raise ValueError(
+        f"head={shown(head)} returns {got} for 2 embeddings of {n_in} columns. {takes}."
+    )
 
 
 class WeightedLoss(nn.Module):
@@ -135,30 +136,34 @@ class WeightedLoss(nn.Module):
         self, y_pred: tuple[torch.Tensor, torch.Tensor], target: torch.Tensor
     ) -> torch.Tensor:
         scores, weight = y_pred
-        losses = self._losses(scores, target)
+        given = f"{_described(scores, 'scores')} and {_described(target, 'targets')}"
+        try:
+            losses = self._losses(scores, target)
+        except Exception as error:
+            error.add_note(f"loss={shown(self.loss)} was called with {given}.")
+            raise
+        got, advice = "", ""
         if not isinstance(losses, torch.Tensor):
-            raise TypeError(
-                f"loss={self.loss!r} returns {losses!r}: it must return a tensor with one value "
-                "per row."
+            got = shown(losses)
+        elif scores.requires_grad and not losses.requires_grad:
+            got = f"{_described(losses)} that depend on no score"
+        elif losses.ndim == 0:
+            if not ((weight - 1).abs() > 1e-6).any():
+                return losses
+            got = "a single number for a batch whose rows have different weights"
+            advice = (
+                " Weights come from sample_weight, class_weight and equal images, which become one "
+                'row; losses of torch take reduction="none".'
             )
-        if losses.ndim == 0:
-            if ((weight - 1).abs() > 1e-6).any():
-                raise ValueError(
-                    f"loss={self.loss!r} returns a single number for a batch, but the rows have "
-                    "different weights (from sample_weight, class_weight or equal images, which "
-                    "become one row): it must return one value per row. Losses of torch do with "
-                    'reduction="none".'
-                )
-            return losses
         # A value for each score is averaged over a row; (n, n) comes of a wrong broadcast.
-        n_values = (len(weight), scores.numel())
-        if len(losses) != len(weight) or losses.numel() not in n_values:
-            raise ValueError(
-                f"loss={self.loss!r} returns values of shape {tuple(losses.shape)} for scores of "
-                f"shape {tuple(scores.shape)} and targets of shape {tuple(target.shape)}: it must "
-                "return one value per row."
+        elif len(losses) != len(weight) or losses.numel() not in (len(weight), scores.numel()):
+            got = _described(losses)
+        if got:
+            raise (ValueError if isinstance(losses, torch.Tensor) else TypeError)(
+                f"loss={shown(self.loss)} returns {got} for {given}: it must return a tensor with "
+                f"one value per row.{advice}"
             )
-        return (losses.reshape(len(weight), -1).mean(1) * weight).mean()
+        return (losses.float().reshape(len(weight), -1).mean(1) * weight).mean()
 
     def _losses(self, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if callable(self.loss):
@@ -170,6 +175,10 @@ class WeightedLoss(nn.Module):
         if self.kind == "multilabel":
             return F.binary_cross_entropy_with_logits(scores, target, reduction="none")
         return (scores - target).square()
+
+
+def _described(tensor: torch.Tensor, noun: str = "values") -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {noun} of shape {tuple(tensor.shape)}"
 
 
 def validation_score(

@@ -192,6 +192,8 @@ def first_split(
     class_name: str,
 ) -> Split:
     """Rows of `X` to train on and to validate on: the first split of a copy of `splitter`."""
+    if isinstance(splitter, type):
+        raise TypeError(f"early_stopping={splitter!r} is a class: give an instance of it.")
     splitter = copy.deepcopy(splitter)
     if getattr(splitter, "random_state", 0) is None:
         splitter.random_state = rng.randint(np.iinfo(np.int32).max)

@@ -34,11 +34,11 @@ class TrainingState(NamedTuple):
     tensors: dict[str, torch.Tensor]
 
 
-def training_state_of(net: NeuralNet, has_moments: bool) -> TrainingState:
-    """Copy the state of a net, with or without what the optimizer knows of each parameter."""
+def training_state_of(net: NeuralNet) -> TrainingState:
+    """Copy the state of a net."""
     optimizer = net.optimizer_
-    moments = optimizer.state_dict()["state"].items() if has_moments else ()
-    flat = {f"{i}.{name}": value for i, own in moments for name, value in own.items()}
+    moments = optimizer.state_dict()["state"]
+    flat = {f"{i}.{name}": value for i, own in moments.items() for name, value in own.items()}
     tensors = {k: v.detach().to("cpu", copy=True) for k, v in flat.items() if torch.is_tensor(v)}
     return TrainingState(
         _name_of(optimizer),

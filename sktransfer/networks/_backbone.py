@@ -226,7 +226,7 @@ class Backbone:
         if layer == "all":
             names = [name for name in self.stage_names[1:] if name not in ("pool", "head")]
             return [*names[:-1], None]
-        if layer is None or isinstance(layer, str):
+        if isinstance(layer, str) or not isinstance(layer, Iterable):
             return [layer]
         return [name for asked in layer for name in self.layers_named(asked)]
 

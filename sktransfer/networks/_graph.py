@@ -9,12 +9,12 @@ import re
 import sys
 import threading
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 
+from sktransfer._progress import did_you_mean
 from sktransfer._threads import process_lock
 
 # Modules of these packages are one operation each; their containers are traced through.
@@ -420,11 +420,9 @@ class StageModule(nn.Module):
 def unknown_layer(layer: str, network: str, stages: list[str], names: list[str]) -> ValueError:
     """Make the error for a layer that a network does not have."""
     known = list(dict.fromkeys([*stages, *names]))
-    close = get_close_matches(layer, known, n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     examples = ", ".join(map(repr, [name for name in names if name not in stages][:3]))
     return ValueError(
-        f"layer={layer!r} is not in {network}.{hint} Its stages are {stages}; the dotted name of "
+        f"layer={layer!r} is not in {network}.{did_you_mean(layer, known)} Its stages are {stages}; the dotted name of "
         f"any sub-module or operation is accepted too ({examples}, …: {len(names)} in all)."
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import fx, nn
@@ -77,11 +77,8 @@ class Network:
         precision: str,
     ) -> EmbeddingNetwork:
         """Return what turns pixels into rows, made once for each set of arguments."""
-        mean = std = None
-        if isinstance(preprocessing, Preprocessing):
-            mean, std = preprocessing.mean, preprocessing.std
-        device = with_index(device)
-        key = tuple(keys), tuple(poolings), mean, std, device, precision
+        device, normalisation = with_index(device), Normalisation(preprocessing)
+        key = tuple(keys), tuple(poolings), normalisation.key, device, precision
         with self._lock:
             if key in self._copies:
                 self._copies.move_to_end(key)
@@ -94,7 +91,7 @@ class Network:
                 extractor = inference_copy(extractor, device, dtype, channels_last=channels_last)
             else:
                 extractor = extractor.copy_to(device, dtype)
-            made = EmbeddingNetwork(extractor, mean, std, precision, channels_last)
+            made = EmbeddingNetwork(extractor, normalisation, precision, channels_last)
             made = made.to(device).eval()
             self._copies[key] = made
             while len(self._copies) > _MAX_COPIES:
@@ -173,17 +170,27 @@ def tensor_float_32(device: torch.device, is_allowed: bool) -> Iterator[None]:
 
 
 # -- folding ------------------------------------------------------------------------------------
-def scale_and_shift(
-    mean: Sequence[float], std: Sequence[float]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute 1×C×1×1 factors that normalise pixels of 0…255: x · scale + shift.
+class Normalisation(nn.Module):
+    """Normalise pixels of 0…255: x · scale + shift; what a callable has prepared stays as it is.
 
     `mean` and `std` are those of pixels in 0…1:
     (x / 255 - mean) / std = x · 1 / (255 std) - mean / std.
     """
-    spread = torch.tensor(std, dtype=torch.float64).view(1, -1, 1, 1)
-    centre = torch.tensor(mean, dtype=torch.float64).view(1, -1, 1, 1)
-    return (1 / (255 * spread)).float(), (-centre / spread).float()
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, preprocessing: AnyPreprocessing):
+        super().__init__()
+        self.key: tuple | None = None
+        if isinstance(preprocessing, Preprocessing):
+            self.key = preprocessing.mean, preprocessing.std
+            mean, std = torch.tensor(self.key, dtype=torch.float64).view(2, 1, -1, 1, 1)
+            self.register_buffer("scale", (1 / (255 * std)).float(), persistent=False)
+            self.register_buffer("shift", (-mean / std).float(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.key is None else torch.addcmul(self.shift, x.float(), self.scale)
 
 
 class EmbeddingNetwork(nn.Module):
@@ -193,8 +200,7 @@ class EmbeddingNetwork(nn.Module):
     ----------
     extractor : nn.Module
         Returns the layers' pooled values as a list; made by :func:`inference_copy`.
-    mean, std : sequence of float, or None
-        Of pixels in 0…1; None: the input comes normalised, as floats.
+    normalisation : Normalisation
     precision : {"float32", "tf32", "bfloat16", "float16"}
         What the network computes in.
     channels_last : bool
@@ -203,28 +209,18 @@ class EmbeddingNetwork(nn.Module):
     def __init__(
         self,
         extractor: nn.Module,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
+        normalisation: Normalisation,
         precision: str,
         channels_last: bool,
     ):
         super().__init__()
-        self.extractor = extractor
+        self.extractor, self.normalisation = extractor, normalisation
         self.precision, self.dtype = precision, _DTYPES[precision]
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.scale: torch.Tensor
-        self.shift: torch.Tensor
-        self.is_normalising = mean is not None
-        if mean is not None and std is not None:
-            scale, shift = scale_and_shift(mean, std)
-            self.register_buffer("scale", scale, persistent=False)
-            self.register_buffer("shift", shift, persistent=False)
 
     @torch.inference_mode()
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        if self.is_normalising:
-            x = torch.addcmul(self.shift, x.float(), self.scale)
-        x = x.to(self.dtype).contiguous(memory_format=self.memory_format)
+        x = self.normalisation(x).to(self.dtype).contiguous(memory_format=self.memory_format)
         with tensor_float_32(x.device, self.precision == "tf32"):
             return self.extractor(x)
 

@@ -6,7 +6,6 @@ import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from functools import cached_property
 from typing import ClassVar
 
@@ -16,6 +15,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from torch.nn import functional as F
 
+from sktransfer._progress import did_you_mean
 from sktransfer.networks._fingerprint import function_digest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -326,10 +326,9 @@ def resolve_preprocessing(asked: object, default: Preprocessing) -> AnyPreproces
         return asked
     if isinstance(asked, Mapping):
         if unknown := [key for key in asked if key not in known]:
-            close = get_close_matches(str(unknown[0]), known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
-                f"preprocessing has the unknown key {unknown[0]!r}; accepted are {known}.{hint}"
+                f"preprocessing has the unknown key {unknown[0]!r}; accepted are {known}."
+                f"{did_you_mean(str(unknown[0]), known)}"
             )
         return with_overrides(asked, default)
     if callable(asked):

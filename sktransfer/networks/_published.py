@@ -15,7 +15,7 @@ import torchvision
 from torch import nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights, list_models
 
-from sktransfer._progress import did_you_mean
+from sktransfer._progress import did_you_mean, shown
 from sktransfer._threads import one_at_a_time, own_random_state
 from sktransfer.networks import _weights, builtin
 from sktransfer.networks._preprocessing import Preprocessing, with_overrides
@@ -70,7 +70,7 @@ def named_source(name: str, weights: object) -> NamedSource:
     if not nearest or f"'timm:{name}'" in of_timm:
         nearest = of_timm
     raise ValueError(
-        f"backbone={name!r} is not known.{nearest} "
+        f"backbone={shown(name)} is not known.{nearest} "
         "list_backbones() lists the known names; 'timm:NAME' names one of timm's."
     )
 
@@ -203,7 +203,7 @@ class TimmSource(NamedSource):
         if not timm.is_model(bare) and not self.model_name.startswith(("hf-hub:", "hf_hub:")):
             known = timm.list_models()
             raise ValueError(
-                f"backbone={name!r}: timm has no such network.{_nearest_of_timm(name)}"
+                f"backbone={shown(name)}: timm has no such network.{_nearest_of_timm(name)}"
                 f" list_backbones('timm:*') lists its {len(known)}."
             )
         if not (self.is_published or self.is_random or self.is_user_file):

@@ -97,7 +97,8 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     names = list(state)
     while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in names)), None):
         names = [name.removeprefix(prefix) for name in names]
-    tensors = [t.float() if t.is_floating_point() else t for t in state.values()]
+    values = [tensor.resolve_neg() for tensor in state.values()]
+    tensors = [t.float() if t.is_floating_point() else t for t in values]
     return _like(state, dict(zip(names, tensors, strict=True)))
 
 
