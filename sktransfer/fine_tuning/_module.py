@@ -31,8 +31,8 @@ _MANY_PARAMETERS = 50_000_000
 class TunedModule(nn.Module):
     """The stages below the head, their pooling, and a new head.
 
-    Without stages it takes embeddings. Unless `moves_statistics`, batch norms of unfrozen stages use the statistics of
-    pre-training, as frozen ones always do.
+    Without stages it takes embeddings. Unless `moves_statistics`, batch norms of unfrozen stages
+    use the statistics of pre-training, as frozen ones always do.
 
     Attributes
     ----------

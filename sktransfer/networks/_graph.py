@@ -419,10 +419,10 @@ class StageModule(nn.Module):
 # -- errors ---------------------------------------------------------------------------------
 def unknown_layer(layer: str, network: str, stages: list[str], names: list[str]) -> ValueError:
     """Make the error for a layer that a network does not have."""
-    known = list(dict.fromkeys([*stages, *names]))
+    hint = did_you_mean(layer, dict.fromkeys([*stages, *names]))
     examples = ", ".join(map(repr, [name for name in names if name not in stages][:3]))
     return ValueError(
-        f"layer={layer!r} is not in {network}.{did_you_mean(layer, known)} Its stages are {stages}; the dotted name of "
+        f"layer={layer!r} is not in {network}.{hint} Its stages are {stages}; the dotted name of "
         f"any sub-module or operation is accepted too ({examples}, …: {len(names)} in all)."
     )
 
