@@ -461,23 +461,13 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
 @dataclass
 class _Data:
-    """What is trained on.
-
-    Attributes
-    ----------
-    backbone : Backbone
-    plan : UnfreezePlan
-    train : Part
-    valid : Part or None
-    keeps_best : bool
-        Whether the best epoch on the validation part is kept.
-    """
+    """What is trained on."""
 
     backbone: Backbone
     plan: UnfreezePlan
     train: Part
     valid: Part | None
-    keeps_best: bool
+    keeps_best: bool  # the best epoch on the validation part
 
 
 def _as_random_seed(

@@ -323,11 +323,7 @@ def _one_label(
 
 
 def _logistic(
-    z: np.ndarray,
-    codes: np.ndarray,
-    weight: np.ndarray,
-    n_classes: int,
-    rng: np.random.RandomState,
+    z: np.ndarray, codes: np.ndarray, weight: np.ndarray, n_classes: int, rng: np.random.RandomState
 ) -> tuple[np.ndarray, np.ndarray]:
     present = np.unique(codes)
     coef, intercept = np.zeros((n_classes, z.shape[2])), np.zeros(n_classes)

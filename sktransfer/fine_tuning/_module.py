@@ -195,17 +195,9 @@ def _has_statistics(part: nn.Module) -> bool:
 class TunedNetwork:
     """A backbone with a head of its own and, from some stage on, weights of its own.
 
-    Its pickle holds what was trained, and how the backbone loads the rest.
-
-    Parameters
-    ----------
-    backbone : Backbone
-        Pre-trained; it is not changed.
-    head : nn.Module
-    n_columns : int
-        Image columns of a row.
-    first_trained_stage : int
-        Position of the lowest trained stage; ``len(stage_names)``: only the head is trained.
+    Its pickle holds what was trained, and how the backbone, which is not changed, loads the rest.
+    `n_columns` are the image columns of a row, `first_trained_stage` the position of the lowest
+    trained stage; with ``len(stage_names)`` only the head is trained.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 
@@ -196,14 +197,7 @@ class Normalisation(nn.Module):
 class EmbeddingNetwork(nn.Module):
     """uint8 pixels in, one float32 row per image and layer out.
 
-    Parameters
-    ----------
-    extractor : nn.Module
-        Returns the layers' pooled values as a list; made by :func:`inference_copy`.
-    normalisation : Normalisation
-    precision : {"float32", "tf32", "bfloat16", "float16"}
-        What the network computes in.
-    channels_last : bool
+    `extractor` returns the layers' pooled values as a list, see :func:`inference_copy`.
     """
 
     def __init__(
@@ -228,16 +222,9 @@ class EmbeddingNetwork(nn.Module):
 def inference_copy(
     network: fx.GraphModule, device: torch.device, dtype: torch.dtype, *, channels_last: bool
 ) -> fx.GraphModule:
-    """Copy `network` for inference alone.
+    """Copy `network`, which is in eval mode and is not altered, for inference alone.
 
-    Parameters
-    ----------
-    network : fx.GraphModule
-        In eval mode. Neither its layers nor their tensors are altered.
-    device, dtype
-        Where and in what it will compute.
-    channels_last : bool
-        Whether convolutions keep their weights as N×H×W×C.
+    With `channels_last` convolutions keep their weights as N×H×W×C.
     """
     folded = graph_module(network, copy.deepcopy(network.graph))
     _fold_batch_norms(folded)
@@ -333,44 +320,32 @@ class Pooling(nn.Module):
             return x.flatten(1).float()
         if self.layout == "vector":
             return x.float()
-        # Averaged in float32, whatever the network computes in.
-        places = x
-        axes: tuple[int, ...] = (2, 3)
-        if self.layout == "map_last":
-            axes = (1, 2)
-        elif self.layout == "tokens":
-            places, axes = x[:, self.n_prefix :], (1,)
-        if self.kind == "max":
-            return places.amax(axes).float()
-        if self.kind == "avg":
-            return places.mean(axes, dtype=torch.float32)
-        if self.kind == "avgmax":
-            return torch.cat(
-                [places.mean(axes, dtype=torch.float32), places.amax(axes).float()], dim=1
-            )
-        # (1/n Σ x^p)^(1/p) needs x > 0; 1e-6 as in the authors' code.
-        powers = places.float().clamp(min=1e-6).pow(_GEM_POWER)
-        return powers.mean(axes).pow(1.0 / _GEM_POWER)
+        places = x[:, self.n_prefix :] if self.layout == "tokens" else x
+        axes = {"map": (2, 3), "map_last": (1, 2), "tokens": (1,)}[self.layout]
+        if self.kind == "gem":
+            # (1/n Σ x^p)^(1/p) needs x > 0; 1e-6 as in the authors' code.
+            powers = places.float().clamp(min=1e-6).pow(_GEM_POWER)
+            return powers.mean(axes).pow(1.0 / _GEM_POWER)
+        parts = []
+        if "avg" in self.kind:  # in float32, whatever the network computes in
+            parts.append(places.mean(axes, dtype=torch.float32))
+        if "max" in self.kind:
+            parts.append(places.amax(axes).float())
+        return torch.cat(parts, dim=1)
 
 
 def layout_of(shape: tuple[int, ...], is_channels_last: bool) -> str | None:
     """Which axes of a value are the channels; None if it is not one vector or map per image."""
-    if len(shape) == 2:
-        return "vector"
-    if len(shape) == 3:
-        return "tokens"
-    if len(shape) == 4:
-        return "map_last" if is_channels_last else "map"
-    return None
+    layouts = {2: "vector", 3: "tokens", 4: "map_last" if is_channels_last else "map"}
+    return layouts.get(len(shape))
 
 
 def resolve_pooling(pooling: str, layout: str, layer: str, class_token: int | None) -> str:
     """Return the kind of pooling for one layer; raise ValueError where it does not fit."""
+    has_token = layout == "tokens" and class_token is not None
     if pooling == "auto":
-        if layout == "vector":
-            return "avg"
-        return "cls" if layout == "tokens" and class_token is not None else "avg"
-    if pooling == "cls" and (layout != "tokens" or class_token is None):
+        return "cls" if has_token else "avg"
+    if pooling == "cls" and not has_token:
         what = {
             "vector": "one vector per image",
             "map": "a map with height and width",
@@ -386,10 +361,7 @@ def resolve_pooling(pooling: str, layout: str, layer: str, class_token: int | No
 
 def pooled_width(kind: str, layout: str, shape: tuple[int, ...]) -> int:
     """Return the number of columns that pooling a value of `shape` (with its batch axis) gives."""
-    if kind == "flatten" and layout != "vector":
-        width = 1
-        for length in shape[1:]:
-            width *= length
-        return width
+    if kind == "flatten":
+        return math.prod(shape[1:])
     channels = shape[1] if layout in ("vector", "map") else shape[-1]
     return channels * (2 if kind == "avgmax" and layout != "vector" else 1)
