@@ -70,11 +70,7 @@ class LinearHead(nn.Module):
 def make_head(
     head: str | Sequence[int] | nn.Module, n_in: int, n_out: int, dropout: float
 ) -> nn.Module:
-    """Make the head that the parameter ``head`` asks for; a module is copied.
-
-    Raises ValueError if a hidden size is not a positive integer, or a module does not turn
-    float32 embeddings (n, n_in) into float32 scores (n, n_out).
-    """
+    """Make the head that the parameter ``head`` asks for; a module is checked and copied."""
     if isinstance(head, str):
         return LinearHead(n_in, n_out, (), dropout)
     if isinstance(head, (tuple, list)):
@@ -237,21 +233,10 @@ def fit_probe(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit a linear model on standardised embeddings and fold the scaling into it.
 
-    With z = (x - μ) / σ, the model w·z + b is (w / σ)·x + b - w·(μ / σ).
-
-    Parameters
-    ----------
-    rows : ndarray of shape (n, n_views, n_features)
-        The first view chooses the strength of the regularisation; the model is fitted on all,
-        each with its part of the row's weight.
-    target : ndarray of shape (n,) or (n, n_outputs)
-        Class codes, 0 and 1 of several labels, or numbers, by `kind`. A class without rows gets
-        scores that are never the best.
-
-    Returns
-    -------
-    coef : ndarray of shape (n_outputs, n_features)
-    intercept : ndarray of shape (n_outputs,)
+    With z = (x - μ) / σ, the model w·z + b is (w / σ)·x + b - w·(μ / σ). Of the `rows`, (n,
+    n_views, n_features), the first view chooses the strength of the regularisation; the model is
+    fitted on all, each with its part of the row's weight. A class without rows gets scores that
+    are never the best. Returned are the coefficients (n_outputs, n_features) and the intercepts.
     """
     n, n_views = rows.shape[:2]
     flat = rows.reshape(n * n_views, -1)

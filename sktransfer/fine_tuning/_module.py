@@ -34,13 +34,8 @@ class TunedModule(nn.Module):
     Without stages it takes embeddings. Unless `moves_statistics`, batch norms of unfrozen stages
     use the statistics of pre-training, as frozen ones always do.
 
-    Attributes
-    ----------
-    input_stage : int
-        Position of the stage whose input :meth:`forward` takes: 0 for pixels,
-        ``len(stages)`` for embeddings.
-    n_frozen : int
-        Number of frozen stages.
+    :meth:`forward` takes the input of the stage at the position `input_stage`: 0 for pixels,
+    ``len(stages)`` for embeddings. The first `n_frozen` stages are frozen.
     """
 
     def __init__(

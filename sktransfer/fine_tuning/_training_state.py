@@ -14,22 +14,13 @@ from skorch.history import History
 class TrainingState(NamedTuple):
     """The state of a training, on the CPU and independent of its net.
 
-    Attributes
-    ----------
-    optimizer : str
-        The optimizer's class.
-    history : list of dict
-        skorch's numbers of each epoch, without those of the batches.
-    rates : list of dict
-        ``lr`` and ``initial_lr`` of each parameter group that a scheduler of torch has changed.
-    numbers, tensors : dict
-        The optimizer's state, ``"<position of the parameter>.<name>"`` -> value; empty after
-        ``fit``, which may keep other weights than those of its last step.
+    The optimizer's state is in `numbers` and `tensors`, ``"<position of the parameter>.<name>"``
+    -> value; empty after ``fit``, which may keep other weights than those of its last step.
     """
 
-    optimizer: str
-    history: list[dict]
-    rates: list[dict[str, float]]
+    optimizer: str  # its class
+    history: list[dict]  # skorch's numbers of each epoch, without those of the batches
+    rates: list[dict[str, float]]  # "lr" and "initial_lr" of groups that a scheduler has changed
     numbers: dict[str, object]
     tensors: dict[str, torch.Tensor]
 

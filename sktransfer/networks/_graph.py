@@ -109,20 +109,11 @@ def _timm_notrace() -> tuple[tuple[type, ...], tuple]:
 
 
 def trace(module: nn.Module, opened: set[str] | None = None) -> Traced:
-    """Trace what `module` does in evaluation, operation by operation.
+    """Trace what a copy of `module` does in evaluation, operation by operation.
 
-    Parameters
-    ----------
-    module : nn.Module
-        A copy runs, so that the module itself stays unchanged.
-    opened : set of str or None, default=None
-        If given, trace what `module` does in training. Only these modules are traced through;
-        all others are one operation and run their own code.
-
-    Raises
-    ------
-    TracingError
-        If ``forward`` branches on values or does not return one tensor, or if it has hooks.
+    With `opened`, trace what it does in training. Only these modules are traced through; all
+    others are one operation and run their own code. Raises TracingError if ``forward`` branches
+    on values or does not return one tensor, or if it has hooks.
     """
     training = opened is not None
     if is_patched(module):

@@ -43,13 +43,7 @@ _GEM_POWER = 3.0
 
 # -- networks in memory --------------------------------------------------------------------------
 class Network:
-    """A source's module and the plan of its stages; its weights are loaded when first needed.
-
-    Attributes
-    ----------
-    plan : StagePlan or HookedPlan
-        Stages, names and shapes, known without weights.
-    """
+    """A source's module and the plan of its stages; its weights are loaded when first needed."""
 
     def __init__(self, source: Source, input_size: tuple[int, int, int]):
         self.source = source

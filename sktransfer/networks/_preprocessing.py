@@ -279,11 +279,8 @@ def _refused(name: str, value: object, accepted: str) -> ValueError:
 class CallablePreprocessing:
     """A user's function from a decoded image to the network's input.
 
-    Parameters
-    ----------
-    function : callable
-        Takes a uint8 array (height, width, 3); returns a float array or tensor (channels,
-        height, width), the same shape for every image, normalised as the network wants it.
+    It takes a uint8 array (height, width, 3) and returns a float array or tensor (channels,
+    height, width), the same shape for every image, normalised as the network wants it.
     """
 
     function: Callable[[np.ndarray], ArrayLike]
