@@ -336,10 +336,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         from sktransfer.fine_tuning._train import TrainingSettings
 
         module, first = tuned.module(), tuned.first_trained_stage
-        own = self.get_params(deep=False)
-        own = {
-            field.name: own[field.name] for field in fields(TrainingSettings) if field.name in own
-        }
+        names = [field.name for field in fields(TrainingSettings) if hasattr(self, field.name)]
+        own = {name: getattr(self, name) for name in names}
         own["lr"] = module.auto_lr(first) if self.lr == "auto" else self.lr
         return TrainingSettings(**own | chosen, kind=self._kind, n_outputs=self._n_outputs)
 
