@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sktransfer._version import __version__
 
 if TYPE_CHECKING:
+    from sktransfer._export import export, to_module
     from sktransfer.embedding._extractor import PretrainedFeatureExtractor
     from sktransfer.fine_tuning._classifier import FineTuningClassifier
     from sktransfer.fine_tuning._regressor import FineTuningRegressor
@@ -24,10 +25,12 @@ __all__ = [
     "PretrainedFeatureExtractor",
     "__version__",
     "embedding_store",
+    "export",
     "list_backbones",
     "load",
     "load_backbone",
     "save",
+    "to_module",
 ]
 
 _MODULES = {
@@ -35,10 +38,12 @@ _MODULES = {
     "FineTuningRegressor": "fine_tuning._regressor",
     "PretrainedFeatureExtractor": "embedding._extractor",
     "embedding_store": "store._store",
+    "export": "_export",
     "list_backbones": "networks._catalog",
     "load": "saving._save",
     "load_backbone": "networks._backbone",
     "save": "saving._save",
+    "to_module": "_export",
 }
 
 

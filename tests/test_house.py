@@ -21,7 +21,7 @@ FLOORS = [
     {"networks", "_validation"},
     {"embedding"},
     {"fine_tuning"},
-    {"saving", "inspection"},
+    {"_export", "inspection", "saving"},
     {"__init__", "transferability"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

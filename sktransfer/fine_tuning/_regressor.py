@@ -123,7 +123,8 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     Attributes
     ----------
     net_ : skorch.NeuralNet
-        The trained net; its ``module_`` is a :class:`torch.nn.Module`.
+        The trained net; its ``module_`` is a :class:`torch.nn.Module` for training, which may
+        lack frozen stages. To serve or explain the model, use :func:`to_module` or :func:`export`.
     backbone_ : Backbone
         The pre-trained network.
     history_ : list of dict

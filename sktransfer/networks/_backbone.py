@@ -223,12 +223,10 @@ class Backbone:
 
     def layers_named(self, layer: str | Sequence[str | None] | None) -> list[str | None]:
         """List the layers that the parameter `layer` asks for."""
-        if layer == "all":
-            names = [name for name in self.stage_names[1:] if name not in ("pool", "head")]
-            return [*names[:-1], None]
-        if isinstance(layer, str) or not isinstance(layer, Iterable):
-            return [layer]
-        return [name for asked in layer for name in self.layers_named(asked)]
+        stages = [name for name in self.stage_names[1:] if name not in ("pool", "head")]
+        is_one = isinstance(layer, str) or not isinstance(layer, Iterable)
+        asked = [layer] if is_one else layer
+        return [name for k in asked for name in ([*stages[:-1], None] if k == "all" else [k])]
 
     def __repr__(self) -> str:
         layer = "" if self.layer is None else f", layer={self.layer!r}"
