@@ -123,15 +123,9 @@ class Preprocessing:
         return repr(sorted(values.items()))
 
     def resize_crop(self, image: np.ndarray | Image.Image) -> np.ndarray:
-        """Resize an image's shorter side and cut out its centre.
+        """Resize the shorter side of an image (height, width, 3) and cut out its centre.
 
-        Parameters
-        ----------
-        image : ndarray of shape (height, width, 3), uint8; or PIL image in RGB
-
-        Returns
-        -------
-        pixels : ndarray of shape (crop height, crop width, channels), uint8
+        uint8 (crop height, crop width, channels).
         """
         if self.resize_on == "device":
             pixels = self.resize_crop_together([torch.tensor(np.asarray(self.in_colours(image)))])
@@ -147,17 +141,10 @@ class Preprocessing:
     def resize_crop_together(
         self, images: Sequence[torch.Tensor], device: torch.device | str = "cpu"
     ) -> torch.Tensor:
-        """Resize and crop images on a device, those of one size together.
+        """Resize and crop images of :meth:`in_colours` on a device, those of one size together.
 
-        Parameters
-        ----------
-        images : sequence of tensors of shape (height, width, channels), uint8
-            Of :meth:`in_colours`, on the host; pinned ones are copied in the background.
-
-        Returns
-        -------
-        pixels : tensor of shape (n, channels, crop height, crop width), uint8
-            On the device, channels-last in memory.
+        Pinned ones are copied in the background. uint8 (n, channels, crop height, crop width),
+        channels-last in memory.
         """
         by_size: dict[torch.Size, list[int]] = {}
         for i, image in enumerate(images):
