@@ -193,7 +193,6 @@ def _dealt_device() -> torch.device:
 
 
 def n_decoding_threads(n_jobs: int | None) -> int:
-    """Return the number of threads that ``n_jobs`` means in this process."""
     # torch's own number already respects the limits that joblib sets inside its workers.
     available = torch.get_num_threads()
     if n_jobs is None:

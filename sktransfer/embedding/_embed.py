@@ -30,7 +30,7 @@ from sktransfer.embedding._batches import (
 from sktransfer.embedding._cluster import deal_out, is_outside_of_workers
 from sktransfer.images._images import BadImage, Images
 from sktransfer.networks._preprocessing import Preprocessing
-from sktransfer.store._store import NO_STORE, Lock, Store, as_store, block_of
+from sktransfer.store._store import NO_STORE, Lock, Store, as_store, block_of, resolve_memory
 
 if TYPE_CHECKING:
     from sktransfer.images._cells import Cell
@@ -85,6 +85,7 @@ def embed_images(
     *,
     out: np.ndarray,
     memory: object,
+    start: str = "",
     n_jobs: int | None,
     verbose: int,
     **settings,
@@ -92,16 +93,18 @@ def embed_images(
     """Embed in this process or, under a cluster's joblib backend, on its workers.
 
     The parameters are those of `embed`, with `memory` in place of the store (a folder is opened
-    by each worker, so it should be one that all of them see) and `verbose` for a progress bar.
+    by each worker, so it should be one that all of them see; a relative one is in `start`) and
+    `verbose` for a progress bar.
     """
     backend, _ = get_active_backend()
     is_local = type(backend).__name__ in _LOCAL_BACKENDS or not is_outside_of_workers(backend)
     with progress_bar(len(images)) if verbose else nullcontext() as progress:
         if is_local:
-            store = NO_STORE if memory is False else as_store(memory)
+            store = NO_STORE if memory is False else as_store(memory, start)
             settings |= {"n_jobs": n_jobs, "progress": progress}
             return embed(images, backbone, out=out, store=store, **settings)
         bad: list[BadRow] = []
+        memory = resolve_memory(memory, start)
         embed_part = functools.partial(_embed_part, backbone, memory, out.shape[1], settings)
         for part, (rows, bad_in_part, notes) in deal_out(images, n_jobs, embed_part):
             out[part] = rows
@@ -135,32 +138,13 @@ def embed(
     fill: float = np.nan,
     progress: Callable[[int], object] | None = None,
 ) -> list[BadRow]:
-    """Embed images into ``out``.
+    """Embed images into ``out``, float32 (n_images, n_features); return the bad ones.
 
     Each image is looked up in the store; what the store does not have is decoded, resized,
-    batched, sent through the network and put there.
-
-    Parameters
-    ----------
-    images : Images
-        Of length n_images = n_rows × n_columns.
-    out : ndarray of shape (n_images, n_features), float32
-        Receives the rows.
-    store : MemoryStore or DiskStore
-        Where rows are looked up and kept.
-    groups : sequence of int or None
-        Which of ``backbone.feature_groups`` are returned, in order; the others are
-        computed in the same pass and go to the store alone. ``None``: all.
-    fill : float
-        What the rows of bad images hold.
-    progress : callable or None
-        Called with the number of rows just finished.
-    backbone, batch_size, device, precision, n_jobs
-        As of `PretrainedFeatureExtractor`, the backbone loaded.
-
-    Returns
-    -------
-    bad_rows : list of BadRow
+    batched, sent through the network and put there. `groups` are those of the backbone's feature
+    groups that are returned, None for all; the others are computed in the same pass and go to the
+    store alone. `fill` is what the rows of bad images hold, and `progress` is called with each
+    number of rows just finished. The other parameters are those of `PretrainedFeatureExtractor`.
     """
     groups = range(len(backbone.feature_groups)) if groups is None else groups
     run = EmbeddingRun(images, backbone, out, store, precision, groups, fill, progress)

@@ -330,14 +330,14 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
 
     def _embed(self, images):
         from sktransfer.embedding._embed import embed_images
-        from sktransfer.store._store import resolve_memory
 
         columns = np.empty((images.n_rows, self.n_features_out_), dtype=np.float32)
         bad = embed_images(
             images,
             self.backbone_,
             out=columns.reshape(len(images), -1),
-            memory=resolve_memory(self.memory, getattr(self, "_fit_folder", "")),
+            memory=self.memory,
+            start=getattr(self, "_fit_folder", ""),
             batch_size=self.batch_size,
             device=self.device,
             precision=self.precision,

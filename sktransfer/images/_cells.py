@@ -20,6 +20,7 @@ from sktransfer.images._containers import (
     is_tensor,
     typed_integers,
 )
+from sktransfer.images._decoding import Size, correct_tiff, decode, pixels_of
 from sktransfer.images._files import (
     Urls,
     is_url,
@@ -29,27 +30,17 @@ from sktransfer.images._files import (
     read_path,
     read_stream,
 )
-from sktransfer.images._formats import open_image
-from sktransfer.images._pixels import BadImage, Note, Range
-from sktransfer.images._samples import Samples, prepare, samples_of
+from sktransfer.images._pixels import BadImage, Note, Range, Samples
 
-Size = tuple[int, int] | None  # (height, width)
 _GIVE_IMAGES = "of pairs (image, label) give the images alone: [image for image, _ in X]"
 _STRIPPED = (
     "; np.array(list_of_bytes) strips the zeros that a file ends in: give the list, or "
     "np.array(list_of_bytes, dtype=object)"
 )
-_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
 class Cell:
-    """The content of one cell, read once.
-
-    Attributes
-    ----------
-    content : bytes, or ndarray of shape (H, W, 3), uint8
-        An encoded image, or the pixels.
-    """
+    """The content of one cell, read once: an encoded image, or pixels (H, W, 3), uint8."""
 
     def __init__(self, content: bytes | Samples, note: Note, value_range: Range | None) -> None:
         if not content:
@@ -83,21 +74,9 @@ class Cell:
     def decode(self, min_size: Size = None) -> Image.Image | np.ndarray:
         """Decode the image: upright, the first frame, in RGB, what is transparent over white.
 
-        Parameters
-        ----------
-        min_size : (height, width), default=None
-            A JPEG file may be decoded at 1/2, 1/4 or 1/8 as long as it stays at least that
-            large. Other images come at full size.
-
-        Returns
-        -------
-        PIL image in RGB, or ndarray of shape (H, W, 3), uint8
-            Whichever needs no further copy. The array is read-only: it may be the user's own.
-
-        Raises
-        ------
-        BadImage
-            With the reason.
+        A JPEG file may be decoded at 1/2, 1/4 or 1/8 as long as it stays at least as large as
+        `min_size`, (height, width). The image is one of PIL or an array (H, W, 3), uint8,
+        whichever needs no further copy. The array is read-only: it may be the user's own.
         """
         with self.decoded(min_size) as image:
             return image
@@ -105,18 +84,16 @@ class Cell:
     @contextlib.contextmanager
     def decoded(self, min_size: Size = None) -> Iterator[Image.Image | np.ndarray]:
         """Decode as :meth:`decode`; other large images wait until the block ends."""
-        with contextlib.ExitStack() as stack:
-            yield self._decoded(min_size, stack)
+        with contextlib.ExitStack() as turn:
+            yield self._decoded(min_size, turn)
 
-    def _decoded(self, min_size: Size, stack: contextlib.ExitStack) -> Image.Image | np.ndarray:
+    def _decoded(self, min_size: Size, turn: contextlib.ExitStack) -> Image.Image | np.ndarray:
         if isinstance(self.content, np.ndarray):
             return self.content
         try:
-            opened, turn = open_image(self.content, min_size)
-            stack.enter_context(turn)
-            image = _decode(opened, self.content)
+            image = decode(self.content, min_size, turn)
             if isinstance(image, Image.Image):
-                if image.mode == "RGB" and self._value_range is None:
+                if self._value_range is None:
                     return image
                 image = Samples(np.asarray(image))
             return image.to_rgb(self._note, self._value_range)
@@ -125,30 +102,6 @@ class Cell:
             raise BadImage(f"{error}{hint}") from error.__cause__
         except MemoryError as error:
             raise BadImage(f"memory does not suffice to decode it: {error!r}") from error
-
-
-def _decode(image: Image.Image, data: bytes) -> Image.Image | Samples:
-    """Decode the first frame, upright, in RGB, RGBA or 1, or as numbers."""
-    try:
-        lower = prepare(image, data)
-        for part in filter(None, (image, lower)):
-            part.load()
-            with contextlib.suppress(Exception):  # damaged EXIF: the image is taken as upright
-                ImageOps.exif_transpose(part, in_place=True)
-        return samples_of(image, image, lower) or _simplify(image)
-    except BadImage:
-        raise
-    except Exception as error:
-        raise BadImage(f"the image file cannot be decoded: {words(error)}") from error
-
-
-def _simplify(image: Image.Image) -> Image.Image:
-    """Convert a loaded image of at most eight bits to RGB, RGBA or 1."""
-    palette = image.palette.mode if image.mode == "P" and image.palette else ""
-    if "transparency" in image.info or image.mode in _WITH_ALPHA or palette.endswith("A"):
-        image = image.convert("LA") if image.mode == "La" else image
-        return image.convert("RGBA")
-    return image if image.mode in ("RGB", "1") else image.convert("RGB")
 
 
 # -- what cells hold -------------------------------------------------------------------------
@@ -181,14 +134,15 @@ def read_cell(cell, urls: Urls) -> bytes | Samples:
             return read_stream(stream)
     if hasattr(cell, "to_list"):  # a nested list in a column of polars
         cell = cell.to_numpy()
-    if isinstance(cell, tuple) and cell and isinstance(cell[0], (str, bytes, Image.Image)):
-        raise BadImage(f"it is a tuple that begins with {describe(cell[0])}; {_GIVE_IMAGES}")
-    if hasattr(cell, "__array__") or isinstance(cell, (list, tuple)):
+    is_tuple = isinstance(cell, tuple)
+    if is_tuple and cell and isinstance(cell[0], (str, bytes, Image.Image, Samples)):
+        raise BadImage(f"it is a {describe(cell)}; {_GIVE_IMAGES}")
+    if is_tuple or isinstance(cell, list) or hasattr(cell, "__array__"):
         try:
             with one_reader:  # what a lazy array reads from may be shared
                 array = np.asarray(cell).copy()
         except (ValueError, TypeError) as error:
-            hint = f"; {_GIVE_IMAGES}" if isinstance(cell, tuple) else ""
+            hint = "" if hasattr(cell, "__array__") else f"; {_GIVE_IMAGES}"
             raise BadImage(f"it does not become an array: {error}{hint}") from error
         return _read_array(array, urls)
     raise BadImage(
@@ -234,12 +188,14 @@ def _read_pil(image: Image.Image) -> bytes | Samples:
         with one_reader:
             if _is_unread_file(image):  # a list of Image.open(path) does not fill the memory
                 return read_stream(vars(image)["fp"])
+            correct_tiff(image)
             image.load()
             try:
                 copy = ImageOps.exif_transpose(image)
             except Exception:  # damaged EXIF
                 copy = image.copy()
-            return samples_of(image, copy) or Samples(np.asarray(_simplify(copy)))
+            pixels = pixels_of(image, copy)
+            return pixels if isinstance(pixels, Samples) else Samples(np.asarray(pixels))
     except BadImage:
         raise
     except Exception as error:
@@ -262,16 +218,15 @@ def _is_unread_file(image: Image.Image) -> bool:
 def _read_array(array: np.ndarray, urls: Urls) -> bytes | Samples:
     if np.ma.is_masked(array):
         raise BadImage(f"it is a masked array; {MASKED}")
+    array = np.asarray(array)  # a matrix has two dimensions always
     if array.dtype == object and array.ndim:  # pandas nests arrays where parquet nests lists
         is_python = array.ndim > 1 and isinstance(array.flat[0], int)
         array = _stack_nested(array)
         array = typed_integers(array) if is_python else array
     if array.ndim == 0:
         item = array.item()
-        if isinstance(item, (str, bytes)):
+        if isinstance(item, (str, bytes)) or is_missing(item):
             return read_cell(item, urls)
-        if is_missing(item):
-            raise BadImage(f"the cell is missing: it holds {item!r}")
         raise BadImage(f"the cell is a single number, {item!r}; an image is an array (H, W)")
     if array.ndim == 1:
         raise BadImage(

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from datetime import date
 from numbers import Integral, Number
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from sktransfer._progress import shown
+from sktransfer.images._pixels import Samples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -151,8 +153,10 @@ def describe(cell) -> str:
         cell = next((cell[key] for key in ("path", "bytes") if cell.get(key) is not None), keys)
         if cell is keys:
             return keys
-    if isinstance(cell, tuple):  # Samples
-        cell = getattr(cell, "array", cell)
+    if isinstance(cell, Samples):
+        cell = cell.array
+    if isinstance(cell, (list, tuple)) and cell and not isinstance(cell[0], (Number, list)):
+        return f"{type(cell).__name__} that begins with {describe(cell[0])}"
     if isinstance(cell, (bytes, bytearray, memoryview)):
         return f"{len(cell)} bytes"
     if isinstance(cell, Image.Image):
@@ -466,9 +470,9 @@ def _refuse_labels(columns: list, names: list[str] | None) -> None:
 
 def _is_label(cell) -> bool:
     if not isinstance(cell, str):
-        return isinstance(cell, (Number, np.number))
-    is_word = cell.strip() and not os.path.splitext(cell)[1] and not set("/\\:") & set(cell)
-    return bool(is_word) and not os.path.exists(cell)
+        return isinstance(cell, (Number, date, np.number, np.datetime64, np.timedelta64))
+    is_path = re.search(r"[/\\:]|\.\w+$", cell)  # "St. Bernard" is none
+    return bool(cell.strip()) and not is_path and not os.path.exists(cell)
 
 
 def _has_number(row) -> bool:

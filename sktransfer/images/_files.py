@@ -27,8 +27,8 @@ _SILENT_SECONDS, _ALL_SECONDS = 30, 300  # of an HTTP response
 
 # Also chained ones, "simplecache::s3://…"; "C:" is a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+(::[A-Za-z0-9+.\-]+)*://")
-# JPEG, PNG, GIF, WebP, TIFF
-_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkq", "TU0A")
+# JPEG, PNG, GIF, WebP, TIFF, BMP, and JPEG 2000, AVIF and HEIC
+BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkq", "TU0A", "Qk", "AAAA")
 
 # Open files, PIL images and containers of the user's have a state (a position, a buffer), and
 # several rows may share one: one thread at a time uses them.
@@ -67,7 +67,7 @@ def read_path(path: str) -> bytes:
     except PermissionError as error:
         raise BadImage("there is no permission to read the file") from error
     except (OSError, ValueError) as error:  # ValueError: a null byte, or a lone surrogate
-        if path.startswith(_BASE64) and len(path) > 80:
+        if path.startswith(BASE64) and len(path) > 80:
             reason = "it is base64 rather than a path; give base64.b64decode(text)"
         elif not isinstance(error, FileNotFoundError):
             reason = f"the file cannot be read: {words(error)}"

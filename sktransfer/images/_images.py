@@ -53,11 +53,8 @@ def as_images(
     value_range : (low, high), default=None
         The numbers that are black and white in all images; what lies outside is clipped.
 
-    Raises
-    ------
-    TypeError, ValueError
-        X cannot be a collection of images, or could be two different ones. A single
-        cell that is not an image raises BadImage later, when it is read.
+    An X that cannot be a collection of images, or could be two different ones, raises a TypeError
+    or a ValueError; a single cell that is not an image raises BadImage when it is read.
     """
     limits = read_value_range(value_range)
     return Images(*as_columns(X, read_image_shape(image_shape)), limits)
@@ -66,12 +63,9 @@ def as_images(
 class Images:
     """A sequence of images: the rows of X times its image columns, row by row.
 
-    ``len(images)`` is ``n_rows * n_columns``: with two image columns the images of row 0
-    are numbers 0 and 1, so that the embeddings of all images, an array of shape
-    ``(len(images), d)``, reshape to ``(n_rows, n_columns * d)``. A slice or an array of
-    numbers selects a view whose images keep the row they came from.
-
-    `read`, `stat` and `where` may be called from several threads at once.
+    With two image columns the images of row 0 are numbers 0 and 1, so that the embeddings of all
+    images reshape to ``(n_rows, n_columns * d)``. A slice or an array of numbers selects a view
+    whose images keep the row they came from. Several threads may read at once.
 
     Attributes
     ----------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,29 +24,25 @@ class BadImage(ValueError):
     """One image cannot be read; the message is the reason and names no row."""
 
 
+class Samples(NamedTuple):
+    """Numbers, and what their file says: those that are black and white, or that low is white."""
+
+    array: np.ndarray
+    value_range: Range | None = None
+    is_negative: bool = False
+
+    def to_rgb(self, note: Note, value_range: Range | None) -> np.ndarray:
+        return to_rgb(self.array, note, value_range or self.value_range, self.is_negative)
+
+
 def to_rgb(
     array: np.ndarray, note: Note, value_range: Range | None = None, is_negative: bool = False
 ) -> np.ndarray:
-    """Convert one image to 8-bit RGB.
+    """Convert one image, (H, W) or (H, W, 1…4), to 8-bit RGB, (H, W, 3), over white.
 
-    Parameters
-    ----------
-    array : ndarray of shape (H, W) or (H, W, C), C in 1…4
-        Grey, grey + alpha, RGB or RGBA. Alpha is laid over white.
-    note : callable
-        Called for each assumption about the range of the values.
-    value_range : (low, high), default=None
-        The numbers that are black and white, bool and alpha apart; others are clipped.
-    is_negative : bool, default=False
-        Whether the smallest numbers are white.
+    The result is read-only, and a view of the given array where nothing had to be done. If
+    `is_negative`, the smallest numbers are white; `value_range` does not apply to bool and alpha.
 
-    Returns
-    -------
-    ndarray of shape (H, W, 3), uint8, C-contiguous
-        Read-only. It is a view of the given array where nothing had to be done.
-
-    Notes
-    -----
     Without `value_range`, what a number means follows from its type and from this image alone,
     never from the other images:
 
@@ -79,7 +76,7 @@ def to_rgb(
         array = _over_white(array)
     if array.shape[2] == 1:
         array = np.repeat(array, 3, axis=2)
-    array = np.ascontiguousarray(array).view(np.ndarray)
+    array = np.ascontiguousarray(array).view()
     array.flags.writeable = False  # of the view: it may show the user's own data
     return array
 

@@ -108,20 +108,9 @@ class BaseStore:
         raise NotImplementedError
 
     def get_into(self, fingerprint: str, digests: Sequence[bytes], out: np.ndarray) -> np.ndarray:
-        """Copy the rows that are kept into ``out``.
+        """Copy the rows that are kept into ``out``, (n_images, width); return which those are.
 
-        Parameters
-        ----------
-        fingerprint : str
-            Of weights, layer, pooling, preprocessing and precision.
-        digests : sequence of bytes, length n_images
-            One for each image; an image may occur several times.
-        out : float32 array of shape (n_images, width)
-
-        Returns
-        -------
-        found : bool array of shape (n_images,)
-            Where ``out`` was filled.
+        An image may occur several times among the digests.
         """
         rows = self.get_many(fingerprint, digests)
         shape = out.shape[1:]

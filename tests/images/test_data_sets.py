@@ -116,6 +116,7 @@ PAIRS = r"of pairs \(image, label\) give the images alone: \[image for image, _ 
         ((np.zeros((4, 5)), 0), PAIRS),
         ((torch.zeros(3, 4, 5), torch.tensor(1)), PAIRS),
         ((np.zeros((4, 5)), 0, "id"), PAIRS),
+        ([Image.new("L", (3, 2)), 0], PAIRS),
         ({"image": "a.png", "label": 0}, r"the images alone: \[row\[KEY\] for row in X\]"),
     ],
 )
@@ -155,6 +156,8 @@ LABELS = ["cat", "dog"]
         (lambda p: pd.DataFrame({"path": p, "kind": LABELS}), "column 'kind' of X holds 'cat' and"),
         (lambda p: pd.DataFrame({"path": p, "kind": pd.Categorical(LABELS)}), "column 'kind'"),
         (lambda p: pd.DataFrame({"kind": [None, "dog"], "path": p}), "column 'kind'.*'dog'"),
+        (lambda p: pd.DataFrame({"path": p, "kind": "St. Bernard"}), "column 'kind'.*'St. Bern"),
+        (lambda p: pd.DataFrame({"path": p, "at": pd.Timestamp(0)}), "column 'at'.*1970"),
         (lambda p: np.array([p, LABELS]).T, "column 1 of X holds 'cat'"),
         (lambda p: np.array([p, [0, 1]], dtype=object).T, "column 1 of X holds 0 and the like"),
         (lambda p: list(zip(p, LABELS, strict=True)), "column 1 of X holds 'cat'"),
@@ -181,6 +184,11 @@ def test_shown_values_are_cut():
     with pytest.raises(BadImage, match=r"it is base64 rather than a path; give base64\.b64decode"):
         pixels(images, 0)
     assert len(images.where(0)) < 100
+    with pytest.raises(BadImage, match=r"^it is base64; give base64\.b64decode"):
+        pixels(as_images([text.encode()]), 0)
+    assert as_images(Rows([Image.new("L", (3, 2)), 0])).where(0) == (
+        "row 0 (list that begins with array of shape (2, 3, 3), uint8)"
+    )
     for value in ("x" * 10_000, {"x" * 10_000: 1}, ("x" * 10_000, 1), "/tmp/" + "x" * 10_000):
         images = as_images(Rows(value))
         with pytest.raises(BadImage) as caught:

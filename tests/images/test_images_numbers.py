@@ -225,3 +225,10 @@ def test_alpha_is_over_white():
         images = as_images([X])
         np.testing.assert_array_equal(pixels(images, 0), expected)
         assert images.take_warnings() is None
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+def test_a_matrix():
+    array = np.arange(20, dtype=np.uint8).reshape(4, 5)
+    expected = pixels(as_images([array]), 0)
+    np.testing.assert_array_equal(pixels(as_images([np.matrix(array)]), 0), expected)

@@ -31,11 +31,12 @@ def tiff(array, byte_order="<", is_white_low=False, planar=1, compressed=False, 
         strips = [packed.astype(np.uint8).tobytes()]
     strips = [zlib.compress(strip) for strip in strips] if compressed else strips
     n_channels = channels.shape[2]
-    photometric = 2 if n_channels > 1 else int(not is_white_low)
+    photometric = 2 if n_channels > 2 else int(not is_white_low)
     tags = {256: [W], 257: [H], 258: [n_bits or 8 * array.itemsize] * n_channels,
             259: [8 if compressed else 1], 262: [photometric], 277: [n_channels],
             278: [H if n_bits else ROWS], 284: [planar],
             339: [{"u": 1, "i": 2, "f": 3}[array.dtype.kind]] * n_channels}  # fmt: skip
+    tags |= {338: [2]} if n_channels == 2 else {}  # grey and alpha
     tags[279] = [len(strip) for strip in strips]
     tags[273] = list(8 + np.cumsum([0, *tags[279][:-1]]))
     body, entries = b"".join(strips), b""
@@ -95,6 +96,10 @@ def test_tiff_of_16_bit_colors(n_channels, planar, compressed, byte_order):
     array = np.rint(np.concatenate([COLOR, opaque], axis=2) * 65535).astype(np.uint16)
     options = {"byte_order": byte_order, "planar": planar, "compressed": compressed}
     assert_shows(tiff(array, **options), COLOR)
+    if planar == 1 or compressed:
+        loaded = Image.open(io.BytesIO(tiff(array, **options)))
+        loaded.load()
+        assert_shows(loaded, COLOR, (0, 65535))
     if planar == 1 or not compressed:  # else Pillow reads eight bits
         window = np.clip((COLOR * 65535 - 2000) / 3000, 0, 1)
         assert_shows(tiff(array, **options), window, (2000, 5000))
@@ -237,3 +242,26 @@ def test_a_tiff_that_pillow_misreads_is_a_bad_image():
     with pytest.raises(BadImage, match="a TIFF of one channel whose PlanarConfiguration is not 1"):
         pixels(as_images([tiff(TWELVE_BITS, planar=2)]), 0)
     assert_shows(tiff(np.rint(RAMP * 255).astype(np.uint8), planar=2), RAMP)
+
+
+@deflated_or_not
+def test_tiff_of_grey_and_alpha(compressed):
+    grey = np.rint(RAMP * 255).astype(np.uint8)
+    array = np.stack([grey, np.full((H, W), 255, np.uint8)], axis=-1)
+    assert_shows(tiff(array, compressed=compressed), RAMP)
+    with pytest.raises(BadImage, match="a TIFF of grey and transparency whose PlanarConf"):
+        pixels(as_images([tiff(array, planar=2, compressed=compressed)]), 0)
+
+
+@both_orders
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_the_second_frame_of_a_tiff(dtype, compression, byte_order):
+    tifffile = pytest.importorskip("tifffile")
+    stream = io.BytesIO()
+    frames = (np.stack([RAMP[::-1], RAMP]) * 4095).astype(dtype)
+    options = {"compression": compression, "photometric": "minisblack", "metadata": None}
+    tifffile.imwrite(stream, frames, byteorder=byte_order, **options)
+    image = Image.open(stream)
+    image.seek(1)
+    assert_shows(image, RAMP, (0, 4095))

@@ -11,7 +11,7 @@ import pytest
 from image_forms import BadImage, as_images, pixels
 from PIL import EpsImagePlugin, Image, features
 
-FORMATS = "sktransfer.images._formats"
+FORMATS = "sktransfer.images._decoding"
 LARGE = 13_000  # pixels a side: 169 million, fewer than Pillow allows
 
 
