@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
 
+import numpy as np
+
 
 @contextmanager
 def progress_bar(n_images: int) -> Iterator[Callable[[int], object]]:
@@ -38,7 +40,10 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 def shown(value: object) -> str:
     """Return the repr of a user's value for a message, cut to 80 characters."""
     try:  # not "np.str_('…')", nor "PosixPath('…')"
-        text = repr(str(value) if isinstance(value, (str, os.PathLike)) else value)
+        if isinstance(value, np.generic) and value.dtype.kind not in "mM":  # would be numbers
+            value = value.item()
+        is_text = isinstance(value, (str, os.PathLike, np.datetime64, np.timedelta64))
+        text = repr(str(value)) if is_text else " ".join(repr(value).split())
     except Exception:  # of the user's own class
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:30]}…{text[-49:]}"

@@ -94,14 +94,9 @@ def _float32_by_default() -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_random_state(seed: int | None = None, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Use torch's global random state without changing the caller's.
+    """Use torch's global random state, of the CPU and of `device`, without changing the caller's.
 
-    Parameters
-    ----------
-    seed : int or None
-        ``None``: continue from the caller's state.
-    device : torch.device or str
-        Where numbers are drawn, beside the CPU.
+    Without a `seed` it continues from the caller's state.
     """
     import torch
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from sktransfer._progress import did_you_mean
+from sktransfer._progress import did_you_mean, shown
 
 # (smallest share of the image that is kept, largest change of its proportions,
 #  change of brightness, contrast and saturation)
@@ -131,12 +132,12 @@ def _flattened(augment: str | Callable | Sequence) -> Iterator[str | Callable]:
     if isinstance(steps, Sequence) and not isinstance(steps, str):
         for step in steps:
             yield from _flattened(step)
-    elif callable(steps) or steps in _STRENGTHS:
+    elif (callable(steps) and not isinstance(steps, type)) or steps in _STRENGTHS:
         yield steps
     else:
         raise ValueError(
-            f"augment holds {steps!r}: 'light', 'strong', a callable of one image, a transform "
-            "of torchvision.transforms.v2, or a list of these is accepted."
+            f"augment holds {shown(steps)}: 'light', 'strong', a callable of one image, a "
+            "transform of torchvision.transforms.v2 (an instance), or a list of these is accepted."
             f"{did_you_mean(str(steps), _STRENGTHS)}"
         )
 
@@ -167,7 +168,10 @@ def _one_by_one(function: Callable, pixels: torch.Tensor) -> torch.Tensor:
     out = []
     for image in pixels:
         try:
-            changed = torch.as_tensor(function(image))
+            changed = function(image)
+            if isinstance(changed, np.ndarray):  # torch takes no negative strides
+                changed = np.ascontiguousarray(changed)
+            changed = torch.as_tensor(changed)
         except Exception as error:
             error.add_note(f"augment={function!r} must turn a tensor of one image into another.")
             raise

@@ -15,7 +15,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from sktransfer._threads import own_settings
+from sktransfer._threads import own_random_state, own_settings
 from sktransfer._validation import (
     SHARED_CONSTRAINTS,
     HasMethods,
@@ -27,6 +27,7 @@ from sktransfer._validation import (
     keep_index,
     set_image_tags,
 )
+from sktransfer.fine_tuning._targets import clip_far_out
 
 if TYPE_CHECKING:
     from skorch import NeuralNet
@@ -131,7 +132,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         from sktransfer.embedding._embed import check_place
         from sktransfer.fine_tuning._train import train
 
-        rng, seed = _as_random_seed(self.random_state)
+        rng = check_random_state(self.random_state)
+        seed = int(rng.randint(np.iinfo(np.int32).max))
         device = check_place(self.memory, self.device)
         self._fit_folder = os.getcwd()
         max_epochs, first_epoch = self.max_epochs, 0
@@ -172,7 +174,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         )
         old_state = None if old is None else old.training_state()
         log = train(tuned, phases, settings, plan.first_stage, first_epoch, old_state)
-        tuned.is_continued = is_partial
 
         # 5. Keep.
         self._keep(data, tuned, log, first_epoch)
@@ -184,8 +185,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         images = check_images(self, X, reset=old is None)
         target = self._read_target(y, images.n_rows, reset=old is None)
         weight = check_weight(sample_weight, images.n_rows)
+        validation = self._check_validation(X_val, y_val)
         given, split = target, None
-        if self._has_splitter and X_val is None and not is_partial:
+        if self._has_splitter and validation is None and not is_partial:
             split = self._split(given, groups, rng)  # before a network is loaded
         backbone = self._load_backbone() if old is None else old.backbone
         stage_names = backbone.stage_names_to_layer
@@ -199,16 +201,15 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         settings = self._embedding_settings()
         rows = TrainingRows(images, target, weight, backbone, settings, wants_embeddings)
         target = self._prepare_target(rows.target, rows.weight, reset=old is None)
-        if X_val is not None or y_val is not None:
-            images, target_val = self._check_validation(X_val, y_val)
+        valid = None
+        if validation is not None:
+            images, target_val = validation
             weight = np.ones(images.n_rows)
             valid_rows = TrainingRows(
                 images, target_val, weight, backbone, settings, wants_embeddings, "validation"
             )
             target_val = self._prepare_target(valid_rows.target, valid_rows.weight, reset=False)
             valid = self._part(valid_rows, target_val, np.arange(len(valid_rows)))
-        else:
-            valid = None
         keeps_best = self._has_splitter or bool(self.early_stopping)
         if self.early_stopping == "auto":
             keeps_best = valid is not None or len(rows) >= _N_ROWS_TO_SPLIT
@@ -222,7 +223,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             valid = self._part(rows, target, held_out) if keeps_best else None
         return _Data(backbone, plan, self._part(rows, target, index), valid, keeps_best)
 
-    def _check_validation(self, X_val, y_val) -> tuple[Images, np.ndarray]:
+    def _check_validation(self, X_val, y_val) -> tuple[Images, np.ndarray] | None:
+        if X_val is None and y_val is None:
+            return None
         if X_val is None or y_val is None:
             given, missing = ("y_val", "X_val") if X_val is None else ("X_val", "y_val")
             raise ValueError(f"{given} is given without {missing}: give both, or neither.")
@@ -246,7 +249,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return Part(all_rows, rows, target[rows], weight)
 
     def _load_backbone(self) -> Backbone:
-        from sktransfer._threads import own_random_state
         from sktransfer.networks._backbone import load_backbone
 
         # A callable that makes a module may draw random weights before it sets others.
@@ -272,7 +274,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return self.weights is None and isinstance(self.backbone, str)
 
     def _new_head(self, backbone: Backbone, n_columns: int, seed: int) -> nn.Module:
-        from sktransfer._threads import own_random_state
         from sktransfer.fine_tuning._head import make_head
 
         width = n_columns * backbone.n_features
@@ -295,7 +296,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     def _start_as_probe(self, head: nn.Module, part: Part, rng, has_corners: bool) -> None:
         from sktransfer.fine_tuning._head import fit_probe
-        from sktransfer.fine_tuning._targets import clip_far_out
 
         views = part.embeddings[:, None]
         if has_corners and len(part.rows) < _N_ROWS_TO_SPLIT:
@@ -336,10 +336,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         from sktransfer.fine_tuning._train import TrainingSettings
 
         module, first = tuned.module(), tuned.first_trained_stage
-        own = self.get_params(deep=False)
-        own = {
-            field.name: own[field.name] for field in fields(TrainingSettings) if field.name in own
-        }
+        names = [field.name for field in fields(TrainingSettings) if hasattr(self, field.name)]
+        own = {name: getattr(self, name) for name in names}
         own["lr"] = module.auto_lr(first) if self.lr == "auto" else self.lr
         return TrainingSettings(**own | chosen, kind=self._kind, n_outputs=self._n_outputs)
 
@@ -462,28 +460,10 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
 @dataclass
 class _Data:
-    """What is trained on.
-
-    Attributes
-    ----------
-    backbone : Backbone
-    plan : UnfreezePlan
-    train : Part
-    valid : Part or None
-    keeps_best : bool
-        Whether the best epoch on the validation part is kept.
-    """
+    """What is trained on."""
 
     backbone: Backbone
     plan: UnfreezePlan
     train: Part
     valid: Part | None
-    keeps_best: bool
-
-
-def _as_random_seed(
-    random_state: int | np.random.RandomState | None,
-) -> tuple[np.random.RandomState, int]:
-    """A RandomState, and a seed for torch, from the parameter ``random_state``."""
-    rng = check_random_state(random_state)
-    return rng, int(rng.randint(np.iinfo(np.int32).max))
+    keeps_best: bool  # the best epoch on the validation part

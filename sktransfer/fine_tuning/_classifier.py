@@ -6,6 +6,7 @@ import numpy as np
 from sklearn.base import ClassifierMixin
 from sklearn.metrics import accuracy_score
 
+from sktransfer._progress import shown
 from sktransfer._validation import StrOptions, fit_context
 from sktransfer.fine_tuning._base import BaseFineTuning
 from sktransfer.fine_tuning._targets import (
@@ -17,7 +18,6 @@ from sktransfer.fine_tuning._targets import (
     column_names,
     read_classes,
     read_labels,
-    shown,
     sorted_classes,
 )
 
@@ -465,7 +465,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
                 raise ValueError(
                     f"{type(self).__name__} needs at least two classes, but "
                     f"{'y' if given is None else '`classes`'} holds one class only: "
-                    f"{shown(classes[0])!r}."
+                    f"{shown(classes[0])}."
                 )
         self.classes_, self._kind = classes, "multilabel" if is_multilabel else "multiclass"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from torch import nn
 from torch.nn import functional as F
 
+from sktransfer._progress import shown
 from sktransfer._threads import one_at_a_time
 from sktransfer.networks._backbone import Backbone
 
@@ -70,11 +70,7 @@ class LinearHead(nn.Module):
 def make_head(
     head: str | Sequence[int] | nn.Module, n_in: int, n_out: int, dropout: float
 ) -> nn.Module:
-    """Make the head that the parameter ``head`` asks for; a module is copied.
-
-    Raises ValueError if a hidden size is not a positive integer, or a module does not turn
-    float32 embeddings (n, n_in) into float32 scores (n, n_out).
-    """
+    """Make the head that the parameter ``head`` asks for; a module is checked and copied."""
     if isinstance(head, str):
         return LinearHead(n_in, n_out, (), dropout)
     if isinstance(head, (tuple, list)):
@@ -90,11 +86,10 @@ def make_head(
 
 def _checked_copy(head: object, n_in: int, n_out: int) -> nn.Module:
     """Copy a user's module to the CPU if it can be trained as the head."""
-    shown = textwrap.shorten(repr(head), 80, placeholder=" …")
     takes = f"A head takes float32 embeddings (n, {n_in}) and returns float32 scores (n, {n_out})"
     if not isinstance(head, nn.Module):
         what = "a class: give an instance of it" if isinstance(head, type) else "no torch module"
-        raise ValueError(f"head={shown} is {what}. {takes}.")
+        raise ValueError(f"head={shown(head)} is {what}. {takes}.")
     try:
         own = copy.deepcopy(head).cpu().eval()
         x = torch.zeros(2, n_in, device="cpu", requires_grad=True)
@@ -103,17 +98,19 @@ def _checked_copy(head: object, n_in: int, n_out: int) -> nn.Module:
             copy.deepcopy(own).double()(x.double())  # as predictions are made
     except Exception as error:
         raise ValueError(
-            f"head={shown} fails on embeddings of shape (2, {n_in}) ({type(error).__name__}: "
+            f"head={shown(head)} fails on embeddings of shape (2, {n_in}) ({type(error).__name__}: "
             f"{error}). {takes}, and computes in float64 after double()."
         ) from error
     got = f"an object of type {type(scores).__name__}"
     if isinstance(scores, torch.Tensor):
-        got = f"{str(scores.dtype).removeprefix('torch.')} scores of shape {tuple(scores.shape)}"
+        got = _described(scores, "scores")
         if scores.shape == (2, n_out) and scores.dtype == torch.float32:
             if scores.requires_grad and any(True for _ in own.parameters()):
                 return own
             got = "scores that depend on no parameter of it"
-    raise ValueError(f"head={shown} returns {got} for 2 embeddings of {n_in} columns. {takes}.")
+    raise ValueError(
+        f"head={shown(head)} returns {got} for 2 embeddings of {n_in} columns. {takes}."
+    )
 
 
 class WeightedLoss(nn.Module):
@@ -135,30 +132,34 @@ class WeightedLoss(nn.Module):
         self, y_pred: tuple[torch.Tensor, torch.Tensor], target: torch.Tensor
     ) -> torch.Tensor:
         scores, weight = y_pred
-        losses = self._losses(scores, target)
+        given = f"{_described(scores, 'scores')} and {_described(target, 'targets')}"
+        try:
+            losses = self._losses(scores, target)
+        except Exception as error:
+            error.add_note(f"loss={shown(self.loss)} was called with {given}.")
+            raise
+        got, advice = "", ""
         if not isinstance(losses, torch.Tensor):
-            raise TypeError(
-                f"loss={self.loss!r} returns {losses!r}: it must return a tensor with one value "
-                "per row."
+            got = shown(losses)
+        elif scores.requires_grad and not losses.requires_grad:
+            got = f"{_described(losses)} that depend on no score"
+        elif losses.ndim == 0:
+            if not ((weight - 1).abs() > 1e-6).any():
+                return losses
+            got = "a single number for a batch whose rows have different weights"
+            advice = (
+                " Weights come from sample_weight, class_weight and equal images, which become one "
+                'row; losses of torch take reduction="none".'
             )
-        if losses.ndim == 0:
-            if ((weight - 1).abs() > 1e-6).any():
-                raise ValueError(
-                    f"loss={self.loss!r} returns a single number for a batch, but the rows have "
-                    "different weights (from sample_weight, class_weight or equal images, which "
-                    "become one row): it must return one value per row. Losses of torch do with "
-                    'reduction="none".'
-                )
-            return losses
         # A value for each score is averaged over a row; (n, n) comes of a wrong broadcast.
-        n_values = (len(weight), scores.numel())
-        if len(losses) != len(weight) or losses.numel() not in n_values:
-            raise ValueError(
-                f"loss={self.loss!r} returns values of shape {tuple(losses.shape)} for scores of "
-                f"shape {tuple(scores.shape)} and targets of shape {tuple(target.shape)}: it must "
-                "return one value per row."
+        elif len(losses) != len(weight) or losses.numel() not in (len(weight), scores.numel()):
+            got = _described(losses)
+        if got:
+            raise (ValueError if isinstance(losses, torch.Tensor) else TypeError)(
+                f"loss={shown(self.loss)} returns {got} for {given}: it must return a tensor with "
+                f"one value per row.{advice}"
             )
-        return (losses.reshape(len(weight), -1).mean(1) * weight).mean()
+        return (losses.float().reshape(len(weight), -1).mean(1) * weight).mean()
 
     def _losses(self, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if callable(self.loss):
@@ -170,6 +171,10 @@ class WeightedLoss(nn.Module):
         if self.kind == "multilabel":
             return F.binary_cross_entropy_with_logits(scores, target, reduction="none")
         return (scores - target).square()
+
+
+def _described(tensor: torch.Tensor, noun: str = "values") -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {noun} of shape {tuple(tensor.shape)}"
 
 
 def validation_score(
@@ -228,21 +233,10 @@ def fit_probe(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit a linear model on standardised embeddings and fold the scaling into it.
 
-    With z = (x - μ) / σ, the model w·z + b is (w / σ)·x + b - w·(μ / σ).
-
-    Parameters
-    ----------
-    rows : ndarray of shape (n, n_views, n_features)
-        The first view chooses the strength of the regularisation; the model is fitted on all,
-        each with its part of the row's weight.
-    target : ndarray of shape (n,) or (n, n_outputs)
-        Class codes, 0 and 1 of several labels, or numbers, by `kind`. A class without rows gets
-        scores that are never the best.
-
-    Returns
-    -------
-    coef : ndarray of shape (n_outputs, n_features)
-    intercept : ndarray of shape (n_outputs,)
+    With z = (x - μ) / σ, the model w·z + b is (w / σ)·x + b - w·(μ / σ). Of the `rows`, (n,
+    n_views, n_features), the first view chooses the strength of the regularisation; the model is
+    fitted on all, each with its part of the row's weight. A class without rows gets scores that
+    are never the best. Returned are the coefficients (n_outputs, n_features) and the intercepts.
     """
     n, n_views = rows.shape[:2]
     flat = rows.reshape(n * n_views, -1)
@@ -314,11 +308,7 @@ def _one_label(
 
 
 def _logistic(
-    z: np.ndarray,
-    codes: np.ndarray,
-    weight: np.ndarray,
-    n_classes: int,
-    rng: np.random.RandomState,
+    z: np.ndarray, codes: np.ndarray, weight: np.ndarray, n_classes: int, rng: np.random.RandomState
 ) -> tuple[np.ndarray, np.ndarray]:
     present = np.unique(codes)
     coef, intercept = np.zeros((n_classes, z.shape[2])), np.zeros(n_classes)

@@ -18,8 +18,8 @@ from sktransfer._threads import own_settings
 from sktransfer.embedding._batches import cpu_batch_size
 from sktransfer.fine_tuning._training_state import TrainingState, training_state_of
 from sktransfer.networks._backbone import Backbone
-from sktransfer.networks._inference import scale_and_shift
-from sktransfer.networks._preprocessing import Preprocessing
+from sktransfer.networks._inference import Normalisation
+from sktransfer.networks._preprocessing import AnyPreprocessing
 
 # With more trained parameters than this a CPU runs a batch whole, as each part of a batch adds to
 # all of their gradients. For 32 images of 224×224 with everything trained, parts of 8 were 1.3 to
@@ -31,29 +31,19 @@ _MANY_PARAMETERS = 50_000_000
 class TunedModule(nn.Module):
     """The stages below the head, their pooling, and a new head.
 
-    Without stages it takes embeddings; without `mean` and `std`, images that are normalised
-    already. Unless `moves_statistics`, batch norms of unfrozen stages use the statistics of
-    pre-training, as frozen ones always do.
+    Without stages it takes embeddings. Unless `moves_statistics`, batch norms of unfrozen stages
+    use the statistics of pre-training, as frozen ones always do.
 
-    Attributes
-    ----------
-    input_stage : int
-        Position of the stage whose input :meth:`forward` takes: 0 for pixels,
-        ``len(stages)`` for embeddings.
-    n_frozen : int
-        Number of frozen stages.
+    :meth:`forward` takes the input of the stage at the position `input_stage`: 0 for pixels,
+    ``len(stages)`` for embeddings. The first `n_frozen` stages are frozen.
     """
-
-    scale: torch.Tensor
-    shift: torch.Tensor
 
     def __init__(
         self,
         stages: Sequence[tuple[str, nn.Module]],
         pooling: nn.Module,
         head: nn.Module,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        preprocessing: AnyPreprocessing,
         moves_statistics: bool = False,
         precision: str = "float32",
     ):
@@ -64,11 +54,7 @@ class TunedModule(nn.Module):
         self.moves_statistics, self.precision = moves_statistics, precision
         self.input_stage, self.n_frozen = 0, len(self.stages)
         self.most_at_once: int | None = None  # images, once memory has not sufficed for a batch
-        self.is_normalising = mean is not None
-        if mean is not None and std is not None:
-            scale, shift = scale_and_shift(mean, std)
-            self.register_buffer("scale", scale, persistent=False)
-            self.register_buffer("shift", shift, persistent=False)
+        self.normalisation = Normalisation(preprocessing)
         self.freeze(self.n_frozen)
 
     def __getstate__(self) -> dict[str, object]:
@@ -106,8 +92,8 @@ class TunedModule(nn.Module):
     def _run_part(
         self, x: torch.Tensor, *, start: int, stop: int, pooling: nn.Module | None
     ) -> torch.Tensor:
-        if start == 0 and self.is_normalising:
-            x = torch.addcmul(self.shift, x.float(), self.scale)
+        if start == 0:
+            x = self.normalisation(x)
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         for stage in self.stages[start:stop]:
@@ -204,17 +190,9 @@ def _has_statistics(part: nn.Module) -> bool:
 class TunedNetwork:
     """A backbone with a head of its own and, from some stage on, weights of its own.
 
-    Its pickle holds what was trained, and how the backbone loads the rest.
-
-    Parameters
-    ----------
-    backbone : Backbone
-        Pre-trained; it is not changed.
-    head : nn.Module
-    n_columns : int
-        Image columns of a row.
-    first_trained_stage : int
-        Position of the lowest trained stage; ``len(stage_names)``: only the head is trained.
+    Its pickle holds what was trained, and how the backbone, which is not changed, loads the rest.
+    `n_columns` are the image columns of a row, `first_trained_stage` the position of the lowest
+    trained stage; with ``len(stage_names)`` only the head is trained.
     """
 
     def __init__(
@@ -232,7 +210,6 @@ class TunedNetwork:
         self.moves_statistics, self.precision = moves_statistics, precision
         self.stage_names = backbone.stage_names_to_layer
         self.net: NeuralNet | None = None  # skorch's, of the last training in this process
-        self.is_continued = False  # by partial_fit
         self._training_state: TrainingState | None = None  # of another process
         self._root: nn.Module | None = None  # the network whose layers the stages call
         self._module: TunedModule | None = None
@@ -277,20 +254,12 @@ class TunedNetwork:
         return tuned
 
     def _build(self, with_stages: bool) -> tuple[nn.Module | None, TunedModule]:
-        pooling = self.backbone.make_pooling()
-        if not with_stages:
-            return None, TunedModule([], pooling, self.head, precision=self.precision)
-        root, stages = self.backbone.copy_network()
-        preprocessing = self.backbone.preprocessing
-        mean = std = None
-        if isinstance(preprocessing, Preprocessing):
-            mean, std = preprocessing.mean, preprocessing.std
+        root, stages = self.backbone.copy_network() if with_stages else (None, [])
         module = TunedModule(
-            [(stage.name, stage.module) for stage in stages[: len(self.stage_names)]],
-            pooling,
+            stages[: len(self.stage_names)],
+            self.backbone.make_pooling(),
             self.head,
-            mean,
-            std,
+            self.backbone.preprocessing,
             self.moves_statistics,
             self.precision,
         )
@@ -348,12 +317,11 @@ class TunedNetwork:
         """What the next epoch of ``partial_fit`` continues from; None before any training."""
         if self.net is None:
             return self._training_state
-        return training_state_of(self.net, has_moments=self.is_continued)
+        return training_state_of(self.net)
 
     def set_training_state(self, state: TrainingState) -> None:
         """Set what :meth:`training_state` returned, of this network in another process."""
         self.net, self._training_state = None, state
-        self.is_continued = bool(state.tensors or state.numbers)
 
     # -- embedding and scores ---------------------------------------------------------------
     def tuned_backbone(self) -> Backbone:

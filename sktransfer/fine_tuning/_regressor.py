@@ -331,12 +331,12 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
 
     def _prepare_target(self, target, weight, *, reset):
         if reset:
+            # Another loss may be there for outliers' sake.
+            near = target if self.loss == "auto" else clip_far_out(target, weight)
             # Scaled first: squares of large numbers are infinite.
-            largest = np.abs(target).max(axis=0)
+            largest = np.abs(near).max(axis=0)
             largest = np.where(largest > 0, largest, 1.0)
-            scaled, share = target / largest, weight / weight.sum()
-            if self.loss != "auto":  # another loss may be there for outliers' sake
-                scaled = clip_far_out(scaled, weight)
+            scaled, share = near / largest, weight / weight.sum()
             mean = share @ scaled
             scale = np.sqrt(share @ (scaled - mean) ** 2)
             self._target_mean = mean * largest

@@ -192,6 +192,8 @@ def first_split(
     class_name: str,
 ) -> Split:
     """Rows of `X` to train on and to validate on: the first split of a copy of `splitter`."""
+    if isinstance(splitter, type):
+        raise TypeError(f"early_stopping={splitter!r} is a class: give an instance of it.")
     splitter = copy.deepcopy(splitter)
     if getattr(splitter, "random_state", 0) is None:
         splitter.random_state = rng.randint(np.iinfo(np.int32).max)
@@ -300,16 +302,13 @@ def _report(bad: list[BadRow], n_rows: int, on_error: str, what: str) -> None:
     lines = [f"  {row}" for row in bad[:_N_REPORTED]]
     if len(bad) > _N_REPORTED:
         lines.append(f"  … and {len(bad) - _N_REPORTED} more")
-    listed = "\n".join(lines)
-    if on_error == "raise":
-        error = ValueError(
-            f"{len(bad)} of {n_rows} rows cannot be used for {what}, as an image could not be "
-            f'read:\n{listed}\nCorrect or drop these rows, or set on_error="skip" to leave them '
-            "out."
-        )
-        error.bad_images = bad  # type: ignore[attr-defined]
-        raise error
-    warn(
-        f"{len(bad)} of {n_rows} rows are left out of {what}, as an image could not be read:\n"
-        f"{listed}"
-    )
+    verb = "cannot be used for" if on_error == "raise" else "are left out of"
+    why = "as an image could not be read:\n" + "\n".join(lines)
+    message = f"{len(bad)} of {n_rows} rows {verb} {what}, {why}"
+    if on_error != "raise":
+        warn(message)
+        return
+    remedy = 'Correct or drop these rows, or set on_error="skip" to leave them out.'
+    error = ValueError(f"{message}\n{remedy}")
+    error.bad_images = bad  # type: ignore[attr-defined]
+    raise error

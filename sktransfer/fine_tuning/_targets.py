@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_consistent_length, column_or_1d
+
+from sktransfer._progress import shown
 
 
 def check_y_given(y: object, class_name: str, name: str = "y") -> None:
@@ -65,7 +68,7 @@ def read_numbers(y: npt.ArrayLike, n_rows: int, name: str = "y") -> np.ndarray:
     if text is not None:
         row = np.unravel_index(text, values.shape)[0]
         raise ValueError(
-            f"{name} holds {shown(values.flat[text])!r:.80} in row {row}, and FineTuningRegressor "
+            f"{name} holds {shown(values.flat[text])} in row {row}, and FineTuningRegressor "
             "predicts numbers: FineTuningClassifier takes labels. Text that stands for numbers is "
             f"read by pandas.to_numeric({name})."
         )
@@ -87,8 +90,9 @@ def clip_far_out(target: np.ndarray, weight: np.ndarray) -> np.ndarray:
         order = np.argsort(column, kind="stable")
         total = np.cumsum(weight[order])
         low, high = column[order][np.searchsorted(total, [total[-1] / 4, total[-1] * 3 / 4])]
-        reach = 3 * (high - low) if high > low else np.inf
-        columns.append(np.clip(column, low - reach, high + reach))
+        with np.errstate(over="ignore"):
+            reach = 3 * (high - low) if high > low else np.inf
+            columns.append(np.clip(column, low - reach, high + reach))
     return np.stack(columns, axis=1)
 
 
@@ -114,8 +118,8 @@ def codes_of(labels: np.ndarray, classes: np.ndarray, name: str = "y") -> np.nda
     if (codes < 0).any():
         row = int(np.flatnonzero(codes < 0)[0])
         raise ValueError(
-            f"{name} holds the label {shown(labels[row])!r} in row {row}, which is not one of the "
-            f"classes {[shown(c) for c in classes[:20]]}. Labels of validation rows and of later "
+            f"{name} holds the label {shown(labels[row])} in row {row}, which is not one of the "
+            f"classes {_listed(classes)}. Labels of validation rows and of later "
             "calls must be among the classes of the first fit; partial_fit takes them as `classes`."
         )
     return codes
@@ -126,10 +130,8 @@ def are_strings(labels: np.ndarray) -> bool:
     return all(isinstance(label, str) for label in labels.flat)
 
 
-def shown(label: object) -> object:
-    """A label for messages, without NumPy's type around it."""
-    is_time = isinstance(label, (np.datetime64, np.timedelta64))  # `item` makes them numbers
-    return str(label) if is_time else label.item() if isinstance(label, np.generic) else label
+def _listed(labels: Iterable) -> str:
+    return f"[{', '.join(map(shown, itertools.islice(labels, 20)))}]"
 
 
 def _check_has_rows(y: object, name: str) -> None:
@@ -171,7 +173,7 @@ def _check_no_tags(y: object, name: str) -> None:
             return  # a table
     if rows:
         raise ValueError(
-            f"{name} holds {rows[0]!r:.80} and the like as rows. For several labels per row, "
+            f"{name} holds {shown(rows[0])} and the like as rows. For several labels per row, "
             f"sklearn.preprocessing.MultiLabelBinarizer().fit_transform({name}) makes the 0/1 "
             "column per label that FineTuningClassifier takes."
         )
@@ -220,7 +222,7 @@ def _check_discrete(labels: np.ndarray, name: str) -> None:
     except ValueError as error:
         example = labels[labels % 1 != 0][:1] if labels.dtype.kind == "f" else labels[:1]
         raise ValueError(
-            f"{error} {name} holds {shown(example[0])!r:.80}: FineTuningRegressor predicts numbers."
+            f"{error} {name} holds {shown(example[0])}: FineTuningRegressor predicts numbers."
         ) from error
 
 
@@ -256,7 +258,7 @@ def class_factors(
         return _balanced_factors(target, weight, len(classes))
     factors = _class_weights(class_weight, classes)[target]
     if not factors.any():
-        alone = [shown(label) for label in classes[np.unique(target)]]
+        alone = _listed(classes[np.unique(target)])
         raise ValueError(
             f"class_weight={class_weight!r} leaves nothing to train on or to validate on: all "
             f"rows are of the classes {alone}, whose weight is 0. Add rows of other classes, or "
@@ -270,13 +272,13 @@ def _class_weights(class_weight: Mapping, classes: np.ndarray) -> np.ndarray:
 
     As scikit-learn's compute_class_weight, which accepts no objects as labels but strings.
     """
-    missing = [shown(label) for label in classes if label not in class_weight]
+    missing = [label for label in classes if label not in class_weight]
     if missing and len(classes) - len(missing) != len(class_weight):
-        raise ValueError(f"The classes, {missing}, are not in class_weight")
+        raise ValueError(f"The classes, {_listed(missing)}, are not in class_weight")
     weights = np.array([class_weight.get(label, 1) for label in classes], dtype=np.float64)
     if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
         raise ValueError(
-            f"class_weight={class_weight!r} gives the classes {[shown(c) for c in classes[:20]]} "
+            f"class_weight={class_weight!r} gives the classes {_listed(classes)} "
             f"the weights {weights[:20].tolist()}: none may be negative, NaN or infinite, and not "
             "all zero."
         )

@@ -34,27 +34,13 @@ Groups = list[dict]
 
 @dataclass
 class TrainingSettings:
-    """How to train: some of the estimator's parameters, and what was chosen for this training.
+    """How to train: some of the estimator's parameters, and what was chosen for this training."""
 
-    Parameters
-    ----------
-    kind : {"multiclass", "multilabel", "regression"}
-    n_outputs : int
-    lr : float
-        Of the head.
-    keeps_best : bool
-        Whether the best epoch on the validation part is kept.
-    is_continued : bool
-        Whether this is an epoch of ``partial_fit``: at constant learning rates.
-    wise_ft_share : float or None
-        How far the weights are kept of the way from the start to the end of the training.
-    """
-
-    kind: str
+    kind: str  # "multiclass", "multilabel", "regression"
     n_outputs: int
     device: torch.device
     seed: int
-    lr: float
+    lr: float  # of the head
     layer_decay: float
     optimizer: str | Callable[..., torch.optim.Optimizer]
     weight_decay: float
@@ -64,9 +50,9 @@ class TrainingSettings:
     n_iter_no_change: int
     callbacks: Sequence | None
     verbose: int
-    keeps_best: bool = False
-    is_continued: bool = False
-    wise_ft_share: float | None = None
+    keeps_best: bool = False  # the best epoch on the validation part
+    is_continued: bool = False  # an epoch of partial_fit: at constant learning rates
+    wise_ft_share: float | None = None  # of the way from the start to the end of the training
 
 
 class UnfreezePlan:
@@ -75,15 +61,8 @@ class UnfreezePlan:
     Stages are counted from the head downwards: 1 is the last stage below the head. A stage that
     only pools (``"pool"``) is not counted; it is trained with the one below it.
 
-    Parameters
-    ----------
-    unfreeze : int, "all", "gradual" or mapping of epoch to int or "all"
-        Epochs count from 1.
-    stage_names : sequence of str
-        The stages below the head, in the order in which they run.
-    max_epochs : int
-    first_epoch : int, default=0
-        Number of epochs trained before.
+    `stage_names` are the stages below the head, in the order in which they run; `first_epoch` is
+    the number of epochs trained before. Epochs count from 1.
 
     Examples
     --------

@@ -14,31 +14,22 @@ from skorch.history import History
 class TrainingState(NamedTuple):
     """The state of a training, on the CPU and independent of its net.
 
-    Attributes
-    ----------
-    optimizer : str
-        The optimizer's class.
-    history : list of dict
-        skorch's numbers of each epoch, without those of the batches.
-    rates : list of dict
-        ``lr`` and ``initial_lr`` of each parameter group that a scheduler of torch has changed.
-    numbers, tensors : dict
-        The optimizer's state, ``"<position of the parameter>.<name>"`` -> value; empty after
-        ``fit``, which may keep other weights than those of its last step.
+    The optimizer's state is in `numbers` and `tensors`, ``"<position of the parameter>.<name>"``
+    -> value; empty after ``fit``, which may keep other weights than those of its last step.
     """
 
-    optimizer: str
-    history: list[dict]
-    rates: list[dict[str, float]]
+    optimizer: str  # its class
+    history: list[dict]  # skorch's numbers of each epoch, without those of the batches
+    rates: list[dict[str, float]]  # "lr" and "initial_lr" of groups that a scheduler has changed
     numbers: dict[str, object]
     tensors: dict[str, torch.Tensor]
 
 
-def training_state_of(net: NeuralNet, has_moments: bool) -> TrainingState:
-    """Copy the state of a net, with or without what the optimizer knows of each parameter."""
+def training_state_of(net: NeuralNet) -> TrainingState:
+    """Copy the state of a net."""
     optimizer = net.optimizer_
-    moments = optimizer.state_dict()["state"].items() if has_moments else ()
-    flat = {f"{i}.{name}": value for i, own in moments for name, value in own.items()}
+    moments = optimizer.state_dict()["state"]
+    flat = {f"{i}.{name}": value for i, own in moments.items() for name, value in own.items()}
     tensors = {k: v.detach().to("cpu", copy=True) for k, v in flat.items() if torch.is_tensor(v)}
     return TrainingState(
         _name_of(optimizer),

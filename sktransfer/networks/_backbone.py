@@ -224,7 +224,8 @@ class Backbone:
     def layers_named(self, layer: str | Sequence[str | None] | None) -> list[str | None]:
         """List the layers that the parameter `layer` asks for."""
         stages = [name for name in self.stage_names[1:] if name not in ("pool", "head")]
-        asked = [layer] if layer is None or isinstance(layer, str) else layer
+        is_list = isinstance(layer, Iterable) and not isinstance(layer, str)
+        asked: Iterable = layer if is_list else [layer]  # type: ignore[assignment]
         return [name for k in asked for name in ([*stages[:-1], None] if k == "all" else [k])]
 
     def __repr__(self) -> str:

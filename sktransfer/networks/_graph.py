@@ -9,12 +9,12 @@ import re
 import sys
 import threading
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 
+from sktransfer._progress import did_you_mean
 from sktransfer._threads import process_lock
 
 # Modules of these packages are one operation each; their containers are traced through.
@@ -109,20 +109,11 @@ def _timm_notrace() -> tuple[tuple[type, ...], tuple]:
 
 
 def trace(module: nn.Module, opened: set[str] | None = None) -> Traced:
-    """Trace what `module` does in evaluation, operation by operation.
+    """Trace what a copy of `module` does in evaluation, operation by operation.
 
-    Parameters
-    ----------
-    module : nn.Module
-        A copy runs, so that the module itself stays unchanged.
-    opened : set of str or None, default=None
-        If given, trace what `module` does in training. Only these modules are traced through;
-        all others are one operation and run their own code.
-
-    Raises
-    ------
-    TracingError
-        If ``forward`` branches on values or does not return one tensor, or if it has hooks.
+    With `opened`, trace what it does in training. Only these modules are traced through; all
+    others are one operation and run their own code. Raises TracingError if ``forward`` branches
+    on values or does not return one tensor, or if it has hooks.
     """
     training = opened is not None
     if is_patched(module):
@@ -419,9 +410,7 @@ class StageModule(nn.Module):
 # -- errors ---------------------------------------------------------------------------------
 def unknown_layer(layer: str, network: str, stages: list[str], names: list[str]) -> ValueError:
     """Make the error for a layer that a network does not have."""
-    known = list(dict.fromkeys([*stages, *names]))
-    close = get_close_matches(layer, known, n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    hint = did_you_mean(layer, dict.fromkeys([*stages, *names]))
     examples = ", ".join(map(repr, [name for name in names if name not in stages][:3]))
     return ValueError(
         f"layer={layer!r} is not in {network}.{hint} Its stages are {stages}; the dotted name of "

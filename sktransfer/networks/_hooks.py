@@ -137,16 +137,7 @@ class _Run:
 
 
 class HookedExtractor(nn.Module):
-    """Runs a network until the asked layers have given their values.
-
-    Parameters
-    ----------
-    module : nn.Module
-    keys : list of str
-        ``"name"``: what the sub-module returns; ``">name"``: what it gets.
-    poolings : list of nn.Module
-        Applied to the values, one each, before the network continues.
-    """
+    """Runs a network until the layers of `keys` have given their values, each pooled at once."""
 
     def __init__(self, module: nn.Module, keys: list[str], poolings: list[nn.Module]):
         super().__init__()

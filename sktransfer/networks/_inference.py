@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import fx, nn
@@ -42,13 +43,7 @@ _GEM_POWER = 3.0
 
 # -- networks in memory --------------------------------------------------------------------------
 class Network:
-    """A source's module and the plan of its stages; its weights are loaded when first needed.
-
-    Attributes
-    ----------
-    plan : StagePlan or HookedPlan
-        Stages, names and shapes, known without weights.
-    """
+    """A source's module and the plan of its stages; its weights are loaded when first needed."""
 
     def __init__(self, source: Source, input_size: tuple[int, int, int]):
         self.source = source
@@ -77,11 +72,8 @@ class Network:
         precision: str,
     ) -> EmbeddingNetwork:
         """Return what turns pixels into rows, made once for each set of arguments."""
-        mean = std = None
-        if isinstance(preprocessing, Preprocessing):
-            mean, std = preprocessing.mean, preprocessing.std
-        device = with_index(device)
-        key = tuple(keys), tuple(poolings), mean, std, device, precision
+        device, normalisation = with_index(device), Normalisation(preprocessing)
+        key = tuple(keys), tuple(poolings), normalisation.key, device, precision
         with self._lock:
             if key in self._copies:
                 self._copies.move_to_end(key)
@@ -94,7 +86,7 @@ class Network:
                 extractor = inference_copy(extractor, device, dtype, channels_last=channels_last)
             else:
                 extractor = extractor.copy_to(device, dtype)
-            made = EmbeddingNetwork(extractor, mean, std, precision, channels_last)
+            made = EmbeddingNetwork(extractor, normalisation, precision, channels_last)
             made = made.to(device).eval()
             self._copies[key] = made
             while len(self._copies) > _MAX_COPIES:
@@ -173,58 +165,50 @@ def tensor_float_32(device: torch.device, is_allowed: bool) -> Iterator[None]:
 
 
 # -- folding ------------------------------------------------------------------------------------
-def scale_and_shift(
-    mean: Sequence[float], std: Sequence[float]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute 1×C×1×1 factors that normalise pixels of 0…255: x · scale + shift.
+class Normalisation(nn.Module):
+    """Normalise pixels of 0…255: x · scale + shift; what a callable has prepared stays as it is.
 
     `mean` and `std` are those of pixels in 0…1:
     (x / 255 - mean) / std = x · 1 / (255 std) - mean / std.
     """
-    spread = torch.tensor(std, dtype=torch.float64).view(1, -1, 1, 1)
-    centre = torch.tensor(mean, dtype=torch.float64).view(1, -1, 1, 1)
-    return (1 / (255 * spread)).float(), (-centre / spread).float()
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, preprocessing: AnyPreprocessing):
+        super().__init__()
+        self.key: tuple | None = None
+        if isinstance(preprocessing, Preprocessing):
+            self.key = preprocessing.mean, preprocessing.std
+            mean, std = torch.tensor(self.key, dtype=torch.float64).view(2, 1, -1, 1, 1)
+            self.register_buffer("scale", (1 / (255 * std)).float(), persistent=False)
+            self.register_buffer("shift", (-mean / std).float(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.key is None else torch.addcmul(self.shift, x.float(), self.scale)
 
 
 class EmbeddingNetwork(nn.Module):
     """uint8 pixels in, one float32 row per image and layer out.
 
-    Parameters
-    ----------
-    extractor : nn.Module
-        Returns the layers' pooled values as a list; made by :func:`inference_copy`.
-    mean, std : sequence of float, or None
-        Of pixels in 0…1; None: the input comes normalised, as floats.
-    precision : {"float32", "tf32", "bfloat16", "float16"}
-        What the network computes in.
-    channels_last : bool
+    `extractor` returns the layers' pooled values as a list, see :func:`inference_copy`.
     """
 
     def __init__(
         self,
         extractor: nn.Module,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
+        normalisation: Normalisation,
         precision: str,
         channels_last: bool,
     ):
         super().__init__()
-        self.extractor = extractor
+        self.extractor, self.normalisation = extractor, normalisation
         self.precision, self.dtype = precision, _DTYPES[precision]
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.scale: torch.Tensor
-        self.shift: torch.Tensor
-        self.is_normalising = mean is not None
-        if mean is not None and std is not None:
-            scale, shift = scale_and_shift(mean, std)
-            self.register_buffer("scale", scale, persistent=False)
-            self.register_buffer("shift", shift, persistent=False)
 
     @torch.inference_mode()
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        if self.is_normalising:
-            x = torch.addcmul(self.shift, x.float(), self.scale)
-        x = x.to(self.dtype).contiguous(memory_format=self.memory_format)
+        x = self.normalisation(x).to(self.dtype).contiguous(memory_format=self.memory_format)
         with tensor_float_32(x.device, self.precision == "tf32"):
             return self.extractor(x)
 
@@ -232,16 +216,9 @@ class EmbeddingNetwork(nn.Module):
 def inference_copy(
     network: fx.GraphModule, device: torch.device, dtype: torch.dtype, *, channels_last: bool
 ) -> fx.GraphModule:
-    """Copy `network` for inference alone.
+    """Copy `network`, which is in eval mode and is not altered, for inference alone.
 
-    Parameters
-    ----------
-    network : fx.GraphModule
-        In eval mode. Neither its layers nor their tensors are altered.
-    device, dtype
-        Where and in what it will compute.
-    channels_last : bool
-        Whether convolutions keep their weights as N×H×W×C.
+    With `channels_last` convolutions keep their weights as N×H×W×C.
     """
     folded = graph_module(network, copy.deepcopy(network.graph))
     _fold_batch_norms(folded)
@@ -337,44 +314,32 @@ class Pooling(nn.Module):
             return x.flatten(1).float()
         if self.layout == "vector":
             return x.float()
-        # Averaged in float32, whatever the network computes in.
-        places = x
-        axes: tuple[int, ...] = (2, 3)
-        if self.layout == "map_last":
-            axes = (1, 2)
-        elif self.layout == "tokens":
-            places, axes = x[:, self.n_prefix :], (1,)
-        if self.kind == "max":
-            return places.amax(axes).float()
-        if self.kind == "avg":
-            return places.mean(axes, dtype=torch.float32)
-        if self.kind == "avgmax":
-            return torch.cat(
-                [places.mean(axes, dtype=torch.float32), places.amax(axes).float()], dim=1
-            )
-        # (1/n Σ x^p)^(1/p) needs x > 0; 1e-6 as in the authors' code.
-        powers = places.float().clamp(min=1e-6).pow(_GEM_POWER)
-        return powers.mean(axes).pow(1.0 / _GEM_POWER)
+        places = x[:, self.n_prefix :] if self.layout == "tokens" else x
+        axes = {"map": (2, 3), "map_last": (1, 2), "tokens": (1,)}[self.layout]
+        if self.kind == "gem":
+            # (1/n Σ x^p)^(1/p) needs x > 0; 1e-6 as in the authors' code.
+            powers = places.float().clamp(min=1e-6).pow(_GEM_POWER)
+            return powers.mean(axes).pow(1.0 / _GEM_POWER)
+        parts = []
+        if "avg" in self.kind:  # in float32, whatever the network computes in
+            parts.append(places.mean(axes, dtype=torch.float32))
+        if "max" in self.kind:
+            parts.append(places.amax(axes).float())
+        return torch.cat(parts, dim=1)
 
 
 def layout_of(shape: tuple[int, ...], is_channels_last: bool) -> str | None:
     """Which axes of a value are the channels; None if it is not one vector or map per image."""
-    if len(shape) == 2:
-        return "vector"
-    if len(shape) == 3:
-        return "tokens"
-    if len(shape) == 4:
-        return "map_last" if is_channels_last else "map"
-    return None
+    layouts = {2: "vector", 3: "tokens", 4: "map_last" if is_channels_last else "map"}
+    return layouts.get(len(shape))
 
 
 def resolve_pooling(pooling: str, layout: str, layer: str, class_token: int | None) -> str:
     """Return the kind of pooling for one layer; raise ValueError where it does not fit."""
+    has_token = layout == "tokens" and class_token is not None
     if pooling == "auto":
-        if layout == "vector":
-            return "avg"
-        return "cls" if layout == "tokens" and class_token is not None else "avg"
-    if pooling == "cls" and (layout != "tokens" or class_token is None):
+        return "cls" if has_token else "avg"
+    if pooling == "cls" and not has_token:
         what = {
             "vector": "one vector per image",
             "map": "a map with height and width",
@@ -390,10 +355,7 @@ def resolve_pooling(pooling: str, layout: str, layer: str, class_token: int | No
 
 def pooled_width(kind: str, layout: str, shape: tuple[int, ...]) -> int:
     """Return the number of columns that pooling a value of `shape` (with its batch axis) gives."""
-    if kind == "flatten" and layout != "vector":
-        width = 1
-        for length in shape[1:]:
-            width *= length
-        return width
+    if kind == "flatten":
+        return math.prod(shape[1:])
     channels = shape[1] if layout in ("vector", "map") else shape[-1]
     return channels * (2 if kind == "avgmax" and layout != "vector" else 1)

@@ -6,7 +6,6 @@ import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from functools import cached_property
 from typing import ClassVar
 
@@ -16,6 +15,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from torch.nn import functional as F
 
+from sktransfer._progress import did_you_mean
 from sktransfer.networks._fingerprint import function_digest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -123,15 +123,9 @@ class Preprocessing:
         return repr(sorted(values.items()))
 
     def resize_crop(self, image: np.ndarray | Image.Image) -> np.ndarray:
-        """Resize an image's shorter side and cut out its centre.
+        """Resize the shorter side of an image (height, width, 3) and cut out its centre.
 
-        Parameters
-        ----------
-        image : ndarray of shape (height, width, 3), uint8; or PIL image in RGB
-
-        Returns
-        -------
-        pixels : ndarray of shape (crop height, crop width, channels), uint8
+        uint8 (crop height, crop width, channels).
         """
         if self.resize_on == "device":
             pixels = self.resize_crop_together([torch.tensor(np.asarray(self.in_colours(image)))])
@@ -147,17 +141,10 @@ class Preprocessing:
     def resize_crop_together(
         self, images: Sequence[torch.Tensor], device: torch.device | str = "cpu"
     ) -> torch.Tensor:
-        """Resize and crop images on a device, those of one size together.
+        """Resize and crop images of :meth:`in_colours` on a device, those of one size together.
 
-        Parameters
-        ----------
-        images : sequence of tensors of shape (height, width, channels), uint8
-            Of :meth:`in_colours`, on the host; pinned ones are copied in the background.
-
-        Returns
-        -------
-        pixels : tensor of shape (n, channels, crop height, crop width), uint8
-            On the device, channels-last in memory.
+        Pinned ones are copied in the background. uint8 (n, channels, crop height, crop width),
+        channels-last in memory.
         """
         by_size: dict[torch.Size, list[int]] = {}
         for i, image in enumerate(images):
@@ -279,11 +266,8 @@ def _refused(name: str, value: object, accepted: str) -> ValueError:
 class CallablePreprocessing:
     """A user's function from a decoded image to the network's input.
 
-    Parameters
-    ----------
-    function : callable
-        Takes a uint8 array (height, width, 3); returns a float array or tensor (channels,
-        height, width), the same shape for every image, normalised as the network wants it.
+    It takes a uint8 array (height, width, 3) and returns a float array or tensor (channels,
+    height, width), the same shape for every image, normalised as the network wants it.
     """
 
     function: Callable[[np.ndarray], ArrayLike]
@@ -326,10 +310,9 @@ def resolve_preprocessing(asked: object, default: Preprocessing) -> AnyPreproces
         return asked
     if isinstance(asked, Mapping):
         if unknown := [key for key in asked if key not in known]:
-            close = get_close_matches(str(unknown[0]), known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
-                f"preprocessing has the unknown key {unknown[0]!r}; accepted are {known}.{hint}"
+                f"preprocessing has the unknown key {unknown[0]!r}; accepted are {known}."
+                f"{did_you_mean(str(unknown[0]), known)}"
             )
         return with_overrides(asked, default)
     if callable(asked):

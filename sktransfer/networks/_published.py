@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +15,7 @@ import torchvision
 from torch import nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights, list_models
 
-from sktransfer._progress import did_you_mean
+from sktransfer._progress import did_you_mean, shown
 from sktransfer._threads import one_at_a_time, own_random_state
 from sktransfer.networks import _weights, builtin
 from sktransfer.networks._preprocessing import Preprocessing, with_overrides
@@ -53,7 +53,15 @@ def _nearest_of_timm(name: str) -> str:
     return f" Did you mean {names}?{pattern}" if close else ""
 
 
-_ACCEPTED = "a path of a local .pt, .pth or .safetensors file is accepted too, and None for random"
+_ACCEPTED = (
+    "a path of a local .pt, .pth or .safetensors file is accepted too, and None for random weights."
+)
+
+
+def _unknown_weights(weights: object, of: str, known: Iterable[str]) -> ValueError:
+    known = [*dict.fromkeys(["DEFAULT", *known])]
+    hint = did_you_mean(str(weights), known)
+    return ValueError(f"weights={shown(weights)} is not among {of}: {known}; {_ACCEPTED}{hint}")
 
 
 def named_source(name: str, weights: object) -> NamedSource:
@@ -70,7 +78,7 @@ def named_source(name: str, weights: object) -> NamedSource:
     if not nearest or f"'timm:{name}'" in of_timm:
         nearest = of_timm
     raise ValueError(
-        f"backbone={name!r} is not known.{nearest} "
+        f"backbone={shown(name)} is not known.{nearest} "
         "list_backbones() lists the known names; 'timm:NAME' names one of timm's."
     )
 
@@ -83,11 +91,8 @@ class BuiltinSource(NamedSource):
         self.version = builtin.DEFAULT
         if not self.is_random and not self.is_user_file and weights != "DEFAULT":
             if weights not in builtin.VERSIONS:
-                raise ValueError(
-                    f"weights={weights!r} is not among the weights of the built-in backbone: "
-                    f"{['DEFAULT', *builtin.VERSIONS]}; {_ACCEPTED} weights."
-                    f"{did_you_mean(str(weights), ['DEFAULT', *builtin.VERSIONS])}"
-                )
+                of = "the weights of the built-in backbone"
+                raise _unknown_weights(weights, of, builtin.VERSIONS)
             self.version = str(weights)
         version = builtin.VERSIONS[self.version]
         is_shipped = not (self.is_random or self.is_user_file)
@@ -159,11 +164,7 @@ def _published_weights(name: str, weights: object) -> WeightsEnum:
         return weights
     if isinstance(weights, str) and weights in members.__members__:
         return members[weights]
-    known = [*dict.fromkeys(["DEFAULT", *members.__members__])]
-    raise ValueError(
-        f"weights={weights!r} is not among the published weights of {name}: {known}; "
-        f"{_ACCEPTED} weights.{did_you_mean(str(weights), known)}"
-    )
+    raise _unknown_weights(weights, f"the published weights of {name}", members.__members__)
 
 
 def _of_preset(published: WeightsEnum) -> Preprocessing:
@@ -203,14 +204,14 @@ class TimmSource(NamedSource):
         if not timm.is_model(bare) and not self.model_name.startswith(("hf-hub:", "hf_hub:")):
             known = timm.list_models()
             raise ValueError(
-                f"backbone={name!r}: timm has no such network.{_nearest_of_timm(name)}"
+                f"backbone={shown(name)}: timm has no such network.{_nearest_of_timm(name)}"
                 f" list_backbones('timm:*') lists its {len(known)}."
             )
         if not (self.is_published or self.is_random or self.is_user_file):
             raise ValueError(
                 f"weights={weights!r} is not accepted for a timm network: give the tag in the name "
                 "('timm:vit_base_patch16_224.augreg_in21k') with weights='DEFAULT'; "
-                f"{_ACCEPTED} weights."
+                f"{_ACCEPTED}"
             )
         # Kept for the first build(), so that the network is made once.
         self._made = self._pretrained() if self.is_published else super().build()

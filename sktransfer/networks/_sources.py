@@ -26,27 +26,13 @@ _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
 class Source(ABC):
-    """A network that can be built again.
-
-    Attributes
-    ----------
-    name : str
-        As the user gave it.
-    preprocessing : Preprocessing
-        What the weights were trained with.
-    digest : str
-        Changes with the weights and the architecture.
-    is_user_file : bool
-        Whether the weights come from a file that the user named.
-    is_foreign : bool
-        Whether the network's code is the user's own.
-    """
+    """A network that can be built again."""
 
     name: str
-    preprocessing: Preprocessing
-    digest: str
-    is_user_file: bool = False
-    is_foreign: bool = False
+    preprocessing: Preprocessing  # that the weights were trained with
+    digest: str  # changes with the weights and the architecture
+    is_user_file: bool = False  # the weights come from a file that the user named
+    is_foreign: bool = False  # the network's code is the user's own
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -61,18 +47,7 @@ class Source(ABC):
 
 
 class GivenSource(Source):
-    """A network whose weights are in memory.
-
-    Parameters
-    ----------
-    name : str
-    preprocessing : Preprocessing
-        What the network's architecture came with.
-    module : nn.Module
-        In eval mode and frozen.
-    digest : str
-        Of the weights.
-    """
+    """A network whose weights are in memory: `module`, in eval mode and frozen."""
 
     def __init__(
         self, name: str, preprocessing: Preprocessing, module: nn.Module, digest: str

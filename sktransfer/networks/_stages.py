@@ -80,12 +80,7 @@ def plan_stages(
 class StagePlan:
     """Where a traced network is cut, and the names of the parts.
 
-    Attributes
-    ----------
-    names : list of str
-        Of the stages.
-    stage_keys : list of str
-        Name of the operation with which each stage ends.
+    `names` are those of the stages, `stage_keys` of the operations with which they end.
     """
 
     def __init__(self, traced: Traced, input_size: tuple[int, int, int], name: str):

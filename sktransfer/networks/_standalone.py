@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx, nn
 
-from sktransfer.networks._inference import Pooling, inference_copy, scale_and_shift
+from sktransfer.networks._inference import Normalisation, Pooling, inference_copy
 from sktransfer.networks._preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ class StandaloneModule(nn.Module):
                 "interpolation": settings.interpolation,
                 "antialias": True,
             }
-            scale, shift = scale_and_shift(settings.mean, settings.std)
-            self.register_buffer("scale", scale)
-            self.register_buffer("shift", shift)
+            normalisation = Normalisation(settings)
+            self.register_buffer("scale", normalisation.scale)
+            self.register_buffer("shift", normalisation.shift)
         self.eval().requires_grad_(True)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

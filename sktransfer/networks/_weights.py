@@ -22,14 +22,9 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.",
 
 
 def fetch(url: str, name: str) -> Path:
-    """Return the local file of published weights; one process downloads it if it is absent.
+    """Return the local file of the published weights of `name`; one process downloads it.
 
-    Parameters
-    ----------
-    url : str
-        Its file name ends in ``-`` and the first digits of its SHA-256, as torchvision's do.
-    name : str
-        The network's name, for messages.
+    The file name in `url` ends in ``-`` and the first digits of its SHA-256, as torchvision's do.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if path.exists():
@@ -97,7 +92,8 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     names = list(state)
     while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in names)), None):
         names = [name.removeprefix(prefix) for name in names]
-    tensors = [t.float() if t.is_floating_point() else t for t in state.values()]
+    values = [tensor.resolve_neg() for tensor in state.values()]
+    tensors = [t.float() if t.is_floating_point() else t for t in values]
     return _like(state, dict(zip(names, tensors, strict=True)))
 
 
@@ -215,32 +211,13 @@ def _like(
 
 
 def fit_state_dict(
-    module: nn.Module,
-    state: Mapping[str, torch.Tensor],
-    head_layers: Collection[str],
-    source: str,
+    module: nn.Module, state: Mapping[str, torch.Tensor], head_layers: Collection[str], source: str
 ) -> dict[str, list[str]]:
     """Put a state dict into `module`; only the head may differ, as it is not used.
 
-    Parameters
-    ----------
-    module : nn.Module
-        May lie on the meta device: its tensors are replaced.
-    state : mapping of str to tensor
-    head_layers : collection of str
-        Dotted names of the head's layers.
-    source : str
-        The file and the network, for messages.
-
-    Returns
-    -------
-    report : dict of str to list of str
-        The keys of the head that differ; empty if all fit.
-
-    Raises
-    ------
-    ValueError
-        If other keys differ; the message lists them.
+    The module may lie on the meta device: its tensors are replaced. `head_layers` are dotted
+    names, `source` names the file and the network in messages. Returned are the keys of the head
+    that differ. Others raise a ValueError, which lists them.
     """
     own = module.state_dict()
     if any(".denselayer" in key for key in own):  # torchvision's old files say norm.1 for norm1

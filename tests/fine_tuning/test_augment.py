@@ -51,9 +51,10 @@ def test_augmentation_is_for_training_alone(stripes):
     [
         (lambda image: image[:, 1:], r"augment returned an image of shape \(3, 15, 16\) for one"),
         ([nn.Identity(), "medium"], "augment holds 'medium': 'light', 'strong', a callable of one"),
+        (v2.RandomHorizontalFlip, r"augment holds <class .*Flip'>: .* \(an instance\), or a list"),
         (lambda image: image / 255, r"augment returned torch.float32 for a uint8 image"),
     ],
-    ids=["shape", "list", "dtype"],
+    ids=["shape", "list", "class", "dtype"],
 )
 def test_augmentations_are_checked(stripes, augment, message):
     with pytest.raises(ValueError, match=message):
@@ -128,6 +129,13 @@ def test_a_transform_beside_a_mix_takes_floats_up_to_1(coded, first_inputs):
     darker = trained_on(first_inputs, X, k, augment=augment)
     plain = trained_on(first_inputs, X, k)
     assert darker.mean() == pytest.approx(0.9 * float(plain.mean()), rel=1e-3)
+
+
+def test_a_function_may_return_an_array(coded, first_inputs):
+    """Also one with negative strides, as a flip by NumPy gives."""
+    arrays = trained_on(first_inputs, *coded, augment=lambda image: np.flip(image.numpy(), -1))
+    tensors = trained_on(first_inputs, *coded, augment=lambda image: image.flip(-1))
+    assert torch.equal(arrays, tensors)
 
 
 def test_an_error_of_a_function_names_it(stripes):

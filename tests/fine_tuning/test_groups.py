@@ -141,6 +141,11 @@ def test_groups_that_cannot_be_split(of_groups, groups, message):
             quick(early_stopping=splitter).fit(X, k, groups=groups)
 
 
+def test_a_class_of_splitters(coded):
+    with pytest.raises(TypeError, match=r"early_stopping=<class .*ShuffleSplit'> is a class: give"):
+        quick(early_stopping=GroupShuffleSplit).fit(*coded)
+
+
 def test_splits_without_rows(coded):
     X, k = coded
     weight = (np.arange(48) < 40) * 1.0

@@ -1,6 +1,7 @@
 """The head, and the loss that it is trained with."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from sktransfer import FineTuningRegressor
 
-SINGLE_NUMBER = r"loss=.* returns a single number .*: it must return one value per row.*reduction="
+SINGLE_NUMBER = r"loss=.* returns a single number .* one value per row.*reduction="
 
 
 # -- head ------------------------------------------------------------------------------------
@@ -168,21 +169,30 @@ def test_a_loss_that_gives_one_number_needs_equal_weights(stripes):
 
 
 def test_a_loss_of_another_shape(stripes):
-    with pytest.raises(ValueError, match=r"loss=.* shape \(2,\) for scores .* one value per row"):
+    with pytest.raises(
+        ValueError, match=r"loss=.* shape \(2,\) for float32 scores .* one value per row"
+    ):
         small(loss=lambda scores, target: scores[:2, 0]).fit(*stripes)
 
 
 def test_a_loss_that_broadcasts_rows_against_rows(numbers):
     wrong = {"loss": lambda scores, target: (scores[:, 0] - target) ** 2, "batch_size": 24}
     with pytest.raises(
-        ValueError, match=r"\(24, 24\) for scores .*\(24, 1\) and targets .*\(24, 1"
+        ValueError, match=r"\(24, 24\) for .*\(24, 1\) and float32 targets .*\(24, 1"
     ):
         small(FineTuningRegressor, **wrong).fit(*numbers)
 
 
 def test_a_loss_that_returns_no_tensor(stripes):
-    with pytest.raises(TypeError, match=r"loss=.* returns None: it must return a tensor"):
+    with pytest.raises(TypeError, match=r"loss=.* returns None for float32 scores .*: it must"):
         small(loss=lambda scores, target: None).fit(*stripes)
+    for loss in (nn.CrossEntropyLoss(reduction="none"), lambda s, t: s.argmax(1) == t):
+        with pytest.raises(ValueError, match=r"values of shape \(24,\) that depend on no score"):
+            small(loss=lambda s, t, loss=loss: loss(s.detach(), t)).fit(*stripes)
+    double = nn.CrossEntropyLoss(torch.ones(3, dtype=torch.float64), reduction="none")
+    with pytest.raises(RuntimeError, match="expected scalar type Float") as caught:
+        small(loss=double).fit(*stripes)
+    assert re.match(r"loss=CrossEntropyLoss\(\) was called with float32", caught.value.__notes__[0])
     with pytest.raises(TypeError, match=r"CrossEntropyLoss'> is a class: give an instance of it"):
         small(loss=nn.CrossEntropyLoss).fit(*stripes)
 
@@ -249,14 +259,15 @@ def test_focal_loss_is_that_of_the_formula(coded, kind):
     assert model.history_[-1]["train_loss"] == pytest.approx(losses.mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize("outlier", [5_000.0, 1e16])
 @pytest.mark.parametrize("loss", ["huber", nn.HuberLoss(reduction="none"), F.l1_loss])
-def test_a_robust_loss_endures_an_outlier(numbers, loss):
-    """One target of 5,000 among 0…20 changes neither the scale nor the start."""
+def test_a_robust_loss_endures_an_outlier(numbers, loss, outlier):
+    """One such target among 0…20 changes neither the scale nor the start."""
     X, y = numbers
     y = (y - y.min()) / np.ptp(y) * 20
     loss = functools.partial(F.l1_loss, reduction="none") if loss is F.l1_loss else loss
     clean = small(FineTuningRegressor, loss=loss).fit(X, y)
-    broken = np.where(np.arange(48) == 7, 5_000.0, y)
+    broken = np.where(np.arange(48) == 7, outlier, y)
     error, squared = (
         np.abs(small(FineTuningRegressor, loss=given).fit(X, broken).predict(X) - y).mean()
         for given in (loss, "auto")

@@ -64,8 +64,12 @@ def test_numbers_that_are_too_far_from_the_others(coded):
     ids=["NaN", "infinity", "strings", "length", "None"],
 )
 def test_bad_targets_are_refused_before_a_network_is_loaded(stripes, y, message):
+    X, right = stripes[0], np.arange(48.0)
     with pytest.raises(ValueError, match=message):
-        quick(backbone="no such network").fit(stripes[0], y)
+        quick(backbone="no such network").fit(X, y)
+    message = message.replace("y ", "y_val ") if y is not None else "X_val is given without y_val"
+    with pytest.raises(ValueError, match=message):
+        quick(backbone="no such network").fit(X, right, X_val=X, y_val=y)
 
 
 def test_validation_targets_of_another_number(numbers):

@@ -73,8 +73,9 @@ def test_errors(kwargs, message):
 def test_wrong_types(backbone, message):
     with pytest.raises(TypeError, match=message):
         load_backbone(backbone)
-    with pytest.raises(TypeError, match="layer 3 is not a name"):
-        load_backbone("builtin", layer=[3])
+    for layer in (3, [3]):
+        with pytest.raises(TypeError, match="layer 3 is not a name"):
+            load_backbone("builtin", layer=layer)
 
 
 def test_own_module_that_does_not_take_images():

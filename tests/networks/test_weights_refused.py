@@ -90,6 +90,7 @@ PLAIN = {
     "views": lambda s: {key: part_of_another(tensor) for key, tensor in s.items()},
     "transposed": lambda s: {**s, KEY: s[KEY].transpose(0, 1).contiguous().transpose(0, 1)},
     "float64": lambda s: {key: t.double() if t.is_floating_point() else t for key, t in s.items()},
+    "negated": lambda s: {**s, KEY: torch._neg_view(-s[KEY])},
     "all of them half": lambda s: {key: tensor.half() for key, tensor in s.items()},
 }
 
