@@ -87,10 +87,22 @@ def test_tests_stay_readable(file):
     assert house.n_lines(file) <= 500
 
 
-def test_the_package_stays_small():
-    assert sum(map(house.n_lines, house.FILES)) <= 11_500
-    assert sum(map(house.n_code_lines, house.FILES)) <= 7_700
-    assert sum(map(house.has_definitions, house.FILES)) <= 45
+# What stands on the two ideas, each in files of its own.
+ON_TOP = {"_export", "inspection", "saving", "transferability"}
+
+
+@pytest.mark.parametrize(
+    ("files", "n_lines", "n_code_lines", "n_files"),
+    [
+        ([file for file in house.FILES if room_of(file) not in ON_TOP], 12_150, 8_100, 45),
+        ([file for file in house.FILES if room_of(file) in ON_TOP], 6_000, 3_650, 30),
+    ],
+    ids=["core", "on top"],
+)
+def test_the_package_stays_small(files, n_lines, n_code_lines, n_files):
+    assert sum(map(house.n_lines, files)) <= n_lines
+    assert sum(map(house.n_code_lines, files)) <= n_code_lines
+    assert sum(map(house.has_definitions, files)) <= n_files
 
 
 def test_types_are_named():

@@ -1,5 +1,7 @@
 """What cannot be read is reported, row by row, and costs no work."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -77,7 +79,8 @@ def test_a_bad_picture_does_not_mark_its_row_in_other_columns(picture_files, tmp
     )
     extractor = PretrainedFeatureExtractor(on_error="nan")
     rows = extractor.fit_transform(frame)
-    assert [bad.where for bad in extractor.bad_images_] == [f"row 0, column 'a' ({missing!r})"]
+    (bad,) = extractor.bad_images_
+    assert re.fullmatch(r"row 0, column 'a' \('.*missing.png'\)", bad.where)  # cut if it is long
     width = rows.shape[1] // 2
     assert np.isfinite(rows[:, width:]).all()
 

@@ -31,7 +31,7 @@ HEADS = {
     r"swin": "head",
     r"vit": "heads.head",
 }
-MAX_PARAMETERS = 30e6  # beyond them values are compared in the slow run only
+MAX_PARAMETERS = 13e6  # beyond them values are compared in the slow run only
 
 
 def is_large(name):
