@@ -180,7 +180,7 @@ class Leaks:
         """
         from sktransfer.inspection._leaks import LeaksDisplay
 
-        return LeaksDisplay.from_leaks(self, *self._X, n_pairs=n_pairs).plot(ax=ax)
+        return LeaksDisplay.from_leaks(self, *self._X, n_pairs=n_pairs, ax=ax)
 
     def __str__(self) -> str:
         return "\n".join([self._summary(), *([str(self.table_)] if len(self.table_) else [])])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -204,8 +205,11 @@ def test_it_prints_well(photos):
     assert str(leaks).startswith("2 of 2 test rows have a twin in the training set")
     assert "1 exact, 1 flip" in repr(leaks)
     assert "<table" in leaks._repr_html_()
+    plt.close("all")
     display = leaks.plot(n_pairs=1)
     assert len(display.images_) == 2
+    assert plt.get_fignums() == [display.figure_.number]  # it is drawn once
+    assert leaks.plot(ax=display.ax_).ax_ is display.ax_
 
 
 def test_exposures_of_a_tile(shared_data):
