@@ -77,7 +77,8 @@ class Candidate:
         loaded = load_backbone(own["backbone"], layer=flat, **asked)
         self.networks["own"] = HeldBackbone(loaded)
         ends = np.cumsum([width for _, width in loaded.feature_groups])
-        self.blocks = dict(zip(flat, np.split(np.arange(ends[-1]), ends[:-1]), strict=True))
+        parts = np.split(np.arange(ends[-1]), ends[:-1])
+        self.blocks = dict(zip(loaded.layers_named(flat), parts, strict=True))
         try:
             preprocessing = twin_preprocessing(loaded) or {"preprocessing": own["preprocessing"]}
             asked |= {"weights": None, **preprocessing}
@@ -100,7 +101,8 @@ class Candidate:
         """Return a row of the table for each layer."""
         rows = []
         for layer in self.layers:
-            used = np.concatenate([self.blocks[name] for name in _names_of(layer)])
+            names = self.networks["own"].layers_named(layer)
+            used = np.concatenate([self.blocks[name] for name in names])
             columns = {
                 kind: rows_[:, used].reshape(images.n_rows, -1).astype(float)
                 for kind, rows_ in self.columns.items()
@@ -116,7 +118,7 @@ class Candidate:
             gain = estimate(scores["own"] - scores.get("random", np.nan), folds)
             row = {
                 "backbone": self.label,
-                "layer": " + ".join(name or "embedding" for name in _names_of(layer)),
+                "layer": " + ".join(name or "embedding" for name in names),
                 "columns": columns["own"].shape[1],
                 "score": score.value,
                 "score_se": score.error,

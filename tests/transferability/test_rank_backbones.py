@@ -148,6 +148,11 @@ def test_stages_and_layers_by_name():
     table = rank_backbones(X, y, ["builtin"], layers="stages", **rank).table_
     stages = ["stem", "stage1", "stage2", "stage3", "stage4", "pool", "embedding"]
     assert sorted(table["layer"]) == sorted(stages)
+    table = rank_backbones(X, y, ["builtin"], layers=["stem", ["stem", "all"]], **rank).table_
+    assert table.set_index("layer")["columns"].to_dict() == {
+        "stem": 32,
+        "stem + stage1 + stage2 + stage3 + embedding": 32 + 48 + 96 + 192 + 1408,
+    }
     candidates = ["builtin", extractor(Filters(STRIPES))]
     table = rank_backbones(X, y, candidates, layers={"builtin": ["stem"]}, **rank).table_
     assert table.set_index("backbone")["layer"].to_dict() == {
