@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from sktransfer._version import __version__
 
 if TYPE_CHECKING:
-    from sktransfer._export import export, to_module
     from sktransfer.embedding._extractor import PretrainedFeatureExtractor
     from sktransfer.fine_tuning._classifier import FineTuningClassifier
     from sktransfer.fine_tuning._regressor import FineTuningRegressor
     from sktransfer.networks._backbone import load_backbone
     from sktransfer.networks._catalog import list_backbones
+    from sktransfer.saving._export import export, to_module
     from sktransfer.saving._save import load, save
     from sktransfer.store._store import embedding_store
 
@@ -38,12 +38,12 @@ _MODULES = {
     "FineTuningRegressor": "fine_tuning._regressor",
     "PretrainedFeatureExtractor": "embedding._extractor",
     "embedding_store": "store._store",
-    "export": "_export",
+    "export": "saving._export",
     "list_backbones": "networks._catalog",
     "load": "saving._save",
     "load_backbone": "networks._backbone",
     "save": "saving._save",
-    "to_module": "_export",
+    "to_module": "saving._export",
 }
 
 

@@ -21,7 +21,7 @@ FLOORS = [
     {"networks", "_validation"},
     {"embedding"},
     {"fine_tuning"},
-    {"_export", "inspection", "saving"},
+    {"inspection", "saving"},
     {"__init__", "transferability"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -88,7 +88,7 @@ def test_tests_stay_readable(file):
 
 
 # What stands on the two ideas, each in files of its own.
-ON_TOP = {"_export", "inspection", "saving", "transferability"}
+ON_TOP = {"inspection", "saving", "transferability"}
 
 
 @pytest.mark.parametrize(

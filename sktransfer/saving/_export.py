@@ -12,7 +12,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,6 +38,7 @@ from sktransfer.fine_tuning._base import BaseFineTuning
 from sktransfer.fine_tuning._classifier import FineTuningClassifier
 from sktransfer.fine_tuning._regressor import FineTuningRegressor
 from sktransfer.networks._standalone import StandaloneModule
+from sktransfer.saving._archive import atomic_write
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
@@ -54,7 +54,6 @@ _LINEAR: dict[type, str] = {
     Ridge: "targets",
     RidgeCV: "targets",
 }
-_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 # Largest accepted difference of a file's results from the module's, as a share of the largest.
 _TOLERANCE = 1e-4
 
@@ -198,23 +197,20 @@ def export(model: BaseEstimator, path: str | os.PathLike, *, format: str = "onnx
     >>> program.module()(torch.zeros(5, 3, 80, 80, dtype=torch.uint8)).shape
     torch.Size([5, 3])
     """
-    if format not in _SUFFIXES:
+    if format not in ("onnx", "torch"):
         raise ValueError(f"format={format!r} is not accepted: 'onnx' or 'torch'.")
     if format == "onnx":
         _require_onnx()
     module = to_module(model)
     metadata = json.dumps(module.metadata)
-    target = Path(os.path.realpath(os.fsdecode(path)))
-    with _quiet(), TemporaryDirectory(prefix=".sktransfer-", dir=target.parent) as folder:
-        part = Path(folder) / f"part{_SUFFIXES[format]}"
+    with _quiet(), atomic_write(os.fsdecode(path)) as part:
         program = _program(module)
-        if format == "torch":
+        if format == "onnx":
+            run = _write_onnx(program, module, metadata, part)
+        else:
+            run = program.module()
             torch.export.save(program, part, extra_files={"sktransfer": metadata})
-        run = (
-            program.module() if format == "torch" else _write_onnx(program, module, metadata, part)
-        )
         _check_same(run, module)
-        os.replace(part, target)
 
 
 # -- the parts of a model ------------------------------------------------------------------------
