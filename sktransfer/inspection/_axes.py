@@ -12,6 +12,11 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
+def style_of(k: int) -> tuple[str, str]:
+    """Return the colour and marker of the `k`-th series, a pair of its own for the first 64."""
+    return COLORS[k % len(COLORS)], MARKERS[(k + k // len(COLORS)) % len(MARKERS)]
+
+
 def new_axes(name: str, n_rows: int = 1, size: tuple[float, float] = (6.4, 4.4)) -> list[Axes]:
     """Return the axes of a new figure, below each other; raise if matplotlib is missing."""
     try:

@@ -11,7 +11,7 @@ from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_consistent_length
 
-from sktransfer.inspection._axes import COLORS, MARKERS, new_axes
+from sktransfer.inspection._axes import COLORS, new_axes, style_of
 from sktransfer.inspection._grid import image_shape_of, read_thumbnails, transform
 
 if TYPE_CHECKING:
@@ -188,11 +188,9 @@ class EmbeddingDisplay:
             return [scatter]
         scatters = []
         for k, label in enumerate(labels):
-            # Eight colours times as many markers, never the same pair for 64 labels.
-            marker = MARKERS[(k + k // len(COLORS)) % len(MARKERS)]
-            own = {"color": COLORS[k % len(COLORS)], "marker": marker, "label": label}
+            style["color"], style["marker"] = style_of(k)
             rows = points[y == label]
-            scatters.append(self.ax_.scatter(rows[:, 0], rows[:, 1], **style, **own))
+            scatters.append(self.ax_.scatter(rows[:, 0], rows[:, 1], label=label, **style))
         columns = -(-len(labels) // 20)
         self.ax_.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, ncols=columns)
         return scatters

@@ -87,6 +87,12 @@ def grid_axes(name: str, ax: Axes | None, n_rows: int, n_columns: int, n_lines: 
     return new_axes(name, size=(max(size[0], 3.0), size[1]))[0]
 
 
+def pair_places(n: int, n_columns: int) -> list[tuple[float, int]]:
+    """Return the cells of `n` pairs, `n_columns` in a line; pairs stand a little apart."""
+    cells = [(2.2 * (k % n_columns), k // n_columns) for k in range(n)]
+    return [place for x, row in cells for place in ((x, row), (x + 1, row))]
+
+
 def draw_grid(
     ax: Axes, thumbnails: list[np.ndarray], titles: list[str], places: Sequence[tuple[float, int]]
 ) -> tuple[list[AxesImage], list[Text]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sktransfer.inspection._grid import draw_grid, grid_axes, read_thumbnails
+from sktransfer.inspection._grid import draw_grid, grid_axes, pair_places, read_thumbnails
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,16 +125,14 @@ class LeaksDisplay:
         X_test = self.X_train if self.X_test is None else self.X_test
         first = read_thumbnails(X_test, test_row)
         second = read_thumbnails(self.X_train, train_row)
-        titles, places = [], []
+        titles = []
         names = ("test row", "train row") if self.X_test is not None else ("row", "row")
         pairs = zip(test_row, train_row, similarity, kind, strict=True)
-        for k, (a, b, value, what) in enumerate(pairs):
+        for a, b, value, what in pairs:
             number = "" if np.isnan(value) else f" {value:.2f}"
             titles += [f"{what}{number}\n{names[0]} {a}", f"\n{names[1]} {b}"]
-            # Pairs stand a little apart.
-            x = 2.2 * (k % n_columns)
-            places += [(x, k // n_columns), (x + 1, k // n_columns)]
         thumbnails = [image for pair in zip(first, second, strict=True) for image in pair]
+        places = pair_places(n, n_columns)
         self.images_, self.texts_ = draw_grid(self.ax_, thumbnails, titles, places)
         self.ax_.set_title(f"{n} pairs of similar images" if n else "No similar images")
         return self

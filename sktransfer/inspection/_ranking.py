@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sktransfer.inspection._axes import COLORS, MARKERS, new_axes
+from sktransfer.inspection._axes import new_axes, style_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,8 +123,7 @@ class BackboneRankingDisplay:
         gain = missing if self.gain is None else np.asarray(self.gain, float)
         self.points_, self.gains_ = [], []
         for i in np.flatnonzero(~np.isnan(score)):
-            color = COLORS[i % len(COLORS)]
-            marker = MARKERS[(i + i // len(COLORS)) % len(MARKERS)]
+            color, marker = style_of(int(i))
             if not np.isnan(gain[i]):
                 self.gains_ += ax.plot(
                     [seconds[i]] * 2,

@@ -8,7 +8,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sktransfer.images._images import as_images
-from sktransfer.inspection._grid import draw_grid, grid_axes, image_shape_of, read_thumbnails
+from sktransfer.inspection._grid import (
+    draw_grid,
+    grid_axes,
+    image_shape_of,
+    pair_places,
+    read_thumbnails,
+)
 from sktransfer.store._store import keep_nothing
 
 if TYPE_CHECKING:
@@ -176,10 +182,7 @@ class SaliencyDisplay:
         grey = [np.repeat(t.mean(axis=2, keepdims=True), 3, 2).astype(np.uint8) for t in thumbnails]
         twice = [image for pair in zip(thumbnails, grey, strict=True) for image in pair]
         titles = [title for name in self.names for title in (name, "")]
-        places = []
-        for k in range(n):
-            x = 2.2 * (k % n_columns)
-            places += [(x, k // n_columns), (x + 1, k // n_columns)]
+        places = pair_places(n, n_columns)
         self.images_, self.texts_ = draw_grid(self.ax_, twice, titles, places)
         most = max(float(np.abs(maps).max()), 1e-12)
         self.maps_ = [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sktransfer.inspection._axes import COLORS, MARKERS, new_axes
+from sktransfer.inspection._axes import new_axes, style_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -131,7 +131,7 @@ class TransferCurveDisplay:
             array = np.asarray(values, float)
             x = np.arange(array.shape[1]) if by_epoch else np.asarray(self.train_sizes, float)
             mean, spread = np.nanmean(array, axis=0), np.nanstd(array, axis=0)
-            color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+            color, marker = style_of(i)
             self.lines_ += ax.plot(x, mean, color=color, marker=marker, label=name)
             self.fills_.append(
                 ax.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.15, lw=0)
