@@ -41,6 +41,7 @@ _FIRST_PART = 64  # images read before an accelerator's threads decode the first
 _READ_TOGETHER = 8  # images read by one task
 _PART_BYTES = 128 << 20  # of content that is read before it is computed
 _POLL_SECONDS = 0.02
+_N_REPORTED = 10
 _CPU = torch.device("cpu")
 # joblib's own backends: their workers are cores of this machine, which embed() uses as threads.
 _LOCAL_BACKENDS = {
@@ -71,6 +72,16 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
+
+
+def unreadable(first: str, bad: list[BadRow], last: str, where: str = "") -> ValueError:
+    """Make the error that lists ten bad rows; `where` says where all are."""
+    lines = [first, *(f"  {row}" for row in bad[:_N_REPORTED])]
+    if len(bad) > _N_REPORTED:
+        lines.append(f"  … and {len(bad) - _N_REPORTED} more{where}")
+    error = ValueError("\n".join([*lines, last]))
+    error.bad_images = bad  # type: ignore[attr-defined]
+    return error
 
 
 def check_place(memory: object, device: str) -> torch.device:

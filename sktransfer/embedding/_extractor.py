@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from numbers import Integral
-from typing import TYPE_CHECKING
 
 import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin
@@ -22,11 +21,6 @@ from sktransfer._validation import (
     keep_index,
     set_image_tags,
 )
-
-if TYPE_CHECKING:
-    from sktransfer.embedding._embed import BadRow
-
-_N_REPORTED = 10
 
 
 class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
@@ -329,7 +323,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         return range(int(np.searchsorted(widths, width)) + 1)
 
     def _embed(self, images):
-        from sktransfer.embedding._embed import embed_images
+        from sktransfer.embedding._embed import embed_images, unreadable
 
         columns = np.empty((images.n_rows, self.n_features_out_), dtype=np.float32)
         bad = embed_images(
@@ -351,18 +345,12 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         # Not read back: another thread may be transforming with this object, too.
         self.bad_images_ = bad
         if bad and self.on_error == "raise":
-            error = ValueError(_report(bad, len(images), is_kept=self.memory is not False))
-            error.bad_images = bad  # type: ignore[attr-defined]
-            raise error
+            kept = "The others are embedded and kept, so nothing is lost.\n"
+            raise unreadable(
+                f"{len(bad)} of {len(images)} images could not be read:",
+                bad,
+                f"{'' if self.memory is False else kept}"
+                'Repair or drop these rows, or set on_error="nan" or on_error="zero".',
+                ", all in bad_images_.",
+            )
         return columns
-
-
-def _report(bad: list[BadRow], n_images: int, is_kept: bool) -> str:
-    lines = [f"{len(bad)} of {n_images} images could not be read:"]
-    lines += [f"  {row}" for row in bad[:_N_REPORTED]]
-    if len(bad) > _N_REPORTED:
-        lines.append(f"  … and {len(bad) - _N_REPORTED} more, all in bad_images_.")
-    if is_kept:
-        lines.append("The others are embedded and kept, so nothing is lost.")
-    lines.append('Repair or drop these rows, or set on_error="nan" or on_error="zero".')
-    return "\n".join(lines)

@@ -14,7 +14,7 @@ from sklearn.model_selection import BaseCrossValidator
 
 from sktransfer._progress import warn
 from sktransfer.embedding._batches import n_decoding_threads
-from sktransfer.embedding._embed import BadRow
+from sktransfer.embedding._embed import BadRow, unreadable
 from sktransfer.fine_tuning._head import CornerViews, stratified_part
 from sktransfer.fine_tuning._inputs import (
     EmbeddingSettings,
@@ -29,8 +29,6 @@ from sktransfer.fine_tuning._module import TunedModule
 from sktransfer.images._images import BadImage, Images
 from sktransfer.networks._backbone import Backbone
 from sktransfer.store._store import as_store
-
-_N_REPORTED = 10
 
 Split = tuple[np.ndarray, np.ndarray]
 
@@ -299,16 +297,11 @@ def report_bad(bad: list[BadRow], images: Images, on_error: str, what: str) -> N
 
 
 def _report(bad: list[BadRow], n_rows: int, on_error: str, what: str) -> None:
-    lines = [f"  {row}" for row in bad[:_N_REPORTED]]
-    if len(bad) > _N_REPORTED:
-        lines.append(f"  … and {len(bad) - _N_REPORTED} more")
-    verb = "cannot be used for" if on_error == "raise" else "are left out of"
-    why = "as an image could not be read:\n" + "\n".join(lines)
-    message = f"{len(bad)} of {n_rows} rows {verb} {what}, {why}"
-    if on_error != "raise":
-        warn(message)
-        return
+    is_error = on_error == "raise"
+    verb = "cannot be used for" if is_error else "are left out of"
+    first = f"{len(bad)} of {n_rows} rows {verb} {what}, as an image could not be read:"
     remedy = 'Correct or drop these rows, or set on_error="skip" to leave them out.'
-    error = ValueError(f"{message}\n{remedy}")
-    error.bad_images = bad  # type: ignore[attr-defined]
-    raise error
+    error = unreadable(first, bad, remedy if is_error else "")
+    if is_error:
+        raise error
+    warn(str(error).rstrip())

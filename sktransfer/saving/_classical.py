@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from contextvars import ContextVar
 from importlib import import_module
 from io import BytesIO
@@ -122,8 +121,7 @@ def take_apart(
         file.seek(0)
         try:
             data = skops_io.dumps(_Unpickler(file).load())
-            with _in_place_of(pickler.found):
-                skops_io.loads(data, trusted=skops_io.get_untrusted_types(data=data))
+            _loads(data, pickler.found)
         except Exception as error:
             raise _not_held(estimator, error) from error
         return data
@@ -155,20 +153,10 @@ def _holds_estimators(value: object) -> bool:
 
 def _is_held(value: object) -> bool:
     try:
-        data = _import_skops().dumps(pickle.loads(pickle.dumps(value)))
-        _import_skops().loads(data, trusted=_import_skops().get_untrusted_types(data=data))
+        _loads(_import_skops().dumps(pickle.loads(pickle.dumps(value))))
     except Exception:
         return False
     return True
-
-
-@contextmanager
-def _in_place_of(estimators: Sequence) -> Iterator[None]:
-    token = _estimators.set(estimators)
-    try:
-        yield
-    finally:
-        _estimators.reset(token)
 
 
 def check_types(data: bytes, trusted: Collection[str] | None, path: str) -> None:
@@ -195,12 +183,19 @@ def check_types(data: bytes, trusted: Collection[str] | None, path: str) -> None
 
 def loads(data: bytes, estimators: Sequence) -> BaseEstimator:
     """Make the pipeline around `estimators` from bytes that passed :func:`check_types`."""
-    skops_io = _import_skops()
+    _import_skops()
     try:
-        with _in_place_of(estimators):
-            return skops_io.loads(data, trusted=skops_io.get_untrusted_types(data=data))
+        return _loads(data, estimators)
     except Exception as error:
         raise Refused(f"its classical steps cannot be made ({error!r})") from error
+
+
+def _loads(data: bytes, estimators: Sequence = ()) -> BaseEstimator:
+    skops_io, token = _import_skops(), _estimators.set(estimators)
+    try:
+        return skops_io.loads(data, trusted=skops_io.get_untrusted_types(data=data))
+    finally:
+        _estimators.reset(token)
 
 
 def _harmless() -> set[str]:

@@ -36,8 +36,12 @@ _HEADER = {"format": (int,), "version": (str,), "estimators": (list,)}
 _NONE = type(None)
 _RECORD = {"class": (str,), "parameters": (dict,), "needs": (dict,), "network": (int, _NONE)}
 _RECORD |= {"output": (str, _NONE), "routing": (dict,), "fit": (dict, _NONE)}
-_FIT: dict[str, tuple] = {"weights": (str,), "preprocessing": (dict, _NONE)}
-_FIT |= {"attributes": (dict,), "training": (list,)}
+_FIT: dict[str, tuple] = {
+    "weights": (str,),
+    "preprocessing": (dict, _NONE),
+    "attributes": (dict,),
+    "training": (list,),
+}
 
 # Class -> the fitted attributes that a file holds, and their types.
 _COMMON: dict[str, type] = {"n_features_in_": int, "n_features_out_": int, "_n_image_columns": int}

@@ -73,8 +73,9 @@ def random_twin(part: BaseEstimator) -> BaseEstimator:
     twin = clone(part).set_params(weights=None)
     known = part.get_params(deep=False)
     if "preprocessing" in known and not callable(known["preprocessing"]):
-        names = ("backbone", "weights", "preprocessing")
-        own = load_backbone(known["backbone"], **{name: known[name] for name in names[1:]})
+        own = load_backbone(
+            known["backbone"], weights=known["weights"], preprocessing=known["preprocessing"]
+        )
         twin.set_params(**twin_preprocessing(own))
     return twin
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _CHUNK = 64  # images that are in memory for all networks at once
 _N_TIMED = 16
-_N_REPORTED = 10
 Layer = str | list | None
 Layers = str | list | dict | None
 
@@ -200,7 +199,7 @@ def embed_all(candidates: list[Candidate], images: Images) -> Images:
 
     Returns the first part, in memory, to measure the time with.
     """
-    from sktransfer.embedding._embed import embed_images
+    from sktransfer.embedding._embed import embed_images, unreadable
     from sktransfer.transferability._shared import SharedImages
 
     bad: dict[tuple[int, str], BadRow] = {}
@@ -218,13 +217,9 @@ def embed_all(candidates: list[Candidate], images: Images) -> Images:
         warn(assumed)
     if bad:
         rows = [bad[place] for place in sorted(bad)]
-        listed = [f"  {row}" for row in rows[:_N_REPORTED]]
-        if len(rows) > _N_REPORTED:
-            listed.append(f"  … and {len(rows) - _N_REPORTED} more, all in the error's bad_images.")
         first = f"{len(rows)} of {len(images)} images could not be read:"
-        error = ValueError("\n".join([first, *listed, "Repair or drop these rows."]))
-        error.bad_images = rows  # type: ignore[attr-defined]
-        raise error
+        where = ", all in the error's bad_images."
+        raise unreadable(first, rows, "Repair or drop these rows.", where)
     return sample
 
 

@@ -16,7 +16,13 @@ from sktransfer.images._images import as_images
 from sktransfer.transferability._candidates import Layers, embed_all, make_candidates
 from sktransfer.transferability._folds import as_seed, make_folds
 from sktransfer.transferability._scores import finite, read_labels
-from sktransfer.transferability._table import as_frame, as_html, as_text, plus_minus
+from sktransfer.transferability._table import (
+    as_frame,
+    as_html,
+    as_text,
+    name_of_score,
+    plus_minus,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,7 +139,7 @@ def rank_backbones(
     for candidate in candidates:
         rows += candidate.measure(images, sample, target, is_regression, folds, scoring)
     rows.sort(key=lambda row: (np.isnan(row["score"]), -row["score"]))
-    return BackboneRanking(rows, _score_name(scoring, is_regression))
+    return BackboneRanking(rows, name_of_score(scoring, is_regression))
 
 
 class BackboneRanking:
@@ -223,9 +229,3 @@ def _read_target(y: ArrayLike, n_rows: int, scoring: object) -> tuple[np.ndarray
     if target.ndim > 1:
         raise ValueError(f"y must hold one label a row, or numbers; its shape is {target.shape}.")
     return read_labels(target), False
-
-
-def _score_name(scoring: object, is_regression: bool) -> str:
-    if scoring is None:
-        return "R²" if is_regression else "accuracy"
-    return scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score")

@@ -54,6 +54,13 @@ def as_html(columns: Mapping[str, Sequence]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def name_of_score(scoring: object, is_regression: bool) -> str:
+    """Return what the parameter `scoring` measures, for headings."""
+    if scoring is None:
+        return "R²" if is_regression else "accuracy"
+    return scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score")
+
+
 def shown(value: object) -> str:
     """Format a cell: three significant decimals, a dash for what is not known."""
     if isinstance(value, (float, np.floating)):

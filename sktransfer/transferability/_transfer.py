@@ -25,6 +25,7 @@ from sktransfer.transferability._folds import as_seed, make_folds, nested_order
 from sktransfer.transferability._leaks import find_leaks
 from sktransfer.transferability._report import OWN, TransferReport
 from sktransfer.transferability._scores import finite, read_labels
+from sktransfer.transferability._table import name_of_score
 
 # With as many rows and early stopping at "auto" an estimator holds out its own validation part.
 _N_ROWS_TO_SPLIT = 1000
@@ -165,14 +166,12 @@ def transfer_report(
     shape = len(models), len(folds), len(sizes)
     scores = np.array([score for score, _ in results]).reshape(shape)
     by_epoch = _by_epoch(list(models), [epochs for _, epochs in results], shape)
-    if scoring is None:
-        scoring = "accuracy" if classifies else "R²"
     return TransferReport(
         dict(zip(models, scores, strict=True)),
         np.mean([[len(part) for part in of_fold] for of_fold in parts], axis=0),
         by_epoch,
         folds,
-        score_name=scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score"),
+        score_name=name_of_score(scoring, not classifies),
         is_fine_tuned=isinstance(estimator, BaseFineTuning),
     )
 
