@@ -128,9 +128,8 @@ class Reader:
             self._restore_fit(i, estimator, backbone, attributes)
             training = _decoded(decoder, record["fit"]["training"], "training")
             if training and hasattr(estimator, "_tuned"):
-                _restore_training(
-                    estimator._tuned, training, _taken(self.tensors, f"{i}/training/")
-                )
+                tensors = _taken(self.tensors, f"{i}/training/")
+                _restore_training(estimator._tuned, training, tensors)
         return estimator
 
     def _check_names(self, parameters: dict) -> None:
@@ -151,7 +150,7 @@ class Reader:
         label, code = record["needs"][role]
         module = self.given[role]
         module = module.get(label) if isinstance(module, Mapping) else module
-        if module is None:
+        if module is None or isinstance(module, str):
             has_weights = role == "head" or record["network"] is not None
             raise ValueError(
                 f"The {role} of {self.path} was a module of your own, {label}, whose code a file "
@@ -322,6 +321,7 @@ def _tuned_network(
 
     backbone, n_columns = estimator.backbone_, estimator._n_image_columns
     is_own = isinstance(estimator.head, torch.nn.Module)
+    what = "the head given" if is_own else "its head"
     try:
         # On the meta device a head of a size that does not fit takes no memory.
         with torch.device("cpu" if is_own else "meta"):
@@ -329,10 +329,10 @@ def _tuned_network(
             head = make_head(estimator.head, width, estimator._n_outputs, estimator.dropout)
         kinds = {key: tensor.dtype for key, tensor in head.state_dict().items()}
         is_right = kinds == {key: tensor.dtype for key, tensor in state.items()}
-        require(is_right, f"its head does not fit: it holds {list(state)}, not {list(kinds)}")
+        require(is_right, f"{what} does not fit: saved were {list(state)}, not {list(kinds)}")
         head.load_state_dict(state, assign=not is_own)
     except (RuntimeError, TypeError) as error:
-        raise Refused(f"its head does not fit: {error}") from error
+        raise Refused(f"{what} does not fit: {error}") from error
     tuned = TunedNetwork(backbone, head, n_columns, precision=estimator.precision, **of_tuned)
     is_right = of_tuned["first_trained_stage"] <= len(tuned.stage_names)
     is_right = is_right and tuned.expected_state() == {k: v.shape for k, v in trained.items()}
