@@ -255,22 +255,30 @@ class TimmSource(NamedSource):
     def _is_downloaded(self) -> bool:
         from huggingface_hub import try_to_load_from_cache
 
-        config = import_timm().get_pretrained_cfg(self.model_name)
-        place = config.hf_hub_id if config else self.model_name.partition(":")[2]
-        found = [try_to_load_from_cache(place, name) for name in _HUB_FILES if place]
+        place = self._place()
+        if place.startswith("https:"):
+            return _weights.place_of(place).exists()
+        found = [try_to_load_from_cache(place, name) for name in _HUB_FILES]
         return any(isinstance(path, str) for path in found)
+
+    def _place(self) -> str:
+        """Return the name of a repository of the hub, or a file's address."""
+        config = import_timm().get_pretrained_cfg(self.model_name)
+        return config.hf_hub_id or config.url if config else self.model_name.partition(":")[2]
 
     def _pretrained(self) -> nn.Module:
         timm = import_timm()
+        url = self._place()
+        url = url if url.startswith("https:") else f"https://huggingface.co/{url}"
+        place = "anywhere, and give that path as weights=PATH"
+        if not self._is_downloaded():
+            _weights.check_download(self.name, url, place)
         try:
             with own_random_state(RANDOM_SEED), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 made = freeze(timm.create_model(self.model_name, pretrained=True))
         except Exception as error:
-            config = timm.get_pretrained_cfg(self.model_name)
-            url = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
             reason = f"{type(error).__name__}: {error}"
-            place = "anywhere, and give that path as weights=PATH"
             raise _weights.not_downloaded(self.name, reason, url, place) from error
         _weights.warn_unless_finite(made, self.name)
         return made

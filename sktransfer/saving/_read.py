@@ -189,12 +189,16 @@ class Reader:
     # -- what fit set -------------------------------------------------------------------------
     def _backbone(self, estimator: BaseEstimator, record: dict, settings: object) -> Backbone:
         from sktransfer.networks._backbone import load_backbone, with_cached_layers
+        from sktransfer.networks._weights import may_download
 
         network, weights = estimator.backbone, estimator.weights
         is_own, is_standalone = not isinstance(network, str), record["network"] is not None
         if is_standalone:
             network = network if is_own else self._network(record["network"], network)
             weights = "DEFAULT"
+        # A file may name any published network: only one that the user names is downloaded.
+        is_trusted = self.trusted is None or network in self.trusted
+        token = may_download.set(is_trusted)
         try:
             preprocessing = estimator.preprocessing
             if settings is not None:  # as it was in fit, whatever "auto" means by now
@@ -213,6 +217,8 @@ class Reader:
             ) from error
         except (RuntimeError, TypeError, OverflowError) as error:
             raise Refused(f"its network cannot be built ({error})") from error
+        finally:
+            may_download.reset(token)
         backbone.is_standalone = is_standalone
         if not is_standalone and backbone.weights_digest != record["fit"]["weights"]:
             name = record["needs"]["backbone"][0] if is_own else network

@@ -307,8 +307,9 @@ def load(
         The module that was the estimator's `head`, with any weights; several as for `backbone`.
     trusted : str, type, or list of them, default=()
         Types that classical steps may consist of, beside those that skops trusts; and names of
-        networks that are fetched from a hub or read from a folder (``"timm:hf-hub:…"``). The error
-        without them lists them.
+        networks that may be fetched from a hub or read from a folder (``"timm:hf-hub:…"``), or
+        whose published weights may be downloaded (``"resnet50"``). The error without them lists
+        them.
 
     Returns
     -------
@@ -322,7 +323,8 @@ def load(
         anything unknown or not trusted, or if it does not fit the weights that the name of its
         backbone gives here.
     OSError
-        If `path`, or weights that it names, cannot be read.
+        If `path`, or weights that it names, cannot be read. Published weights that are not on
+        this machine are not downloaded: :func:`load_backbone` or `trusted` does that.
 
     See Also
     --------
@@ -330,7 +332,12 @@ def load(
     """
     path = os.fsdecode(path)
     listed = [trusted] if isinstance(trusted, (str, type)) else trusted
-    names = {t if isinstance(t, str) else f"{t.__module__}.{t.__qualname__}" for t in listed}
+    try:
+        names = {t if isinstance(t, str) else f"{t.__module__}.{t.__qualname__}" for t in listed}
+    except (TypeError, AttributeError) as error:
+        raise TypeError(
+            f"trusted={trusted!r} is not accepted: a name, a type, or a list of them."
+        ) from error
     try:
         reader = Reader(path, weights=weights, backbone=backbone, head=head, trusted=names)
         estimator, _ = reader.read()

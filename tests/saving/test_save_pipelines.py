@@ -235,6 +235,9 @@ def test_functions_of_ones_own_are_trusted_by_name(pictures, tmp_path):
     name = f"{shorter.__module__}.shorter"
     with pytest.raises(ValueError, match=f"trusted=.*{name}"):
         load(tmp_path / "model")
+    for nothing in (None, [3]):
+        with pytest.raises(TypeError, match=r"trusted=.* is not accepted: a name, a type, or a"):
+            load(tmp_path / "model", trusted=nothing)
     for trusted in (name, [name], [shorter]):
         loaded = load(tmp_path / "model", trusted=trusted)
         np.testing.assert_array_equal(loaded.predict(pictures), model.predict(pictures))
