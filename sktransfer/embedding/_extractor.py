@@ -323,7 +323,8 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         return range(int(np.searchsorted(widths, width)) + 1)
 
     def _embed(self, images):
-        from sktransfer.embedding._embed import embed_images, unreadable
+        from sktransfer._rows import unreadable
+        from sktransfer.embedding._embed import embed_images
 
         columns = np.empty((images.n_rows, self.n_features_out_), dtype=np.float32)
         bad = embed_images(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from skorch import NeuralNet
     from torch import nn
 
-    from sktransfer.embedding._embed import BadRow
+    from sktransfer._rows import BadRow
     from sktransfer.fine_tuning._callbacks import EpochLog
     from sktransfer.fine_tuning._inputs import EmbeddingSettings
     from sktransfer.fine_tuning._module import TunedNetwork

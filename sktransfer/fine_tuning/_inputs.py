@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from sktransfer._rows import BadRow
 from sktransfer.embedding._batches import STREAMING, n_decoding_threads
-from sktransfer.embedding._embed import BadRow, embed, embed_images
+from sktransfer.embedding._embed import embed, embed_images
 from sktransfer.fine_tuning._module import TunedModule
 from sktransfer.images._images import BadImage, Images
 from sktransfer.networks._backbone import Backbone
 from sktransfer.networks._inference import tensor_float_32
 from sktransfer.networks._preprocessing import AnyPreprocessing
+from sktransfer.networks._tokens import Tokens
 from sktransfer.store._store import MAX_ACTIVATION_BYTES, activations, as_store
 
 # A training set's pixels, or its outputs of frozen stages, are kept in memory up to this size;
@@ -120,6 +122,7 @@ class Pixels:
         if self.is_bad[i // self._n_columns]:
             return None
         try:
+            assert not isinstance(self._preprocessing, Tokens)
             with self._images.read(i).decoded(self._preprocessing.min_size) as image:
                 return np.array(self._preprocessing.resize_crop(image))
         except BadImage as error:

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from sklearn.model_selection import BaseCrossValidator
 
 from sktransfer._progress import warn
+from sktransfer._rows import BadRow, unreadable
 from sktransfer.embedding._batches import n_decoding_threads
-from sktransfer.embedding._embed import BadRow, unreadable
 from sktransfer.fine_tuning._head import CornerViews, stratified_part
 from sktransfer.fine_tuning._inputs import (
     EmbeddingSettings,

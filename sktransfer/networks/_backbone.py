@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -174,9 +175,11 @@ class Backbone:
     ):
         self._source = source
         self.name = source.name
-        self.short_name = re.sub(r"\W+", "_", source.name.removeprefix("timm:")).strip("_")
+        of_hub = source.name.startswith("hf:")  # of a folder the last part
+        name = Path(source.name).name if of_hub else source.name.removeprefix("timm:")
+        self.short_name = re.sub(r"\W+", "_", name).strip("_")
         self.layer, self.pooling, self.preprocessing = layer, pooling, preprocessing
-        self.input_size: tuple[int, int, int] = preprocessing.input_size
+        self.input_size: tuple[int, ...] = preprocessing.input_size
         # The size at which stages are found does not depend on the crop asked for.
         is_own = isinstance(source, ModuleSource)
         self._plan_size = self.input_size if is_own else source.preprocessing.input_size
@@ -204,6 +207,8 @@ class Backbone:
             raise TypeError(f"layer {asked!r} is not a name: a string, None or a list is accepted.")
         shape = plan.shape(key, self.input_size)
         layout = layout_of(shape, plan.is_channels_last(key, self.input_size))
+        if self._source.is_text and layout == "tokens":
+            layout = "texts"
         if layout is None:
             raise ValueError(
                 f"layer {label!r} of {self.name} gives values of shape {shape[1:]} per image, "

@@ -242,11 +242,11 @@ class _Writer:
         if hasattr(estimator, "feature_names_in_"):
             attributes["feature_names_in_"] = estimator.feature_names_in_
         settings = backbone.preprocessing
-        is_plain = isinstance(settings, Preprocessing)
+        plain = asdict(settings) if isinstance(settings, Preprocessing) else None
         encode = self._encoder.encode
         return {
             "weights": backbone.weights_digest,
-            "preprocessing": encode(asdict(settings), "preprocessing") if is_plain else None,  # type: ignore[call-overload]
+            "preprocessing": encode(plain, "preprocessing") if plain else None,
             "training": self._training(i, tuned),
             "attributes": {key: encode(value, key) for key, value in attributes.items()},
         }
