@@ -23,7 +23,7 @@ from sktransfer._validation import (
     StrOptions,
     check_images,
     check_weight,
-    image_column_names,
+    column_names,
     keep_index,
     set_image_tags,
 )
@@ -420,7 +420,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         names : ndarray of str objects of shape (n_features_out_,)
         """
         check_is_fitted(self)
-        names = image_column_names(self, input_features)
+        names = column_names(self, input_features)
         width = self.backbone_.n_features
         digits = max(3, len(str(width - 1)))
         stem = f"{self.backbone_.short_name}_tuned"
