@@ -84,24 +84,10 @@ class Extractor(TransformerMixin, BaseEstimator):
 
     def _embed(self, rows):
         from sktransfer._rows import unreadable
-        from sktransfer.embedding._embed import embed_images
 
         kind = self._kind
         columns = np.empty((rows.n_rows, self.n_features_out_), dtype=np.float32)
-        bad = embed_images(
-            rows,
-            self.backbone_,
-            out=columns.reshape(len(rows), -1),
-            memory=self.memory,
-            start=getattr(self, "_fit_folder", ""),
-            batch_size=self.batch_size,
-            device=self.device,
-            precision=self.precision,
-            n_jobs=self.n_jobs,
-            groups=self._asked_groups(),
-            fill=0.0 if self.on_error == "zero" else np.nan,
-            verbose=self.verbose,
-        )
+        bad = self._compute(rows, columns.reshape(len(rows), -1))
         if assumed := rows.take_warnings():
             warn(assumed)
         # Not read back: another thread may be transforming with this object, too.
@@ -116,3 +102,22 @@ class Extractor(TransformerMixin, BaseEstimator):
                 f", all in bad_{kind}_.",
             )
         return columns
+
+    def _compute(self, rows, out):
+        """Fill in the rows of all cells, and return the bad ones."""
+        from sktransfer.embedding._embed import embed_images
+
+        return embed_images(
+            rows,
+            self.backbone_,
+            out=out,
+            memory=self.memory,
+            start=getattr(self, "_fit_folder", ""),
+            batch_size=self.batch_size,
+            device=self.device,
+            precision=self.precision,
+            n_jobs=self.n_jobs,
+            groups=self._asked_groups(),
+            fill=0.0 if self.on_error == "zero" else np.nan,
+            verbose=self.verbose,
+        )

@@ -32,6 +32,7 @@ from sktransfer.networks._preprocessing import AnyPreprocessing, resolve_preproc
 from sktransfer.networks._published import named_source, text_source
 from sktransfer.networks._sources import GivenSource, Source
 from sktransfer.networks._text import SavedTextSource, TextSource
+from sktransfer.networks._word_vectors import Lookup, WordVectors
 
 # Part of every fingerprint; a change of how embeddings are computed changes it.
 _FORMAT = "sktransfer-embedding-2"
@@ -117,7 +118,7 @@ def load_backbone(
 
 
 def load_text_backbone(
-    backbone: str | TextSource | SavedTextSource,
+    backbone: str | TextSource | SavedTextSource | WordVectors,
     *,
     weights: str | None = "DEFAULT",
     layer: int | str | Sequence[int | str] | None = None,
@@ -210,8 +211,9 @@ class Backbone:
     ):
         self._source = source
         self.name = source.name
-        of_hub = source.name.startswith("hf:")  # of a folder the last part
-        name = Path(source.name).name if of_hub else source.name.removeprefix("timm:")
+        name = source.name.removeprefix("timm:")
+        if source.name.startswith(("hf:", "vectors:", "static:")):  # of a path the last part
+            name = Path(name).name.removesuffix(".txt")
         self.short_name = re.sub(r"\W+", "_", name).strip("_")
         self.layer, self.pooling, self.preprocessing = layer, pooling, preprocessing
         self.input_size: tuple[int, ...] = preprocessing.input_size
@@ -276,6 +278,10 @@ class Backbone:
     def network(self) -> Network:
         """The shared network; it is loaded again if it was evicted."""
         return get_network(self._source, self._plan_size)
+
+    def lookup(self) -> Lookup | None:
+        """Return what finds words in a table of word vectors, of which this is one."""
+        return self._source.lookup() if isinstance(self._source, WordVectors) else None
 
     @property
     def stages(self) -> Stages:
