@@ -243,3 +243,17 @@ def test_a_missing_folder_is_an_os_error(squares, tmp_path):
     model = pipe().fit(squares)
     with pytest.raises(FileNotFoundError, match="missing"):
         export(model, tmp_path / "missing" / "model.pt2", format="torch")
+
+
+@both_formats
+def test_a_full_disk(format, squares, tmp_path):
+    resource = pytest.importorskip("resource")  # a limit on the size of files acts like one
+    model, path = pipe().fit(squares), tmp_path / "model"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*model'"):
+            export(model, path, format=format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())

@@ -209,7 +209,10 @@ def export(model: BaseEstimator, path: str | os.PathLike, *, format: str = "onnx
             run = _write_onnx(program, module, metadata, part)
         else:
             run = program.module()
-            torch.export.save(program, part, extra_files={"sktransfer": metadata})
+            # torch ends the process where it cannot write a file.
+            buffer = io.BytesIO()
+            torch.export.save(program, buffer, extra_files={"sktransfer": metadata})
+            part.write_bytes(buffer.getbuffer())
         _check_same(run, module)
 
 
