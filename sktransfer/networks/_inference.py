@@ -144,7 +144,7 @@ def with_index(device: torch.device) -> torch.device:
 @contextlib.contextmanager
 def tensor_float_32(device: torch.device, is_allowed: bool) -> Iterator[None]:
     """Let CUDA round float32 factors to TF32 (10 bits) or not, whatever the caller has set."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         yield
         return
     backends = torch.backends

@@ -156,7 +156,8 @@ class Reader:
         label, code = record["needs"][role]
         module = self.given[role]
         module = module.get(label) if isinstance(module, Mapping) else module
-        if module is None or isinstance(module, str):
+        is_module = isinstance(module, nn.Module) or (role == "backbone" and callable(module))
+        if not is_module:
             has_weights = role == "head" or record["network"] is not None
             raise ValueError(
                 f"The {role} of {self.path} was a module of your own, {label}, whose code a file "
