@@ -55,7 +55,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     _parameter_constraints: dict = {  # noqa: RUF012
         **SHARED_CONSTRAINTS,
         "precision": [StrOptions({"float32", "bfloat16"})],
-        "layer": [str, None],
+        "layer": [str, "array-like", None],
         "unfreeze": [
             Interval(Integral, 0, None, closed="left"),
             StrOptions({"all", "gradual"}),
@@ -410,6 +410,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     def get_feature_names_out(self, input_features=None):
         """Return the names of the columns of `transform`: ``<column>_<backbone>_tuned_007``.
 
+        If several layers are joined, the layer's name precedes the number.
+
         Parameters
         ----------
         input_features : array-like of str or None, default=None
@@ -421,11 +423,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         names = image_column_names(self, input_features)
-        width = self.backbone_.n_features
-        digits = max(3, len(str(width - 1)))
         stem = f"{self.backbone_.short_name}_tuned"
         prefixes = [f"{name}_{stem}" if name else stem for name in names]
-        columns = [f"{prefix}_{i:0{digits}d}" for prefix in prefixes for i in range(width)]
+        columns = [name for prefix in prefixes for name in self.backbone_.column_names(prefix)]
         return np.asarray(columns, dtype=object)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -156,15 +155,14 @@ class Precomputed:
 class FrozenStages(Backbone):
     """The stages of a module before `stop`, unchanged, as a backbone for `embed`.
 
-    An image's row holds all values of the last of these stages; `sample` is one image.
+    An image's row is what :meth:`TunedModule.run_frozen` returns; `sample` is one image.
     """
 
     def __init__(self, backbone: Backbone, module: TunedModule, stop: int, sample: torch.Tensor):
         vars(self).update(vars(backbone))
         self._module, self._stop = module.eval(), stop
         with torch.no_grad():
-            self.shape = tuple(module.run(sample.to(module.device), 0, stop).shape[1:])
-        self.n_features = math.prod(self.shape)
+            self.n_features = module.run_frozen(sample.to(module.device), stop).shape[1]
         self.feature_groups = [("frozen stages", self.n_features)]
         self.group_fingerprints = [f"{backbone.fingerprint}-until{stop}"]
 
@@ -175,7 +173,7 @@ class FrozenStages(Backbone):
     @torch.inference_mode()
     def _run(self, x: torch.Tensor) -> list[torch.Tensor]:
         with tensor_float_32(x.device, False):
-            return [self._module.run(x, 0, self._stop).float().flatten(1)]
+            return [self._module.run_frozen(x, self._stop)]
 
 
 def frozen_outputs(
@@ -205,7 +203,7 @@ def frozen_outputs(
         raise _no_longer_readable(bad[-1])
     rows_in_X = np.array([images.row(i) for i in range(0, len(images), n_columns)])
     is_bad = np.isin(rows_in_X, [b.row for b in bad])
-    return Precomputed(out.reshape(-1, n_columns, *frozen.shape), bad, is_bad)
+    return Precomputed(out.reshape(-1, n_columns, frozen.n_features), bad, is_bad)
 
 
 def _no_longer_readable(bad: BadRow) -> ValueError:
