@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from skorch import NeuralNet
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sktransfer._threads import own_settings
@@ -21,6 +22,7 @@ from sktransfer.fine_tuning._training_state import TrainingState, training_state
 from sktransfer.networks._backbone import Backbone
 from sktransfer.networks._inference import Normalisation, Pooling
 from sktransfer.networks._preprocessing import AnyPreprocessing
+from sktransfer.networks._tokens import Tokens
 
 # With more trained parameters than this a CPU runs a batch whole, as each part of a batch adds to
 # all of their gradients. For 32 images of 224×224 with everything trained, parts of 8 were 1.3 to
@@ -65,6 +67,7 @@ class TunedModule(nn.Module):
         self.frozen_widths: tuple[int, ...] = ()
         self.most_at_once: int | None = None  # images, once memory has not sufficed for a batch
         self.normalisation = Normalisation(preprocessing)
+        self.is_text = isinstance(preprocessing, Tokens)
         self.freeze(self.n_frozen)
 
     def __getstate__(self) -> dict[str, object]:
@@ -89,17 +92,22 @@ class TunedModule(nn.Module):
                 *rows, x = x.split([*self.frozen_widths, math.prod(self.frozen_shape)], dim=1)
                 known = dict(zip(below, rows, strict=True))
                 x = x.unflatten(1, self.frozen_shape)
+                if self.is_text:  # the last channel is 1 where there is a token
+                    x = x[:, : max(1, int(x[..., -1].any(0).sum()))]
             pooled = known | self._run(x, self.input_stage, len(self.stages))
             x = torch.cat([pooled[k] for k in range(len(self.poolings))], dim=1)
         return x.float().reshape(n_rows, -1)
 
-    def run_frozen(self, x: torch.Tensor, stop: int) -> torch.Tensor:
-        """Send pixels (n, …) through the stages before `stop`.
+    def run_frozen(self, x: torch.Tensor, stop: int, length: int | None = None) -> torch.Tensor:
+        """Send pixels, or texts, through the stages before `stop`.
 
-        A row holds the pooled values of these stages, then all values of the last one.
+        A row holds the pooled values of these stages, then all values of the last one, which are
+        padded to `length` tokens.
         """
         found = self._run(x, 0, stop)
         value = found.pop(_VALUE)
+        if length is not None:
+            value = F.pad(value, (0, 0, 0, length - value.shape[1]))
         self.frozen_shape = tuple(value.shape[1:])
         parts = [found[k] for k in sorted(found)]
         self.frozen_widths = tuple(part.shape[1] for part in parts)

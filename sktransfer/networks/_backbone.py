@@ -207,7 +207,7 @@ class Backbone:
             raise TypeError(f"layer {asked!r} is not a name: a string, None or a list is accepted.")
         shape = plan.shape(key, self.input_size)
         layout = layout_of(shape, plan.is_channels_last(key, self.input_size))
-        if self._source.is_text and layout == "tokens":
+        if self.is_text and layout == "tokens":
             layout = "texts"
         if layout is None:
             raise ValueError(
@@ -236,6 +236,11 @@ class Backbone:
     def __repr__(self) -> str:
         layer = "" if self.layer is None else f", layer={self.layer!r}"
         return f"<Backbone {self.name}{layer}: {self.input_size} -> {self.n_features}>"
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it takes texts, not images."""
+        return self._source.is_text
 
     @property
     def network(self) -> Network:
@@ -327,7 +332,7 @@ class Backbone:
         """Return the same cut of `module`, a copy of the network with weights of this digest."""
         other = copy.copy(self)
         other._source = GivenSource(self.name, self._source.preprocessing, module, digest)
-        other._source.is_foreign = self._source.is_foreign
+        other._source.is_foreign, other._source.is_text = self._source.is_foreign, self.is_text
         other.fingerprint = f"tuned-{digest}"
         other.group_fingerprints = [f"{other.fingerprint}-{key}" for key in self._keys]
         return other
