@@ -41,15 +41,11 @@ class Extractor(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         names = column_names(self, input_features)
-        joined = len(self._asked_groups()) > 1
-        out = []
-        for name in names:
-            for g in self._asked_groups():
-                layer, width = self.backbone_.feature_groups[g]
-                parts = [name, self.backbone_.short_name, layer if joined else ""]
-                prefix = "_".join(part for part in parts if part)
-                digits = max(3, len(str(width - 1)))
-                out += [f"{prefix}_{i:0{digits}d}" for i in range(width)]
+        backbone, n_layers = self.backbone_, len(self._asked_groups())
+        prefixes = [
+            f"{name}_{backbone.short_name}" if name else backbone.short_name for name in names
+        ]
+        out = [column for prefix in prefixes for column in backbone.column_names(prefix, n_layers)]
         return np.asarray(out, dtype=object)
 
     def __sklearn_is_fitted__(self):

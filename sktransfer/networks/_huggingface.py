@@ -82,6 +82,12 @@ def is_text_config(config: PretrainedConfig) -> bool:
     return hasattr(config, "vocab_size") and not is_visual and not hasattr(config, "num_channels")
 
 
+def is_text_name(backbone: object) -> bool:
+    """Whether `backbone` names a network of texts; nothing but its configuration is read."""
+    is_named = isinstance(backbone, str) and backbone.startswith("hf:")
+    return is_named and is_text_config(read_config(str(backbone)))
+
+
 def weights_files(folder: Path, name: str) -> list[Path]:
     """Return the files that hold the weights of a folder."""
     for first in _WEIGHTS:

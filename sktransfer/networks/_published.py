@@ -18,6 +18,7 @@ from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 from sktransfer._progress import did_you_mean, shown
 from sktransfer._threads import one_at_a_time, own_random_state
 from sktransfer.networks import _weights, builtin
+from sktransfer.networks._huggingface import is_text_name
 from sktransfer.networks._preprocessing import Preprocessing, with_overrides
 from sktransfer.networks._sources import (
     RANDOM_SEED,
@@ -67,12 +68,14 @@ def _unknown_weights(weights: object, of: str, known: Iterable[str]) -> ValueErr
     return ValueError(f"weights={shown(weights)} is not among {of}: {known}; {_ACCEPTED}{hint}")
 
 
-def named_source(name: str, weights: object) -> NamedSource:
+def named_source(name: str, weights: object) -> Source:
     """Return the source of the network called `name`."""
     if name == "builtin":
         return BuiltinSource(weights)
     if name.startswith("timm:"):
         return timm_source(name, weights)
+    if is_text_name(name):
+        return TextSource(name, weights)
     known = torchvision_names()
     if name in known:
         return TorchvisionSource(name, weights)

@@ -244,7 +244,8 @@ def _backbone_of(step: BaseEstimator) -> tuple[Backbone, int]:
         )
     if isinstance(step, PretrainedFeatureExtractor):
         return step.backbone_, len(step._asked_groups())
-    return step._tuned.tuned_backbone(), 1
+    tuned = step._tuned.tuned_backbone()
+    return tuned, len(tuned.feature_groups)
 
 
 def _tuned_part(step: BaseFineTuning) -> tuple[list[nn.Module], str, np.ndarray | None]:
