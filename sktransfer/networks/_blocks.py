@@ -83,6 +83,7 @@ class SplitModel(nn.Module, ABC):
         self.rest, self.method = model, method
         self.blocks = nn.ModuleList()
         self.path = ""
+        self.ends_with_tokens = False  # instead of rows: a pooling of one's own follows
 
     @abstractmethod
     def example(self, n: int) -> torch.Tensor:
@@ -162,7 +163,12 @@ class SplitModel(nn.Module, ABC):
     # -- the parts --------------------------------------------------------------------------
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         inputs = self.inputs(x)
-        return self.row(getattr(self.rest, self.method)(**inputs), inputs)
+        return self._result(getattr(self.rest, self.method)(**inputs), inputs)
+
+    def _result(self, output, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if self.ends_with_tokens:
+            return self.pack(self.tokens(output), inputs)
+        return self.row(output, inputs)
 
     def front(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[_Call]]:
         """Return the hidden states before the blocks, and each block's other arguments."""
@@ -197,7 +203,7 @@ class SplitModel(nn.Module, ABC):
 
     def end(self, value: torch.Tensor) -> torch.Tensor:
         hidden, inputs = self.unpack(value)
-        return self.row(self.finish(hidden, inputs), inputs)
+        return self._result(self.finish(hidden, inputs), inputs)
 
     def values(self, x: torch.Tensor, keys: list[str]) -> dict[str, torch.Tensor]:
         """Return the values of some parts, each computed once."""
