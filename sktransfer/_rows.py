@@ -57,7 +57,7 @@ def unreadable(first: str, bad: list[BadRow], last: str, where: str = "") -> Val
     if len(bad) > _N_REPORTED:
         lines.append(f"  … and {len(bad) - _N_REPORTED} more{where}")
     error = ValueError("\n".join([*lines, last]))
-    error.bad_images = bad  # type: ignore[attr-defined]
+    error.bad_images = error.bad_rows = bad  # type: ignore[attr-defined]
     return error
 
 

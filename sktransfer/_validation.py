@@ -50,12 +50,13 @@ __all__ = [
     "check_parameters",
     "check_texts",
     "check_weight",
+    "column_names",
     "fit_context",
-    "image_column_names",
     "is_empty_part",
     "keep_index",
     "safe_indexing",
     "set_image_tags",
+    "set_text_tags",
 ]
 
 # Of the parameters that the extractor and the fine-tuning estimators have in common.
@@ -196,7 +197,7 @@ def check_weight(sample_weight, n_samples: int) -> np.ndarray:
     return _check_sample_weight(sample_weight, rows, dtype=np.float64, ensure_non_negative=True)
 
 
-def image_column_names(estimator: BaseEstimator, input_features) -> list[str]:
+def column_names(estimator: BaseEstimator, input_features) -> list[str]:
     """Return a name for each image column; a single column without a name is ``""``."""
     names = _check_feature_names_in(estimator, input_features, generate_names=False)
     n_columns = estimator._n_image_columns
@@ -211,6 +212,15 @@ def set_image_tags(estimator: BaseEstimator, tags: Tags) -> Tags:
     tags.input_tags.one_d_array = estimator.image_shape is None
     tags.input_tags.string = estimator.image_shape is None
     tags.input_tags.three_d_array = True
+    tags.input_tags.allow_nan = estimator.on_error != "raise"
+    tags.transformer_tags.preserves_dtype = ["float32"]
+    return tags
+
+
+def set_text_tags(estimator: BaseEstimator, tags: Tags) -> Tags:
+    """Describe an estimator of texts in scikit-learn's tags."""
+    tags.input_tags.one_d_array = tags.input_tags.string = True
+    tags.input_tags.two_d_array = False  # of numbers
     tags.input_tags.allow_nan = estimator.on_error != "raise"
     tags.transformer_tags.preserves_dtype = ["float32"]
     return tags

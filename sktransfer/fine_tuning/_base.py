@@ -25,7 +25,7 @@ from sktransfer._validation import (
     check_images,
     check_texts,
     check_weight,
-    image_column_names,
+    column_names,
     keep_index,
     set_image_tags,
 )
@@ -447,7 +447,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         names : ndarray of str objects of shape (n_features_out_,)
         """
         check_is_fitted(self)
-        names = image_column_names(self, input_features)
+        names = column_names(self, input_features)
         stem = f"{self.backbone_.short_name}_tuned"
         prefixes = [f"{name}_{stem}" if name else stem for name in names]
         columns = [name for prefix in prefixes for name in self.backbone_.column_names(prefix)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
@@ -14,7 +15,7 @@ from torch import nn
 
 from sktransfer._progress import did_you_mean
 from sktransfer._threads import own_settings
-from sktransfer.networks._blocks import BlockPlan, SplitModel
+from sktransfer.networks._blocks import LAST_STATES, BlockPlan, SplitModel
 from sktransfer.networks._graph import Stages
 from sktransfer.networks._inference import (
     POOLINGS,
@@ -28,8 +29,10 @@ from sktransfer.networks._inference import (
 )
 from sktransfer.networks._own import ModuleSource, own_source
 from sktransfer.networks._preprocessing import AnyPreprocessing, resolve_preprocessing
-from sktransfer.networks._published import named_source
+from sktransfer.networks._published import named_source, text_source
 from sktransfer.networks._sources import GivenSource, Source
+from sktransfer.networks._text import SavedTextSource, TextSource
+from sktransfer.networks._word_vectors import Lookup, WordVectors
 
 # Part of every fingerprint; a change of how embeddings are computed changes it.
 _FORMAT = "sktransfer-embedding-2"
@@ -114,6 +117,38 @@ def load_backbone(
     return loaded
 
 
+def load_text_backbone(
+    backbone: str | TextSource | SavedTextSource | WordVectors,
+    *,
+    weights: str | None = "DEFAULT",
+    layer: int | str | Sequence[int | str] | None = None,
+    pooling: str = "auto",
+    max_length: int | str = "auto",
+) -> Backbone:
+    """Load a network for texts; the parameters are those of `PretrainedTextExtractor`."""
+    source = text_source(backbone, weights) if isinstance(backbone, str) else backbone
+    tokens = source.tokens(max_length)
+    plan = get_network(source, source.preprocessing.input_size).plan
+    is_list = isinstance(layer, Iterable) and not isinstance(layer, str)
+    names = [_hidden_states(k, plan.names) for k in (layer if is_list else [layer])]  # type: ignore[union-attr]
+    asked = names if is_list else names[0]
+    return Backbone(source, asked, "avg" if pooling == "mean" else pooling, tokens)
+
+
+def _hidden_states(layer: object, stages: list[str]) -> str | None:
+    """Return the name of the `layer`-th hidden states of a transformer."""
+    if layer is None or isinstance(layer, str):
+        return layer
+    n_states = max(1, len(stages) - 1)
+    k = operator.index(layer)  # type: ignore[arg-type]
+    if not -n_states <= k < n_states:
+        raise ValueError(
+            f"layer={layer} is not in the network, which has {n_states} hidden states: 0 (before "
+            f"the first block) to {n_states - 1} or -1 (the last ones) are accepted."
+        )
+    return LAST_STATES if k % n_states == n_states - 1 else stages[k % n_states]
+
+
 def resolve_source(backbone: object, weights: object) -> Source:
     """Return the source of the network that `backbone` and `weights` describe."""
     if isinstance(backbone, Source):
@@ -176,8 +211,9 @@ class Backbone:
     ):
         self._source = source
         self.name = source.name
-        of_hub = source.name.startswith("hf:")  # of a folder the last part
-        name = Path(source.name).name if of_hub else source.name.removeprefix("timm:")
+        name = source.name.removeprefix("timm:")
+        if source.name.startswith(("hf:", "vectors:", "static:")):  # of a path the last part
+            name = Path(name).name.removesuffix(".txt")
         self.short_name = re.sub(r"\W+", "_", name).strip("_")
         self.layer, self.pooling, self.preprocessing = layer, pooling, preprocessing
         self.input_size: tuple[int, ...] = preprocessing.input_size
@@ -247,6 +283,10 @@ class Backbone:
     def network(self) -> Network:
         """The shared network; it is loaded again if it was evicted."""
         return get_network(self._source, self._plan_size)
+
+    def lookup(self) -> Lookup | None:
+        """Return what finds words in a table of word vectors, of which this is one."""
+        return self._source.lookup() if isinstance(self._source, WordVectors) else None
 
     @property
     def stages(self) -> Stages:

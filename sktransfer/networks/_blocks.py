@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from sktransfer.networks._graph import (
     unknown_layer,
 )
 
-START, END, TOKENS = "embeddings", "pool", "last_tokens"
+START, END, LAST_STATES = "embeddings", "pool", "last_states"
 _Call = tuple[tuple, dict]
 
 
@@ -75,15 +76,38 @@ class SplitModel(nn.Module, ABC):
     row is. `method` is the one of the model's that is called.
     """
 
+    recipe: torch.Tensor  # JSON, as bytes: what builds the network again, beside its weights
     n_prefix = 0  # tokens before those of the image, the first of which is the class token …
     class_token: int | None = None  # … if this is 0
 
-    def __init__(self, model: nn.Module, method: str = "forward") -> None:
+    def __init__(self, model: nn.Module, recipe: dict) -> None:
         super().__init__()
-        self.rest, self.method = model, method
+        self.rest, self.method = model, recipe["method"]
         self.blocks = nn.ModuleList()
         self.path = ""
         self.ends_with_tokens = False  # instead of rows: a pooling of one's own follows
+        self._set_recipe(recipe)
+
+    def _set_recipe(self, recipe: dict) -> None:
+        content = torch.frombuffer(bytearray(json.dumps(recipe).encode()), dtype=torch.uint8)
+        self.register_buffer("recipe", content)
+
+    def load_weights(self, state: Mapping[str, torch.Tensor], path: str) -> None:
+        """Take what `state_dict` of this network gave when its blocks were taken out of `path`.
+
+        The network has not been split. ValueError if these are the weights of another.
+        """
+        whole = f"rest.{path}." if path else "blocks."
+        state = {
+            f"{whole}{key.removeprefix('blocks.')}" if key.startswith("blocks.") else key: value
+            for key, value in state.items()
+        }
+        kinds = {key: (tensor.dtype, tensor.shape) for key, tensor in self.state_dict().items()}
+        given = {key: (tensor.dtype, tensor.shape) for key, tensor in state.items()}
+        if {**given, "recipe": None} != {**kinds, "recipe": None}:
+            raise ValueError("its weights do not fit its network")
+        self.recipe = state["recipe"]
+        self.load_state_dict(state, assign=True)
 
     @abstractmethod
     def example(self, n: int) -> torch.Tensor:
@@ -131,6 +155,7 @@ class SplitModel(nn.Module, ABC):
                 self.rest.set_submodule(path, nn.ModuleList(switches))
                 self.blocks, self.path = blocks, path
                 if self._agrees(x, expected):
+                    self._set_recipe({**read_recipe(self.recipe), "blocks": path})
                     return
                 self.rest.set_submodule(path, blocks)
                 self.blocks, self.path = nn.ModuleList(), ""
@@ -211,10 +236,13 @@ class SplitModel(nn.Module, ABC):
         inputs = self.inputs(x)
         if not self.path:
             output = getattr(self.rest, self.method)(**inputs)
-            return {END: self.row(output, inputs), TOKENS: self.pack(self.tokens(output), inputs)}
+            return {
+                END: self.row(output, inputs),
+                LAST_STATES: self.pack(self.tokens(output), inputs),
+            }
         hidden, calls = self.front(inputs)
         found[START] = self.pack(hidden, inputs)
-        is_whole = END in keys or TOKENS in keys
+        is_whole = END in keys or LAST_STATES in keys
         last = len(self.blocks) if is_whole else max(self.number(key) for key in keys) + 1
         for k in range(last):
             hidden = self.run_block(k, hidden, calls[k])
@@ -223,13 +251,18 @@ class SplitModel(nn.Module, ABC):
         if is_whole:
             output = self.finish(hidden, self.unpack(self.pack(hidden, inputs))[1])
             found[END] = self.row(output, inputs)
-            if TOKENS in keys:
-                found[TOKENS] = self.pack(self.tokens(output), inputs)
+            if LAST_STATES in keys:
+                found[LAST_STATES] = self.pack(self.tokens(output), inputs)
         return found
 
     @staticmethod
     def number(key: str) -> int:
         return int(key.removeprefix("block")) if key.startswith("block") else -1
+
+
+def read_recipe(content: torch.Tensor) -> dict:
+    """Return the recipe that a network's buffer holds."""
+    return json.loads(content.cpu().numpy().tobytes())
 
 
 class BlockPlan:
@@ -245,7 +278,7 @@ class BlockPlan:
         self.stage_keys = [START, *blocks, END] if module.path else [END]
         self._shapes: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
 
-    embedding_key, last_map_key = END, TOKENS
+    embedding_key, last_map_key = END, LAST_STATES
 
     def stages(self, root: nn.Module | None = None) -> Stages:
         """Make the stages as modules of the layers of `root`: this module or a copy of it."""
@@ -268,13 +301,15 @@ class BlockPlan:
         """Return the key of a stage."""
         if layer in self.names:
             return self.stage_keys[self.names.index(layer)]
+        if layer == LAST_STATES:
+            return layer
         raise unknown_layer(layer, self.network_name, self.names, [])
 
     def shape(self, key: str, input_size: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a value for two inputs."""
         if input_size not in self._shapes:
             x = torch.zeros((2, *input_size)) if len(input_size) == 3 else self.root.example(2)
-            keys = [*self.stage_keys, TOKENS]
+            keys = [*self.stage_keys, LAST_STATES]
             try:
                 with torch.no_grad():
                     values = self.root.values(x, keys)

@@ -29,7 +29,8 @@ from sktransfer.networks._sources import (
     random_seed,
     weights_path,
 )
-from sktransfer.networks._text import TextSource
+from sktransfer.networks._text import TextSource, saved_text_source
+from sktransfer.networks._word_vectors import WordVectors
 from sktransfer.networks.builtin._network import BuiltinNet
 
 
@@ -314,11 +315,26 @@ def timm_preprocessing(module: nn.Module) -> Preprocessing:
     return Preprocessing(size, (height, width), config["mean"], config["std"], method)
 
 
-def saved_source(name: str, state: Mapping[str, torch.Tensor]) -> GivenSource:
+def text_source(name: str, weights: object) -> TextSource | WordVectors:
+    """Return the source of a network for texts."""
+    if name.startswith("hf:"):
+        return TextSource(name, weights)
+    if name.startswith(("vectors:", "static:")):
+        return WordVectors(name, weights)
+    raise ValueError(
+        f"backbone={shown(name)} is not known: 'hf:NAME_OR_FOLDER' (transformers), 'vectors:PATH' "
+        f"(a table of word vectors) or 'static:FOLDER' (model2vec) is accepted."
+    )
+
+
+def saved_source(name: str, state: Mapping[str, torch.Tensor]) -> Source:
     """Return the network called `name` with weights that are in memory; nothing is downloaded.
 
     ValueError if they are not those of this network.
     """
+    if "recipe" in state:
+        is_table = name.startswith(("vectors:", "static:"))
+        return WordVectors.of(name, state) if is_table else saved_text_source(name, state)
     source = named_source(name, None)
     if isinstance(source, TorchvisionSource) and "image_size" in source.arguments:
         source.set_image_size(state, get_model_weights(name)["DEFAULT"])

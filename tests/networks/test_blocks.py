@@ -39,7 +39,8 @@ UNSPLIT = {
 def make_model(name, settings):
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**settings)
-    made = TextModel(getattr(transformers, f"{name}Model")(config).eval(), "avg", "forward", 0)
+    recipe = {"pooling": "avg", "padding": 0, "method": "forward"}
+    made = TextModel(getattr(transformers, f"{name}Model")(config).eval(), recipe)
     made.requires_grad_(False).split()
     return made
 
@@ -115,7 +116,7 @@ def test_layers_are_the_hidden_states():
     with torch.no_grad():
         inputs = {"input_ids": ids.clamp(min=0), "attention_mask": mask}
         hidden = alone(**inputs, output_hidden_states=True).hidden_states
-        keys = ["embeddings", "block0", "block1", "last_tokens"]
+        keys = ["embeddings", "block0", "block1", "last_states"]
         values = model.values(ids, keys)
     for key, expected in zip(keys, hidden, strict=True):
         torch.testing.assert_close(values[key][..., :-1], expected, rtol=1e-4, atol=1e-5)
