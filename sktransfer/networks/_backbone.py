@@ -15,7 +15,7 @@ from torch import nn
 
 from sktransfer._progress import did_you_mean
 from sktransfer._threads import own_settings
-from sktransfer.networks._blocks import LAST_STATES
+from sktransfer.networks._blocks import LAST_STATES, BlockPlan, SplitModel
 from sktransfer.networks._graph import Stages
 from sktransfer.networks._inference import (
     POOLINGS,
@@ -318,6 +318,8 @@ class Backbone:
         position = {key: i for i, key in reversed(list(enumerate(plan.stage_keys)))}
         has_head = plan.head_layers() and len(names) > 1
         position[plan.embedding_key] = len(names) - (2 if has_head else 1)
+        if isinstance(plan, BlockPlan):
+            position[plan.last_map_key] = len(names) - 1
         for (label, _), key in zip(self.feature_groups, self._keys, strict=True):
             if key not in position:
                 raise ValueError(
@@ -368,6 +370,8 @@ class Backbone:
         network = self.network
         _ = network.module  # the weights
         root = copy.deepcopy(network.plan.root)
+        if isinstance(root, SplitModel):
+            root.ends_with_tokens = network.plan.last_map_key in self._keys
         return root, network.plan.stages(root)
 
     def with_weights(self, module: nn.Module, digest: str) -> Backbone:
