@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sktransfer._rows import BadCell
+
 # Called as note(kind, low, high) where the range of an image's values had to be assumed.
 Note = Callable[[str, float, float], None]
 Range = tuple[float, float]
@@ -20,8 +22,8 @@ _FEW_LEVELS = 16
 _QUARTER = 2**14  # of 16 bits; images of 10, 12 and 14 bits are below it
 
 
-class BadImage(ValueError):
-    """One image cannot be read; the message is the reason and names no row."""
+class BadImage(BadCell):
+    """An image cannot be read."""
 
 
 class Samples(NamedTuple):
