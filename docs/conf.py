@@ -5,6 +5,7 @@
 ``-D plot_gallery=0`` shows the examples without running them.
 """
 
+import urllib.request
 import warnings
 from pathlib import Path
 
@@ -28,14 +29,24 @@ extensions = [
 ]
 exclude_patterns = ["_build", "builtin", "benchmarks/results"]
 templates_path = ["_templates"]
-# Other projects' pages are linked to where their indexes can be reached.
-intersphinx_mapping = {
-    "python": ("https://docs.python.org/3", None),
-    "sklearn": ("https://scikit-learn.org/stable", None),
-    "torch": ("https://docs.pytorch.org/docs/stable", None),
-    "pandas": ("https://pandas.pydata.org/docs", None),
+
+
+def is_reachable(url):
+    try:
+        with urllib.request.urlopen(f"{url}/objects.inv", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+# An index that cannot be fetched would be a warning, and so an error without a network.
+others = {
+    "python": "https://docs.python.org/3",
+    "sklearn": "https://scikit-learn.org/stable",
+    "torch": "https://docs.pytorch.org/docs/stable",
+    "pandas": "https://pandas.pydata.org/docs",
 }
-intersphinx_timeout = 5
+intersphinx_mapping = {name: (url, None) for name, url in others.items() if is_reachable(url)}
 suppress_warnings = ["config.cache"]  # the gallery's configuration holds a function
 extlinks = {"doi": ("https://doi.org/%s", "doi:%s")}
 myst_enable_extensions = ["colon_fence", "dollarmath"]
