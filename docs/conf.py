@@ -5,6 +5,7 @@
 ``-D plot_gallery=0`` shows the examples without running them.
 """
 
+import re
 import urllib.request
 import warnings
 from pathlib import Path
@@ -53,6 +54,7 @@ myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 numpydoc_show_class_members = False
 autosummary_generate = True
+toc_object_entries_show_parents = "hide"
 autodoc_member_order = "groupwise"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
@@ -61,9 +63,10 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
     "filename_pattern": r"/(plot_|quickstart)",
-    "ignore_pattern": r"__init__|/serve/",
+    "ignore_pattern": r"__init__|/serve/|parquet_to_embeddings",
     "within_subsection_order": "FileNameSortKey",
     "show_memory": False,
+    "write_computation_times": False,
     "remove_config_comments": True,
     "doc_module": ("sktransfer",),
     "backreferences_dir": "gallery/backreferences",
@@ -88,7 +91,7 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_sidebars = {"index": [], "changelog": [], "coming_from": [], "by_the_book": []}
+html_sidebars = {name: [] for name in ("index", "changelog", "coming_from", "by_the_book")}
 
 # A heading goes before each of these parameters of the long classes.
 GROUPS = {
@@ -107,6 +110,8 @@ LONG = ("FineTuningClassifier", "FineTuningRegressor", "PretrainedFeatureExtract
 
 def group_parameters(app, what, name, obj, options, lines):
     """Insert headings into the list of parameters that numpydoc has written."""
+    # A trailing underscore within a shape would be a link.
+    lines[:] = [re.sub(r"\b(n_features_\w+_)(?=[,)])", r"``\1``", line) for line in lines]
     if what != "class" or not name.endswith(LONG):
         return
     groups = dict(GROUPS)
@@ -125,5 +130,11 @@ def group_parameters(app, what, name, obj, options, lines):
     lines[:] = grouped
 
 
+def close_code(app, docname, source):
+    """Remove the empty line that doctest needs at the end of a block of code."""
+    source[0] = source[0].replace("\n\n```\n", "\n```\n")
+
+
 def setup(app):
+    app.connect("source-read", close_code)
     app.connect("autodoc-process-docstring", group_parameters, priority=900)

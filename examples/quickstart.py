@@ -126,18 +126,18 @@ for ax, name in zip(left.subplots(4, 4).flat, [*shown, *[None] * 16], strict=Fal
     ax.axis("off")
     if name is not None:
         ax.imshow(small_grey(X[np.argmax(y == name)], 96), cmap="gray", vmin=0, vmax=255)
-        ax.set_title(str(name).replace("_", " ")[:16], fontsize=7, pad=2)
+        ax.set_title(str(name).replace("_", " ")[:20], fontsize=6, pad=2)
 
 ax = right.subplots()
 colours = ["#9aa5b1", "#9aa5b1", "#2f7ebc", "#e07b39"]
 for k, values in enumerate(scores.values()):
     ax.barh(k, values.mean(), height=0.62, color=colours[k])
     ax.plot(values, [k] * len(values), "o", color="black", alpha=0.45, markersize=4)
-    ax.text(0.015, k, f"{values.mean():.0%}", va="center", color="white", weight="bold")
+    ax.text(1.12, k, f"{values.mean():.0%}", va="center", ha="right", weight="bold")
 ax.axvline(chance, color="black", linestyle=":", linewidth=1)
 ax.text(chance, -0.62, " chance", fontsize=8, va="center")
 ax.set_yticks(range(len(scores)), scores)
-ax.set(xlim=(0, 1), ylim=(len(scores) - 0.5, -0.85), xlabel="accuracy (dots: each fold)")
+ax.set(xlim=(0, 1.12), ylim=(len(scores) - 0.5, -0.85), xlabel="accuracy (dots: each fold)")
 ax.set_title("one pre-trained network, no download", fontsize=11)
 ax.spines[["top", "right"]].set_visible(False)
 figure.savefig("quickstart.png", dpi=150)
