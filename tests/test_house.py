@@ -16,7 +16,7 @@ spec.loader.exec_module(house)
 
 # Seven floors of files and folders; each imports from those below it only.
 FLOORS = [
-    {"_progress", "_rows", "_threads", "_version"},
+    {"_progress", "_rows", "_threads", "_version", "datasets"},
     {"images", "store", "texts"},
     {"networks", "_validation"},
     {"embedding"},
@@ -88,7 +88,7 @@ def test_tests_stay_readable(file):
 
 
 # What stands on the two ideas, each in files of its own.
-ON_TOP = {"inspection", "saving", "transferability"}
+ON_TOP = {"datasets", "inspection", "saving", "transferability"}
 # Texts, and the networks of the package transformers.
 OF_TEXTS = {"_blocks", "_huggingface", "_text", "_text_extractor", "_tables"}
 OF_TEXTS |= {"_hf_images", "_tokens", "_word_vectors"}
