@@ -4,8 +4,8 @@ Does transfer help?
 
 A pre-trained network can help, change nothing, or hurt.
 :func:`~sktransfer.transferability.transfer_report` fits your model and the same model with random
-weights on growing parts of the training rows, and tests the difference. Two tasks on the same images:
-one where transfer helps and one where it hurts.
+weights on growing parts of the training rows, and tests the difference. Two tasks on the same
+images: one where transfer helps and one where it hurts.
 
 Give a folder of your images, ``FOLDER/CLASS/*.jpg``, as an argument to ask the question of them.
 """
@@ -13,9 +13,9 @@ Give a folder of your images, ``FOLDER/CLASS/*.jpg``, as an argument to ask the 
 # %%
 # Two tasks
 # ---------
-# The images are crops of photographs that scikit-image ships, in grey and of random brightness. The
-# first task is to name the photograph, the second to tell the dark crops from the bright ones. A
-# network that was pre-trained to name objects has learned to ignore the brightness.
+# The images are crops of photographs that scikit-image ships, in grey and of random brightness.
+# The first task is to name the photograph, the second to tell the dark crops from the bright
+# ones. A network that was pre-trained to name objects has learned to ignore the brightness.
 import sys
 
 import matplotlib.pyplot as plt
@@ -70,9 +70,9 @@ for task, (images, labels) in tasks.items():
 # %%
 # The curves
 # ----------
-# On real images, too, transfer can hurt: with 2493 scans of brains the built-in network trained from
-# random weights was 7 points better than the fine-tuned one (51.0 and 43.9 %), while on four other
-# sets fine-tuning was better by 13 to 24 points (``docs/benchmarks/from_scratch.py``).
+# On real images, too, transfer can hurt: with 2493 scans of brains the built-in network trained
+# from random weights was 7 points better than the fine-tuned one (51.0 and 43.9 %), while on four
+# other sets fine-tuning was better by 13 to 24 points (``docs/benchmarks/from_scratch.py``).
 figure, axes = plt.subplots(len(tasks), 1, figsize=(8, 4 * len(tasks)), squeeze=False)
 for ax, (task, report) in zip(axes.flat, reports.items(), strict=True):
     TransferCurveDisplay.from_report(report, ax=ax)

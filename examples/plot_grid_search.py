@@ -12,9 +12,10 @@ Give a folder of your images, ``FOLDER/CLASS/*.jpg``, as an argument to search o
 # %%
 # Two tasks
 # ---------
-# The images are crops of photographs that scikit-image ships, in grey, each blurred a little, more
-# or not at all. *What is it?* asks which photograph a crop is from. *How sharp is it?* asks for the
-# blur. Crops of a fold's test part are from a quarter of the photograph that no training crop touches.
+# The images are crops of photographs that scikit-image ships, in grey, each blurred a little,
+# more or not at all. *What is it?* asks which photograph a crop is from. *How sharp is it?* asks
+# for the blur. Crops of a fold's test part are from a quarter of the photograph that no training
+# crop touches.
 import sys
 
 import matplotlib.pyplot as plt
@@ -29,7 +30,16 @@ from sklearn.preprocessing import StandardScaler
 
 from sktransfer import PretrainedFeatureExtractor
 
-NAMES = ["astronaut", "brick", "camera", "coffee", "grass", "gravel", "immunohistochemistry", "moon"]
+NAMES = [
+    "astronaut",
+    "brick",
+    "camera",
+    "coffee",
+    "grass",
+    "gravel",
+    "immunohistochemistry",
+    "moon",
+]
 
 rng = np.random.default_rng(0)
 images, what, sharpness, quarters = [], [], [], []
@@ -59,9 +69,10 @@ if len(sys.argv) > 1:
 # ----------
 # ``weights`` compares the pre-trained network with itself at random weights; with a network
 # connection, add ``"network__backbone": ["builtin", "resnet18"]``. With ``cache_layers`` one pass
-# of an image through the network computes all layers of the grid, and no fold or candidate computes
-# them again. In a measured search (``docs/benchmarks/grid_search.py``) of 400 images with 5 folds and 10
-# candidates, the network saw each image once; without the store the search took 9.9 times as long.
+# of an image through the network computes all layers of the grid, and no fold or candidate
+# computes them again. In a measured search (``docs/benchmarks/grid_search.py``) of 400 images
+# with 5 folds and 10 candidates, the network saw each image once; without the store the search
+# took 9.9 times as long.
 layers = ["stem", "stage1", "stage2", "stage3", "stage4"]
 grid = {
     "network__weights": ["DEFAULT", None],

@@ -2,10 +2,10 @@
 Leaks, near-duplicates and image search
 =======================================
 
-Collections hold the same image more than once: re-saved, resized, cropped or mirrored. If one copy
-is in the training set and another in the test set, the score is too high.
-:func:`~sktransfer.transferability.find_leaks` lists such pairs, and the columns behind it find the
-images most like a given one.
+Collections hold the same image more than once: re-saved, resized, cropped or mirrored. If one
+copy is in the training set and another in the test set, the score is too high.
+:func:`~sktransfer.transferability.find_leaks` lists such pairs, and the columns behind it find
+the images most like a given one.
 
 Give a folder of your images, ``FOLDER/CLASS/*.jpg``, as an argument to search in them.
 """
@@ -85,8 +85,8 @@ plt.show()
 # What they do to a score
 # -----------------------
 # ``groups_`` has one number for images that are connected by pairs. With ``GroupKFold`` they stay
-# together. In a real set of magnetic tiles, photographed several times each, 97 % of the test images
-# of a random split were pairs of training images (``docs/benchmarks/leaks.py``).
+# together. In a real set of magnetic tiles, photographed several times each, 97 % of the test
+# images of a random split were pairs of training images (``docs/benchmarks/leaks.py``).
 model = make_pipeline(PretrainedFeatureExtractor(), KNeighborsClassifier(1))
 random_split = StratifiedKFold(4, shuffle=True, random_state=0)
 grouped = GroupKFold(4, shuffle=True, random_state=0)

@@ -3,8 +3,8 @@ What a model gets wrong, and where it looks
 ===========================================
 
 A good score in cross-validation can have the wrong reason. Here all images of one class carry the
-mark of an archive, and the model learns the mark. Its most confident mistakes on other images and a
-saliency map show it.
+mark of an archive, and the model learns the mark. Its most confident mistakes on other images and
+a saliency map show it.
 
 Give a folder of your images, ``FOLDER/CLASS/*.jpg``, as an argument to look at your own model.
 """
@@ -12,9 +12,9 @@ Give a folder of your images, ``FOLDER/CLASS/*.jpg``, as an argument to look at 
 # %%
 # A mark in one class
 # -------------------
-# The images are crops of photographs that scikit-image ships, in grey. In the training set the mark is
-# in a corner of each crop of the cat. The test crops are from the other halves of the photographs, and
-# the mark is on half of them, of any class.
+# The images are crops of photographs that scikit-image ships, in grey. In the training set the
+# mark is in a corner of each crop of the cat. The test crops are from the other halves of the
+# photographs, and the mark is on half of them, of any class.
 import sys
 
 import matplotlib.pyplot as plt
@@ -77,7 +77,7 @@ plt.show()
 # %%
 # Where it looks
 # --------------
-# A window hides each part of an image in turn. Where the probability of the predicted class falls, the
-# prediction depends on that part: on the mark.
+# A window hides each part of an image in turn. Where the probability of the predicted class
+# falls, the prediction depends on that part: on the mark.
 SaliencyDisplay.from_estimator(model, [X_test[row] for row in mistakes.rows[:6]], n_patches=5)
 plt.show()

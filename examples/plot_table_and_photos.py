@@ -6,16 +6,17 @@ A table of houses has numbers and the photograph of each front. Do the photograp
 predicted price? The folds of a cross-validation are the same for all models, so the models can be
 compared fold by fold.
 
-The houses here are drawn. For real ones, give a folder as an argument: it holds ``houses.csv`` with
-bedrooms, bathrooms, area, price and the paths of four photographs of each house (Ahmed and
+The houses here are drawn. For real ones, give a folder as an argument: it holds ``houses.csv``
+with bedrooms, bathrooms, area, price and the paths of four photographs of each house (Ahmed and
 Moustafa, `2016 <https://arxiv.org/abs/1609.08399>`_).
 """
 
 # %%
 # The table
 # ---------
-# The area is in the table only, as each photographer stood at another distance. How well a house is
-# kept is in its photograph only: the paint, the windows, the garden. The price depends on both.
+# The area is in the table only, as each photographer stood at another distance. How well a house
+# is kept is in its photograph only: the paint, the windows, the garden. The price depends on
+# both.
 import sys
 from pathlib import Path
 
@@ -80,8 +81,8 @@ houses.drop(columns=photos).head()
 # Three models
 # ------------
 # ``make_column_transformer`` gives the photographs to a pre-trained network and the numbers to a
-# scaler. Each photograph goes through the network once, for all models and folds. Some columns
-# of the network hardly vary over images that are much alike. They are dropped, as the scaler would
+# scaler. Each photograph goes through the network once, for all models and folds. Some columns of
+# the network hardly vary over images that are much alike. They are dropped, as the scaler would
 # turn a small difference in one of them into an outlier that spoils a linear regression.
 numbers = (StandardScaler(), ["area", "bedrooms", "bathrooms"])
 network = make_pipeline(PretrainedFeatureExtractor(), VarianceThreshold(1e-4), StandardScaler())
@@ -98,8 +99,8 @@ for name, columns in {"table": [numbers], "photos": [images], "both": [numbers, 
 # --------------
 # Some folds are harder than others for every model. The difference within each fold is free of
 # that: it says more than two means with their standard deviations. Folds share training rows, so
-# the standard error is corrected as Nadeau and Bengio
-# (`2003 <https://doi.org/10.1023/A:1024068626366>`_) propose.
+# the standard error is corrected as Nadeau and Bengio (`2003
+# <https://doi.org/10.1023/A:1024068626366>`_) propose.
 difference = scores["both"] - scores["table"]
 error = np.sqrt((1 / len(difference) + 1 / 4) * difference.var(ddof=1))
 print(f"both minus table: {difference.mean():+.2f} ± {error:.2f}")
