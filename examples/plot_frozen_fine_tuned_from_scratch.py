@@ -48,6 +48,7 @@ def cut_crops(side, n_crops=16, size=80):
 
 if len(sys.argv) > 1:
     from sklearn.model_selection import train_test_split
+
     from sktransfer.datasets import load_folder
 
     X, y = (np.asarray(part) for part in load_folder(sys.argv[1]))
