@@ -48,7 +48,7 @@ class TextModel(SplitModel):
     def __init__(self, model: nn.Module, recipe: dict) -> None:
         super().__init__(model, recipe)
         self.pooling, self.padding = Pooling(recipe["pooling"], "texts"), recipe["padding"]
-        self.n_words: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        self.n_words: int = recipe["n_words"]
 
     def example(self, n: int) -> torch.Tensor:
         return random_ids(n, 6, self.n_words)
@@ -187,6 +187,7 @@ class TextSource(Source):
             "tokenizer": self.tokenizer_json(),
             "limits": self.limits(),
             "pooling": self._pooling(),
+            "n_words": config.vocab_size,
             "padding": max(0, config.pad_token_id or 0),
             "method": "get_text_features" if hasattr(model, "get_text_features") else "forward",
         }
