@@ -266,8 +266,7 @@ class Backbone:
 
     def layers_named(self, layer: str | Sequence[str | None] | None) -> list[str | None]:
         """List the layers that the parameter `layer` asks for."""
-        rows = getattr(self.network.plan, "row_names", self.stage_names)
-        stages = [name for name in rows[1:] if name not in ("pool", "head")]
+        stages = [name for name in self.stage_names[1:] if name not in ("pool", "head")]
         is_list = isinstance(layer, Iterable) and not isinstance(layer, str)
         asked: Iterable = layer if is_list else [layer]  # type: ignore[assignment]
         return [name for k in asked for name in ([*stages[:-1], None] if k == "all" else [k])]
