@@ -41,7 +41,8 @@ def correlate(thumbnails: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, np
     .. [1] C. D. Kuglin and D. C. Hines. "The phase correlation image alignment method." IEEE
        International Conference on Cybernetics and Society, 1975.
     """
-    return _correlate(*[_spectra(thumbnails)] * 2, pairs)
+    spectra = _spectra(thumbnails)
+    return _correlate(spectra, spectra, pairs)
 
 
 def find_alignments(
