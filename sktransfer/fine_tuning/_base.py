@@ -57,6 +57,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     _parameter_constraints: dict = {  # noqa: RUF012
         **SHARED_CONSTRAINTS,
+        "pooling": [*SHARED_CONSTRAINTS["pooling"], StrOptions({"mean", "last"})],
         "precision": [StrOptions({"float32", "bfloat16"})],
         "layer": [str, "array-like", None],
         "unfreeze": [

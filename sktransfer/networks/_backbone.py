@@ -15,7 +15,7 @@ from torch import nn
 
 from sktransfer._progress import did_you_mean
 from sktransfer._threads import own_settings
-from sktransfer.networks._blocks import LAST_STATES
+from sktransfer.networks._blocks import LAST_STATES, BlockPlan, SplitModel
 from sktransfer.networks._graph import Stages
 from sktransfer.networks._inference import (
     POOLINGS,
@@ -265,7 +265,8 @@ class Backbone:
 
     def layers_named(self, layer: str | Sequence[str | None] | None) -> list[str | None]:
         """List the layers that the parameter `layer` asks for."""
-        stages = [name for name in self.stage_names[1:] if name not in ("pool", "head")]
+        rows = getattr(self.network.plan, "row_names", self.stage_names)
+        stages = [name for name in rows[1:] if name not in ("pool", "head")]
         is_list = isinstance(layer, Iterable) and not isinstance(layer, str)
         asked: Iterable = layer if is_list else [layer]  # type: ignore[assignment]
         return [name for k in asked for name in ([*stages[:-1], None] if k == "all" else [k])]
@@ -317,6 +318,8 @@ class Backbone:
         position = {key: i for i, key in reversed(list(enumerate(plan.stage_keys)))}
         has_head = plan.head_layers() and len(names) > 1
         position[plan.embedding_key] = len(names) - (2 if has_head else 1)
+        if isinstance(plan, BlockPlan):
+            position[plan.last_map_key] = len(names) - 1
         for (label, _), key in zip(self.feature_groups, self._keys, strict=True):
             if key not in position:
                 raise ValueError(
@@ -367,6 +370,8 @@ class Backbone:
         network = self.network
         _ = network.module  # the weights
         root = copy.deepcopy(network.plan.root)
+        if isinstance(root, SplitModel):
+            root.ends_with_tokens = network.plan.last_map_key in self._keys
         return root, network.plan.stages(root)
 
     def with_weights(self, module: nn.Module, digest: str) -> Backbone:
