@@ -11,7 +11,6 @@ import torch
 from sklearn.base import clone
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
-
 from tiny_transformers import make_text_folder
 
 from sktransfer import FineTuningClassifier, FineTuningRegressor, load, save
@@ -32,7 +31,9 @@ def make_texts(n, seed=0):
     y = rng.randint(0, 2, n)
     texts = []
     for label in y:
-        words = list(rng.choice("a film is very the not dull fine".split(), rng.randint(0, 8)))
+        words = list(
+            rng.choice(["a", "film", "is", "very", "the", "not", "dull", "fine"], rng.randint(0, 8))
+        )
         words.insert(rng.randint(0, len(words) + 1), ["bad", "good"][label])
         texts.append(" ".join(words))
     return texts, np.array(["no", "yes"])[y]
