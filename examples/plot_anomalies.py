@@ -81,7 +81,7 @@ distance = LedoitWolf().fit(columns_train)
 detectors = {
     "IsolationForest": IsolationForest(random_state=0),
     "LocalOutlierFactor": LocalOutlierFactor(5, novelty=True),
-    "PCA, OneClassSVM": make_pipeline(PCA(30, random_state=0), OneClassSVM(nu=0.1)),
+    "PCA, OneClassSVM": make_pipeline(PCA(30, whiten=True), OneClassSVM(nu=0.1)),
 }
 scores = {"Mahalanobis distance": distance.mahalanobis(columns_test)}
 for name, detector in detectors.items():
