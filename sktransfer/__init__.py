@@ -11,6 +11,7 @@ from sktransfer._version import __version__
 
 if TYPE_CHECKING:
     from sktransfer.embedding._extractor import PretrainedFeatureExtractor
+    from sktransfer.embedding._text_extractor import PretrainedTextExtractor
     from sktransfer.fine_tuning._classifier import FineTuningClassifier
     from sktransfer.fine_tuning._regressor import FineTuningRegressor
     from sktransfer.networks._backbone import load_backbone
@@ -23,6 +24,7 @@ __all__ = [
     "FineTuningClassifier",
     "FineTuningRegressor",
     "PretrainedFeatureExtractor",
+    "PretrainedTextExtractor",
     "__version__",
     "embedding_store",
     "export",
@@ -37,6 +39,7 @@ _MODULES = {
     "FineTuningClassifier": "fine_tuning._classifier",
     "FineTuningRegressor": "fine_tuning._regressor",
     "PretrainedFeatureExtractor": "embedding._extractor",
+    "PretrainedTextExtractor": "embedding._text_extractor",
     "embedding_store": "store._store",
     "export": "saving._export",
     "list_backbones": "networks._catalog",

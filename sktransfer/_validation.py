@@ -31,8 +31,10 @@ from sklearn.utils.validation import (
 )
 
 from sktransfer._progress import did_you_mean
+from sktransfer._rows import Rows
 from sktransfer.images._containers import is_number_dtype, is_tensor
 from sktransfer.images._images import Images, as_images
+from sktransfer.texts._texts import Texts, as_texts
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
@@ -46,13 +48,15 @@ __all__ = [
     "StrOptions",
     "check_images",
     "check_parameters",
+    "check_texts",
     "check_weight",
+    "column_names",
     "fit_context",
-    "image_column_names",
     "is_empty_part",
     "keep_index",
     "safe_indexing",
     "set_image_tags",
+    "set_text_tags",
 ]
 
 # Of the parameters that the extractor and the fine-tuning estimators have in common.
@@ -119,7 +123,7 @@ def check_images(estimator: BaseEstimator, X, *, reset: bool, name: str = "X") -
     matrices, missing values and names. Errors begin with `name` unless it is ``"X"``.
     """
     settings = estimator.image_shape, estimator.value_range
-    try:
+    with _beginning_with(name):
         if estimator.image_shape is not None and _is_flat(X):
             # Its result is not used: it turns nullable and object integers into floats.
             finite = estimator.on_error == "raise"
@@ -128,6 +132,20 @@ def check_images(estimator: BaseEstimator, X, *, reset: bool, name: str = "X") -
         images = as_images(X, *settings)
         _check_columns(estimator, X, images, reset)
         return images
+
+
+def check_texts(estimator: BaseEstimator, X, *, reset: bool, name: str = "X") -> Texts:
+    """Do for texts what `check_images` does for images."""
+    with _beginning_with(name):
+        texts = as_texts(X)
+        _check_columns(estimator, X, texts, reset)
+        return texts
+
+
+@contextlib.contextmanager
+def _beginning_with(name: str) -> Iterator[None]:
+    try:
+        yield
     except (TypeError, ValueError) as error:
         if name == "X":
             raise
@@ -135,7 +153,7 @@ def check_images(estimator: BaseEstimator, X, *, reset: bool, name: str = "X") -
         raise kind(f"{name}: {error}") from error
 
 
-def _check_columns(estimator: BaseEstimator, X, images: Images, reset: bool) -> None:
+def _check_columns(estimator: BaseEstimator, X, images: Rows, reset: bool) -> None:
     """Set or check `n_features_in_` and `feature_names_in_`."""
     if hasattr(X, "columns"):
         _check_feature_names(estimator, X, reset=reset)
@@ -146,10 +164,11 @@ def _check_columns(estimator: BaseEstimator, X, images: Images, reset: bool) -> 
     if reset:
         estimator.n_features_in_ = images.n_columns
     elif images.n_columns != estimator.n_features_in_:
+        cell = images.kind[:-1]
         raise ValueError(
-            f"X has {images.n_columns} image column(s), but {type(estimator).__name__} was fitted "
+            f"X has {images.n_columns} {cell} column(s), but {type(estimator).__name__} was fitted "
             f"on {estimator.n_features_in_} columns. Give X in the form it had in fit: the same "
-            "image columns, or flat rows of as many pixels."
+            f"{cell} columns{', or flat rows of as many pixels' if cell == 'image' else ''}."
         )
 
 
@@ -178,7 +197,7 @@ def check_weight(sample_weight, n_samples: int) -> np.ndarray:
     return _check_sample_weight(sample_weight, rows, dtype=np.float64, ensure_non_negative=True)
 
 
-def image_column_names(estimator: BaseEstimator, input_features) -> list[str]:
+def column_names(estimator: BaseEstimator, input_features) -> list[str]:
     """Return a name for each image column; a single column without a name is ``""``."""
     names = _check_feature_names_in(estimator, input_features, generate_names=False)
     n_columns = estimator._n_image_columns
@@ -193,6 +212,15 @@ def set_image_tags(estimator: BaseEstimator, tags: Tags) -> Tags:
     tags.input_tags.one_d_array = estimator.image_shape is None
     tags.input_tags.string = estimator.image_shape is None
     tags.input_tags.three_d_array = True
+    tags.input_tags.allow_nan = estimator.on_error != "raise"
+    tags.transformer_tags.preserves_dtype = ["float32"]
+    return tags
+
+
+def set_text_tags(estimator: BaseEstimator, tags: Tags) -> Tags:
+    """Describe an estimator of texts in scikit-learn's tags."""
+    tags.input_tags.one_d_array = tags.input_tags.string = True
+    tags.input_tags.two_d_array = False  # of numbers
     tags.input_tags.allow_nan = estimator.on_error != "raise"
     tags.transformer_tags.preserves_dtype = ["float32"]
     return tags

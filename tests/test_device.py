@@ -144,6 +144,6 @@ def test_cuda_resizes_as_the_cpu(pictures, interpolation):
     options = {"interpolation": interpolation, "resize_on": "device"}
     preprocessing = load_backbone(preprocessing=options).preprocessing
     images = list(torch.from_numpy(pictures))
-    on_cpu = preprocessing.resize_crop_together(images)
-    on_gpu = preprocessing.resize_crop_together(images, "cuda").cpu()
+    on_cpu = preprocessing.join(images)
+    on_gpu = preprocessing.join(images, "cuda").cpu()
     assert (on_cpu.int() - on_gpu.int()).abs().max() <= 1

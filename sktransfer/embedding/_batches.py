@@ -47,6 +47,8 @@ _COUNTS: dict[str, Callable[[], int]] = {
     "meta": int,  # computes nothing
 }
 
+_DTYPES = {np.uint8: torch.uint8, np.int64: torch.int64}
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -129,7 +131,7 @@ class Batch:
 
     def room_for(self, k: int, image: np.ndarray) -> Tensor:
         """Return where the image of row `k` goes."""
-        shape, dtype = image.shape, torch.uint8 if image.dtype == np.uint8 else torch.float32
+        shape, dtype = image.shape, _DTYPES.get(image.dtype.type, torch.float32)
         if not self._is_joined:
             return torch.empty(shape, dtype=dtype, pin_memory=self._is_pinned)
         with self._lock:

@@ -15,7 +15,7 @@ import joblib
 import numpy as np
 from joblib.parallel import get_active_backend
 
-from sktransfer.images._images import Images
+from sktransfer._rows import Rows
 
 if TYPE_CHECKING:
     from joblib.parallel import ParallelBackendBase
@@ -40,7 +40,7 @@ def is_outside_of_workers(backend: ParallelBackendBase) -> bool:
 
 
 def deal_out(
-    images: Images, n_jobs: int | None, embed_part: Callable[[Images], _Result]
+    images: Rows, n_jobs: int | None, embed_part: Callable[[Rows], _Result]
 ) -> Iterator[tuple[np.ndarray, _Result]]:
     """Yield the numbers of some images and what ``embed_part`` returned for them on a worker."""
     backend, configured = get_active_backend()

@@ -16,6 +16,7 @@ import torch
 from joblib.parallel import get_active_backend
 
 from sktransfer._progress import progress_bar
+from sktransfer._rows import BadCell, BadRow, Rows
 from sktransfer._threads import own_settings
 from sktransfer.embedding._batches import (
     Batch,
@@ -28,12 +29,12 @@ from sktransfer.embedding._batches import (
     uploaded,
 )
 from sktransfer.embedding._cluster import deal_out, is_outside_of_workers
-from sktransfer.images._images import BadImage, Images
-from sktransfer.networks._preprocessing import Preprocessing
+from sktransfer.networks._preprocessing import CallablePreprocessing
+from sktransfer.networks._tokens import Tokens
 from sktransfer.store._store import NO_STORE, Lock, Store, as_store, block_of, resolve_memory
 
 if TYPE_CHECKING:
-    from sktransfer.images._cells import Cell
+    from sktransfer._rows import Cell
     from sktransfer.networks._backbone import Backbone
 
 _CHUNK = 1024  # images whose files are looked up in the store at once
@@ -41,7 +42,6 @@ _FIRST_PART = 64  # images read before an accelerator's threads decode the first
 _READ_TOGETHER = 8  # images read by one task
 _PART_BYTES = 128 << 20  # of content that is read before it is computed
 _POLL_SECONDS = 0.02
-_N_REPORTED = 10
 _CPU = torch.device("cpu")
 # joblib's own backends: their workers are cores of this machine, which embed() uses as threads.
 _LOCAL_BACKENDS = {
@@ -52,38 +52,6 @@ _LOCAL_BACKENDS = {
 }
 
 
-@dataclass(frozen=True)
-class BadRow:
-    """An image that gave no embedding.
-
-    Attributes
-    ----------
-    row : int
-        Its row in ``X``, from 0.
-    where : str
-        The row and, where there is one, the column and the path.
-    reason : str
-        What is wrong with it.
-    """
-
-    row: int
-    where: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
-
-
-def unreadable(first: str, bad: list[BadRow], last: str, where: str = "") -> ValueError:
-    """Make the error that lists ten bad rows; `where` says where all are."""
-    lines = [first, *(f"  {row}" for row in bad[:_N_REPORTED])]
-    if len(bad) > _N_REPORTED:
-        lines.append(f"  … and {len(bad) - _N_REPORTED} more{where}")
-    error = ValueError("\n".join([*lines, last]))
-    error.bad_images = bad  # type: ignore[attr-defined]
-    return error
-
-
 def check_place(memory: object, device: str) -> torch.device:
     """Return the device; raise before a network is loaded if it or `memory` cannot be used."""
     as_store(memory)
@@ -91,7 +59,7 @@ def check_place(memory: object, device: str) -> torch.device:
 
 
 def embed_images(
-    images: Images,
+    images: Rows,
     backbone: Backbone,
     *,
     out: np.ndarray,
@@ -127,7 +95,7 @@ def embed_images(
 
 
 def _embed_part(
-    backbone: Backbone, memory: object, width: int, settings: dict, images: Images
+    backbone: Backbone, memory: object, width: int, settings: dict, images: Rows
 ) -> tuple[np.ndarray, list[BadRow], dict]:
     rows = np.empty((len(images), width), dtype=np.float32)
     bad = embed(images, backbone, out=rows, store=as_store(memory), **settings)
@@ -136,7 +104,7 @@ def _embed_part(
 
 @own_settings()
 def embed(
-    images: Images,
+    images: Rows,
     backbone: Backbone,
     *,
     out: np.ndarray,
@@ -158,6 +126,9 @@ def embed(
     number of rows just finished. The other parameters are those of `PretrainedFeatureExtractor`.
     """
     groups = range(len(backbone.feature_groups)) if groups is None else groups
+    order = images.order()
+    if order is not None:
+        images, asked, out = images[order], out, np.empty_like(out)
     run = EmbeddingRun(images, backbone, out, store, precision, groups, fill, progress)
     torch_device, n_threads = resolve_device(device), n_decoding_threads(n_jobs)
     try:
@@ -167,7 +138,11 @@ def embed(
             run_on_accelerator(run, torch_device, batch_size, n_threads)
     finally:
         run.release_all()
-    return run.finish()
+    bad = run.finish()
+    if order is not None:
+        asked[order] = out
+        bad.sort(key=lambda b: b.row)
+    return bad
 
 
 @dataclass
@@ -185,7 +160,7 @@ class EmbeddingRun:
 
     def __init__(
         self,
-        images: Images,
+        images: Rows,
         backbone: Backbone,
         out: np.ndarray,
         store: Store,
@@ -200,9 +175,7 @@ class EmbeddingRun:
         self.input_size = backbone.input_size
         how = backbone.preprocessing
         # What resizes the images of a batch together, on the device.
-        self._together = (
-            how if isinstance(how, Preprocessing) and how.resize_on == "device" else None
-        )
+        self._together = how if not isinstance(how, CallablePreprocessing) and how.joins else None
         # An encoded image has the same digest under any range of its values.
         settings = f"{precision}-{images.value_range}" if images.value_range else precision
         self._fingerprints = [f"{f}-{settings}" for f in backbone.group_fingerprints]
@@ -302,7 +275,7 @@ class EmbeddingRun:
             try:
                 cell = self._images.read(i)
                 rows.append(_Row(i, cell, cell.digest))
-            except BadImage as error:
+            except BadCell as error:
                 self._fail(i, error)
         return rows
 
@@ -329,6 +302,7 @@ class EmbeddingRun:
         for row in rows:
             row.block = block_of(row.digest)
             blocks.setdefault(row.block, []).append(row)
+        in_order: list[_Row] = []
         # In the same order in every run, so that the same batches give the same bits.
         for block in sorted(blocks):
             if block not in self._locks:
@@ -341,7 +315,11 @@ class EmbeddingRun:
                 self._locks[block] = lock
             missing = self._not_stored(blocks[block])
             self._count(block, len(missing))
-            yield from missing
+            if self._images.is_ordered:
+                in_order += missing
+            else:  # the next locks are asked for when these rows are computed
+                yield from missing
+        yield from sorted(in_order, key=lambda row: row.i)
 
     def _not_stored(self, rows: list[_Row]) -> list[_Row]:
         found = self._look_up([row.i for row in rows], [row.digest for row in rows])
@@ -391,7 +369,7 @@ class EmbeddingRun:
             row = batch.rows[k]
             try:
                 array = self._decode(row)
-            except BadImage as error:
+            except BadCell as error:
                 self._fail(row.i, error)
                 continue
             into = batch.room_for(k, array)
@@ -412,8 +390,8 @@ class EmbeddingRun:
         if not good:
             return [], torch.empty(0)
         if self._together is not None:
-            resize = self._together.resize_crop_together
-            return good, uploaded(lambda: resize(images, device), device)
+            join = self._together.join
+            return good, uploaded(lambda: join(images, device), device)
         assert batch.joined is not None
         pixels = batch.joined[: len(good)]
         if places[-1] >= len(good):  # bad ones lie between them
@@ -426,12 +404,13 @@ class EmbeddingRun:
         if cell is None:
             cell = self._images.read(row.i)
             if cell.digest != row.digest:
-                raise BadImage("it changed during this call")
+                raise BadCell("it changed during this call")
         preprocessing = self._backbone.preprocessing
         with cell.decoded(preprocessing.min_size) as image:
             try:
                 if self._together is not None:
-                    return np.asarray(self._together.in_colours(image))
+                    return np.asarray(self._together.prepare(image))
+                assert not isinstance(preprocessing, Tokens)
                 return preprocessing.resize_crop(image)
             except Exception as error:
                 where = self._images.where(row.i)
@@ -484,7 +463,7 @@ class EmbeddingRun:
         images = self._images
         return [BadRow(images.row(i), images.where(i), self._bad[i]) for i in sorted(self._bad)]
 
-    def _fail(self, i: int, error: BadImage) -> None:
+    def _fail(self, i: int, error: BadCell) -> None:
         self._out[i] = self._fill
         self._bad[i] = str(error)
 

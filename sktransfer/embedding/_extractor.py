@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from numbers import Integral
 
-import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.utils.validation import check_is_fitted
-
-from sktransfer._progress import warn
 from sktransfer._validation import (
     SHARED_CONSTRAINTS,
     Interval,
     StrOptions,
     check_images,
     fit_context,
-    image_column_names,
-    is_empty_part,
-    keep_index,
     set_image_tags,
 )
+from sktransfer.embedding._base import Extractor
 
 
-class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
+class PretrainedFeatureExtractor(Extractor):
     """Compute feature columns for images with a frozen pre-trained network.
 
     An image's row is the input of the network's classification head, or the pooled output of
@@ -37,9 +29,10 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
     ----------
     backbone : str, torch.nn.Module or callable, default="builtin"
         The network: the name of a torchvision classification builder (``"resnet50"``),
-        ``"timm:NAME"`` (needs the extra ``timm``), ``"builtin"`` (small, its weights ship
-        with the package and need no network connection), an ``nn.Module``, or a callable
-        without arguments that returns one. :func:`list_backbones` lists the names.
+        ``"timm:NAME"`` (extra ``timm``), ``"hf:NAME"`` or ``"hf:FOLDER"`` (a network of the
+        package transformers, such as DINOv2 or CLIP, from a folder or the hub's local cache; extra
+        ``text``), ``"builtin"`` (small, its weights ship with the package), an ``nn.Module``, or a
+        callable without arguments that returns one. :func:`list_backbones` lists the names.
 
     weights : str, Path or None, default="DEFAULT"
         The name of torchvision's weights (``"IMAGENET1K_V2"``), a local ``.pt``, ``.pth``
@@ -181,12 +174,6 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         "on_error": [StrOptions({"raise", "nan", "zero"})],
     }
 
-    # The "?" of the HTML representation leads to the class's page.
-    _doc_link_module = "sktransfer"
-    _doc_link_template = (
-        "https://sktransfer.readthedocs.io/en/stable/api.html#sktransfer.{estimator_name}"
-    )
-
     def __init__(
         self,
         backbone="builtin",
@@ -237,25 +224,7 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
         -------
         self : PretrainedFeatureExtractor
         """
-        from sktransfer.embedding._embed import check_place
-        from sktransfer.networks._backbone import load_backbone, with_cached_layers
-
-        images = check_images(self, X, reset=True)
-        check_place(self.memory, self.device)
-        self._fit_folder = os.getcwd()
-        self.backbone_ = load_backbone(
-            self.backbone,
-            weights=self.weights,
-            layer=with_cached_layers(self.layer, self.cache_layers),
-            pooling=self.pooling,
-            preprocessing=self.preprocessing,
-        )
-        self._n_image_columns = images.n_columns
-        n_asked = len(self.backbone_.layers_named(self.layer))
-        widths = [width for _, width in self.backbone_.feature_groups[:n_asked]]
-        self.n_features_out_ = images.n_columns * sum(widths)
-        self.bad_images_ = []
-        return self
+        return self._fit(X)
 
     def transform(self, X):
         """Embed images.
@@ -276,81 +245,21 @@ class PretrainedFeatureExtractor(TransformerMixin, BaseEstimator):
             With ``on_error="raise"``, if images cannot be read. The message reports all of
             them, as does its attribute ``bad_images``; the other rows are in the store.
         """
-        check_is_fitted(self)
-        if is_empty_part(self, X):
-            rows = np.empty((0, self.n_features_out_), dtype=np.float32)
-            self.bad_images_ = []
-        else:
-            rows = self._embed(check_images(self, X, reset=False))
-        return keep_index(self, rows, X)
-
-    def get_feature_names_out(self, input_features=None):
-        """Return the names of the columns: ``<column>_<backbone>_007``.
-
-        Parameters
-        ----------
-        input_features : array-like of str or None, default=None
-            Names of the image columns; ``None``: `feature_names_in_`, if `fit` saw names.
-
-        Returns
-        -------
-        names : ndarray of str objects of shape (n_features_out_,)
-            If several layers are joined, the layer's name precedes the number.
-        """
-        check_is_fitted(self)
-        names = image_column_names(self, input_features)
-        joined = len(self._asked_groups()) > 1
-        out = []
-        for name in names:
-            for g in self._asked_groups():
-                layer, width = self.backbone_.feature_groups[g]
-                parts = [name, self.backbone_.short_name, layer if joined else ""]
-                prefix = "_".join(part for part in parts if part)
-                digits = max(3, len(str(width - 1)))
-                out += [f"{prefix}_{i:0{digits}d}" for i in range(width)]
-        return np.asarray(out, dtype=object)
-
-    def __sklearn_is_fitted__(self):
-        return "backbone_" in vars(self)
+        return self._transform(X)
 
     def __sklearn_tags__(self):
         return set_image_tags(self, super().__sklearn_tags__())
 
-    def _asked_groups(self) -> range:
-        """Return which of the backbone's groups are columns; the others are only kept."""
-        width = self.n_features_out_ // self._n_image_columns
-        widths = np.cumsum([width for _, width in self.backbone_.feature_groups])
-        return range(int(np.searchsorted(widths, width)) + 1)
+    def _check(self, X, *, reset):
+        return check_images(self, X, reset=reset)
 
-    def _embed(self, images):
-        from sktransfer.embedding._embed import embed_images, unreadable
+    def _load(self):
+        from sktransfer.networks._backbone import load_backbone, with_cached_layers
 
-        columns = np.empty((images.n_rows, self.n_features_out_), dtype=np.float32)
-        bad = embed_images(
-            images,
-            self.backbone_,
-            out=columns.reshape(len(images), -1),
-            memory=self.memory,
-            start=getattr(self, "_fit_folder", ""),
-            batch_size=self.batch_size,
-            device=self.device,
-            precision=self.precision,
-            n_jobs=self.n_jobs,
-            groups=self._asked_groups(),
-            fill=0.0 if self.on_error == "zero" else np.nan,
-            verbose=self.verbose,
+        return load_backbone(
+            self.backbone,
+            weights=self.weights,
+            layer=with_cached_layers(self.layer, self.cache_layers),
+            pooling=self.pooling,
+            preprocessing=self.preprocessing,
         )
-        if assumed := images.take_warnings():
-            warn(assumed)
-        # Not read back: another thread may be transforming with this object, too.
-        self.bad_images_ = bad
-        if bad and self.on_error == "raise":
-            kept = "The others are embedded and kept, so nothing is lost.\n"
-            raise unreadable(
-                f"{len(bad)} of {len(images)} images could not be read:",
-                bad,
-                f"{'' if self.memory is False else kept}"
-                'Repair or drop these rows, or set on_error="nan" or on_error="zero".',
-                ", all in bad_images_.",
-            )
-        return columns

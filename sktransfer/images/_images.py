@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
+from sktransfer._rows import Rows
 from sktransfer.images._cells import Cell, own_copy, read_cell, unflatten
 from sktransfer.images._containers import (
     Container,
@@ -60,22 +61,16 @@ def as_images(
     return Images(*as_columns(X, read_image_shape(image_shape)), limits)
 
 
-class Images:
-    """A sequence of images: the rows of X times its image columns, row by row.
-
-    With two image columns the images of row 0 are numbers 0 and 1, so that the embeddings of all
-    images reshape to ``(n_rows, n_columns * d)``. A slice or an array of numbers selects a view
-    whose images keep the row they came from. Several threads may read at once.
+class Images(Rows):
+    """The images of X; several threads may read at once.
 
     Attributes
     ----------
-    n_rows, n_columns : int
-        Of X; of a view its length and 1.
-    feature_names : list of str or None
-        The image columns of a DataFrame, the name of a Series; None for a view.
     value_range : (low, high) or None
-        As given to `as_images`. Encoded images with different ones have equal digests.
+        As given to `as_images`.
     """
+
+    kind = "images"
 
     def __init__(
         self,
@@ -84,56 +79,12 @@ class Images:
         image_shape: tuple[int, ...] | None = None,
         value_range: tuple[float, float] | None = None,
     ) -> None:
-        self._columns, self._names, self._image_shape = columns, names, image_shape
-        self.value_range = value_range
-        self._n_x_columns = len(columns)
-        n_images = len(columns[0]) * len(columns)
-        self._positions: np.ndarray | range = range(n_images)  # in the columns, row by row …
-        self._numbers: np.ndarray | range = self._positions  # … and in X
-        self._is_view = False
+        super().__init__(columns, names)
+        self._image_shape, self.value_range = image_shape, value_range
         self._notes = _Notes()
         self._urls = Urls()
 
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    @property
-    def n_columns(self) -> int:
-        return 1 if self._is_view else len(self._columns)
-
-    @property
-    def n_rows(self) -> int:
-        return len(self) // self.n_columns
-
-    @property
-    def feature_names(self) -> list[str] | None:
-        return None if self._is_view else self._names
-
-    def __getitem__(self, index: slice | Sequence[int] | np.ndarray) -> Images:
-        view = Images.__new__(Images)
-        view.__dict__.update(self.__dict__, _is_view=True)
-        if isinstance(index, slice):
-            view._positions, view._numbers = self._positions[index], self._numbers[index]
-            return view
-        index = np.asarray(index)
-        if index.ndim != 1:
-            raise TypeError(
-                f"Images are indexed by slices and 1-D arrays, got {index!r}; "
-                "read(i) gives a single image"
-            )
-        index = index if index.dtype == bool else index.astype(np.intp)
-        view._positions = np.asarray(self._positions)[index]
-        view._numbers = np.asarray(self._numbers)[index]
-        return view
-
-    def __repr__(self) -> str:
-        return f"<Images: {self.n_rows} rows × {self.n_columns} columns>"
-
     # -- one image -----------------------------------------------------------------------
-    def row(self, i: int) -> int:
-        """Return the row of X that image `i` came from."""
-        return int(self._numbers[i]) // self._n_x_columns
-
     def where(self, i: int) -> str:
         """Return the row, and the column, of image `i` in X and what it is, for messages."""
         place = self._place(int(self._numbers[i]))
@@ -169,8 +120,7 @@ class Images:
 
         Path, size, modification time in ns, and inode and time of the last change as a number.
         """
-        row, column = divmod(int(self._positions[i]), len(self._columns))
-        container = self._columns[column]
+        container, row = self._container(i)
         if isinstance(container, Container):  # a cell of these is asked for once
             return None
         try:
@@ -211,8 +161,7 @@ class Images:
 
     # -- within --------------------------------------------------------------------------
     def _cell(self, i: int) -> object:
-        row, column = divmod(int(self._positions[i]), len(self._columns))
-        container = self._columns[column]
+        container, row = self._container(i)
         try:
             if isinstance(container, Container):
                 with one_reader:
@@ -231,13 +180,6 @@ class Images:
             return _alone(self._cell(i))
         except BadImage as error:
             return error
-
-    def _place(self, number: int) -> str:
-        row, column = divmod(number, self._n_x_columns)
-        if self._n_x_columns == 1:
-            return f"row {row}"
-        name = self._names[column] if self._names else column
-        return f"row {row}, column {name!r}"
 
     def __getstate__(self) -> dict:
         state = self.__dict__ | {"_notes": None}

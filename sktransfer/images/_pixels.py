@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sktransfer._rows import BadCell
+
 # Called as note(kind, low, high) where the range of an image's values had to be assumed.
 Note = Callable[[str, float, float], None]
 Range = tuple[float, float]
@@ -20,8 +22,8 @@ _FEW_LEVELS = 16
 _QUARTER = 2**14  # of 16 bits; images of 10, 12 and 14 bits are below it
 
 
-class BadImage(ValueError):
-    """One image cannot be read; the message is the reason and names no row."""
+class BadImage(BadCell):
+    """An image cannot be read."""
 
 
 class Samples(NamedTuple):
@@ -49,7 +51,7 @@ def to_rgb(
     - bool: black and white; uint8: as it is;
     - uint16: 16 bits, of which the upper eight are kept; noted below a quarter of the range;
     - floats within 0…1: ``rint(255 * x)``, so that ``x / 255.`` is the image ``x``;
-    - other integers within 0…255: as they are;
+    - other integers within 0…255: unchanged;
     - floats within -0.25…1.25: clipped to 0…1, and noted;
     - integral floats within 0…255, and floats within -1…318.75 of which the largest is above
       16: clipped to 0…255, and noted;

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from sktransfer._progress import did_you_mean
 from sktransfer._threads import own_settings
+from sktransfer.networks._blocks import LAST_STATES, BlockPlan, SplitModel
 from sktransfer.networks._graph import Stages
 from sktransfer.networks._inference import (
     POOLINGS,
@@ -26,8 +29,10 @@ from sktransfer.networks._inference import (
 )
 from sktransfer.networks._own import ModuleSource, own_source
 from sktransfer.networks._preprocessing import AnyPreprocessing, resolve_preprocessing
-from sktransfer.networks._published import named_source
+from sktransfer.networks._published import named_source, text_source
 from sktransfer.networks._sources import GivenSource, Source
+from sktransfer.networks._text import SavedTextSource, TextSource
+from sktransfer.networks._word_vectors import Lookup, WordVectors
 
 # Part of every fingerprint; a change of how embeddings are computed changes it.
 _FORMAT = "sktransfer-embedding-2"
@@ -49,8 +54,9 @@ def load_backbone(
     ----------
     backbone : str, torch.nn.Module or callable, default="builtin"
         Name of a torchvision classification builder (``"resnet50"``), ``"timm:NAME"`` (extra
-        ``timm``), ``"builtin"`` (its weights ship in the package), a module, or a callable
-        without arguments that returns one. A module is copied in its present state. Its
+        ``timm``), ``"hf:NAME_OR_FOLDER"`` (a network of transformers for images, extra ``text``),
+        ``"builtin"`` (its weights ship in the package), a module, or a callable without arguments
+        that returns one. A module is copied in its present state. Its
         ``forward`` takes one batch of images and returns one tensor.
     weights : str, path-like or None, default="DEFAULT"
         Name of published weights (``"IMAGENET1K_V2"``); path of a local ``.pt``, ``.pth`` or
@@ -110,6 +116,38 @@ def load_backbone(
     if source.is_user_file:
         _ = loaded.network.module  # find out now whether the file fits
     return loaded
+
+
+def load_text_backbone(
+    backbone: str | TextSource | SavedTextSource | WordVectors,
+    *,
+    weights: str | None = "DEFAULT",
+    layer: int | str | Sequence[int | str] | None = None,
+    pooling: str = "auto",
+    max_length: int | str = "auto",
+) -> Backbone:
+    """Load a network for texts; the parameters are those of `PretrainedTextExtractor`."""
+    source = text_source(backbone, weights) if isinstance(backbone, str) else backbone
+    tokens = source.tokens(max_length)
+    plan = get_network(source, source.preprocessing.input_size).plan
+    is_list = isinstance(layer, Iterable) and not isinstance(layer, str)
+    names = [_hidden_states(k, plan.names) for k in (layer if is_list else [layer])]  # type: ignore[union-attr]
+    asked = names if is_list else names[0]
+    return Backbone(source, asked, "avg" if pooling == "mean" else pooling, tokens)
+
+
+def _hidden_states(layer: object, stages: list[str]) -> str | None:
+    """Return the name of the `layer`-th hidden states of a transformer."""
+    if layer is None or isinstance(layer, str):
+        return layer
+    n_states = max(1, len(stages) - 1)
+    k = operator.index(layer)  # type: ignore[arg-type]
+    if not -n_states <= k < n_states:
+        raise ValueError(
+            f"layer={layer} is not in the network, which has {n_states} hidden states: 0 (before "
+            f"the first block) to {n_states - 1} or -1 (the last ones) are accepted."
+        )
+    return LAST_STATES if k % n_states == n_states - 1 else stages[k % n_states]
 
 
 def resolve_source(backbone: object, weights: object) -> Source:
@@ -174,9 +212,12 @@ class Backbone:
     ):
         self._source = source
         self.name = source.name
-        self.short_name = re.sub(r"\W+", "_", source.name.removeprefix("timm:")).strip("_")
+        name = source.name.removeprefix("timm:")
+        if source.name.startswith(("hf:", "vectors:", "static:")):  # of a path the last part
+            name = Path(name).name.removesuffix(".txt")
+        self.short_name = re.sub(r"\W+", "_", name).strip("_")
         self.layer, self.pooling, self.preprocessing = layer, pooling, preprocessing
-        self.input_size: tuple[int, int, int] = preprocessing.input_size
+        self.input_size: tuple[int, ...] = preprocessing.input_size
         # The size at which stages are found does not depend on the crop asked for.
         is_own = isinstance(source, ModuleSource)
         self._plan_size = self.input_size if is_own else source.preprocessing.input_size
@@ -204,6 +245,8 @@ class Backbone:
             raise TypeError(f"layer {asked!r} is not a name: a string, None or a list is accepted.")
         shape = plan.shape(key, self.input_size)
         layout = layout_of(shape, plan.is_channels_last(key, self.input_size))
+        if self.is_text and layout == "tokens":
+            layout = "texts"
         if layout is None:
             raise ValueError(
                 f"layer {label!r} of {self.name} gives values of shape {shape[1:]} per image, "
@@ -223,7 +266,8 @@ class Backbone:
 
     def layers_named(self, layer: str | Sequence[str | None] | None) -> list[str | None]:
         """List the layers that the parameter `layer` asks for."""
-        stages = [name for name in self.stage_names[1:] if name not in ("pool", "head")]
+        rows = getattr(self.network.plan, "row_names", self.stage_names)
+        stages = [name for name in rows[1:] if name not in ("pool", "head")]
         is_list = isinstance(layer, Iterable) and not isinstance(layer, str)
         asked: Iterable = layer if is_list else [layer]  # type: ignore[assignment]
         return [name for k in asked for name in ([*stages[:-1], None] if k == "all" else [k])]
@@ -233,9 +277,18 @@ class Backbone:
         return f"<Backbone {self.name}{layer}: {self.input_size} -> {self.n_features}>"
 
     @property
+    def is_text(self) -> bool:
+        """Whether it takes texts, not images."""
+        return self._source.is_text
+
+    @property
     def network(self) -> Network:
         """The shared network; it is loaded again if it was evicted."""
         return get_network(self._source, self._plan_size)
+
+    def lookup(self) -> Lookup | None:
+        """Return what finds words in a table of word vectors, of which this is one."""
+        return self._source.lookup() if isinstance(self._source, WordVectors) else None
 
     @property
     def stages(self) -> Stages:
@@ -256,21 +309,35 @@ class Backbone:
 
     @property
     def stage_names_to_layer(self) -> list[str]:
-        """Names of the stages up to the embedding or to the one layer asked for."""
-        plan, key, names = self.network.plan, self._keys[0], self.stage_names
-        if len(self._keys) > 1:
-            raise ValueError(
-                f"layer={self.layer!r} joins {len(self._keys)} layers; fine-tuning puts its head "
-                f"on one. Give as `layer` one of the stages {names}, or None."
-            )
-        if key == plan.embedding_key:
-            return names[:-1] if plan.head_layers() and len(names) > 1 else names
-        if key in plan.stage_keys:
-            return names[: plan.stage_keys.index(key) + 1]
-        raise ValueError(
-            f"{self!r} ends within a stage, where fine-tuning cannot put a head. Give as `layer` "
-            f"one of the stages {names}, or None; and pooling='auto' if that was changed."
-        )
+        """Names of the stages up to the deepest of the layers asked for."""
+        return self.stage_names[: max(self.layer_stages) + 1]
+
+    @property
+    def layer_stages(self) -> list[int]:
+        """Position of the stage that returns each layer's value; ValueError if none does."""
+        plan, names = self.network.plan, self.stage_names
+        position = {key: i for i, key in reversed(list(enumerate(plan.stage_keys)))}
+        has_head = plan.head_layers() and len(names) > 1
+        position[plan.embedding_key] = len(names) - (2 if has_head else 1)
+        if isinstance(plan, BlockPlan):
+            position[plan.last_map_key] = len(names) - 1
+        for (label, _), key in zip(self.feature_groups, self._keys, strict=True):
+            if key not in position:
+                raise ValueError(
+                    f"{self!r}: {label!r} ends within a stage, where fine-tuning cannot put a "
+                    f"head. Give as `layer` some of the stages {names}, 'all' or None; and "
+                    "pooling='auto' if that was changed."
+                )
+        return [position[key] for key in self._keys]
+
+    def column_names(self, prefix: str, n_layers: int | None = None) -> list[str]:
+        """Names of the columns of the first `n_layers` layers; ``prefix_layer_007`` if several."""
+        groups, names = self.feature_groups[:n_layers], list[str]()
+        for layer, width in groups:
+            digits = max(3, len(str(width - 1)))
+            stem = f"{prefix}_{layer}" if len(groups) > 1 else prefix
+            names += [f"{stem}_{i:0{digits}d}" for i in range(width)]
+        return names
 
     @property
     def weights_digest(self) -> str:
@@ -295,24 +362,26 @@ class Backbone:
         """All that determines the embedding except the weights."""
         return self.name, self._keys, self._poolings, self.preprocessing.identity
 
-    def make_pooling(self) -> Pooling:
-        """Make what turns the values of the first layer into rows."""
-        return Pooling(*self._poolings[0])
+    def make_poolings(self) -> list[Pooling]:
+        """Make what turns each layer's values into rows."""
+        return [Pooling(*settings) for settings in self._poolings]
 
     def copy_network(self) -> tuple[nn.Module, Stages]:
         """Copy the network; return the copy and its stages, which call the copy's layers."""
         network = self.network
         _ = network.module  # the weights
         root = copy.deepcopy(network.plan.root)
+        if isinstance(root, SplitModel):
+            root.ends_with_tokens = network.plan.last_map_key in self._keys
         return root, network.plan.stages(root)
 
     def with_weights(self, module: nn.Module, digest: str) -> Backbone:
         """Return the same cut of `module`, a copy of the network with weights of this digest."""
         other = copy.copy(self)
         other._source = GivenSource(self.name, self._source.preprocessing, module, digest)
-        other._source.is_foreign = self._source.is_foreign
+        other._source.is_foreign, other._source.is_text = self._source.is_foreign, self.is_text
         other.fingerprint = f"tuned-{digest}"
-        other.group_fingerprints = [other.fingerprint]
+        other.group_fingerprints = [f"{other.fingerprint}-{key}" for key in self._keys]
         return other
 
     def inference_module(

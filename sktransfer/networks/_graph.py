@@ -275,7 +275,7 @@ class Traced:
         return graph_module(layers, graph)
 
     # -- running ----------------------------------------------------------------------------
-    def agrees_with_module(self, input_size: tuple[int, int, int]) -> bool:
+    def agrees_with_module(self, input_size: tuple[int, ...]) -> bool:
         """Whether the graph computes what the module does, for two random images."""
         x = torch.rand((2, *input_size), generator=torch.Generator().manual_seed(0))
         module = copy_with_parameters(self.root).eval()
@@ -285,7 +285,7 @@ class Traced:
         scale = float(expected.nan_to_num(0, 0, 0).abs().max())
         return torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * scale, equal_nan=True)
 
-    def shapes(self, input_size: tuple[int, int, int]) -> dict[fx.Node, tuple[int, ...]]:
+    def shapes(self, input_size: tuple[int, ...]) -> dict[fx.Node, tuple[int, ...]]:
         """Return the shape of every tensor in the graph for 2 black images."""
         if input_size not in self._shapes:
             device = "cpu" if self._needs_values else "meta"
@@ -412,9 +412,12 @@ def unknown_layer(layer: str, network: str, stages: list[str], names: list[str])
     """Make the error for a layer that a network does not have."""
     hint = did_you_mean(layer, dict.fromkeys([*stages, *names]))
     examples = ", ".join(map(repr, [name for name in names if name not in stages][:3]))
+    more = (
+        "; the dotted name of any sub-module or operation is accepted too "
+        f"({examples}, …: {len(names)} in all)"
+    )
     return ValueError(
-        f"layer={layer!r} is not in {network}.{hint} Its stages are {stages}; the dotted name of "
-        f"any sub-module or operation is accepted too ({examples}, …: {len(names)} in all)."
+        f"layer={layer!r} is not in {network}.{hint} Its stages are {stages}{more * bool(names)}."
     )
 
 
@@ -429,14 +432,14 @@ def checked_shape(shape: tuple[int, ...], key: str, network: str) -> tuple[int, 
     return shape
 
 
-def not_accepted(network: str, input_size: tuple[int, int, int], error: Exception) -> ValueError:
+def not_accepted(network: str, input_size: tuple[int, ...], error: Exception) -> ValueError:
     """Make the error for an input size that a network cannot take."""
     reason: BaseException = error
     while reason.__cause__ is not None:
         reason = reason.__cause__
     text = str(reason).strip().split("\n")[0]
-    channels, height, width = input_size
+    shape = "×".join(map(str, input_size))
     return ValueError(
-        f"{network} does not accept images of {channels}×{height}×{width} (channels × height × "
+        f"{network} does not accept images of {shape} (channels × height × "
         f"width): {text}. preprocessing={{'size': …, 'crop': …}} sets another size."
     )

@@ -37,7 +37,7 @@ class HookedPlan:
     for what a sub-module returns, ``">name"`` for what it gets, ``""`` for the network's output.
     """
 
-    def __init__(self, module: nn.Module, input_size: tuple[int, int, int], name: str):
+    def __init__(self, module: nn.Module, input_size: tuple[int, ...], name: str):
         self.root, self.network_name = module, name
         self._layers = [path for path, _ in module.named_modules(remove_duplicate=False) if path]
         self._runs: dict[tuple[int, ...], _Run] = {}
@@ -75,7 +75,7 @@ class HookedPlan:
             raise unknown_layer(layer, self.network_name, self.names, self._layers)
         return layer
 
-    def shape(self, key: str, input_size: tuple[int, int, int]) -> tuple[int, ...]:
+    def shape(self, key: str, input_size: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a layer's value for two images of `input_size`."""
         shapes = self._run(input_size).shapes
         if key not in shapes:
@@ -85,7 +85,7 @@ class HookedPlan:
             )
         return checked_shape(shapes[key], key or "output", self.network_name)
 
-    def is_channels_last(self, key: str, input_size: tuple[int, int, int]) -> bool:
+    def is_channels_last(self, key: str, input_size: tuple[int, ...]) -> bool:
         """Whether a 4-D value is N×H×W×C, as far as its shape tells."""
         shape = self.shape(key, input_size)
         return len(shape) == 4 and shape[1] == shape[2] != shape[3]
@@ -98,7 +98,7 @@ class HookedPlan:
         """Make the network up to the last of the layers; it returns their pooled values."""
         return HookedExtractor(self.root, keys, poolings)
 
-    def _run(self, input_size: tuple[int, int, int]) -> _Run:
+    def _run(self, input_size: tuple[int, ...]) -> _Run:
         if input_size not in self._runs:
             try:
                 run = _Run(self.root, input_size)
@@ -116,7 +116,7 @@ class HookedPlan:
 class _Run:
     """Send two black images through a network, and note shapes by key."""
 
-    def __init__(self, module: nn.Module, input_size: tuple[int, int, int]):
+    def __init__(self, module: nn.Module, input_size: tuple[int, ...]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._last: tuple[str, object] = "", None
         copied = copy_with_parameters(module).eval()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sktransfer._threads import one_at_a_time, own_settings, process_lock
@@ -37,7 +38,7 @@ _precision_lock = process_lock()
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-POOLINGS = ("auto", "avg", "max", "avgmax", "gem", "cls", "flatten")
+POOLINGS = ("auto", "avg", "max", "avgmax", "gem", "cls", "flatten", "mean", "last")
 _GEM_POWER = 3.0
 
 
@@ -45,7 +46,7 @@ _GEM_POWER = 3.0
 class Network:
     """A source's module and the plan of its stages; its weights are loaded when first needed."""
 
-    def __init__(self, source: Source, input_size: tuple[int, int, int]):
+    def __init__(self, source: Source, input_size: tuple[int, ...]):
         self.source = source
         self._module = source.build()
         self.plan = plan_stages(self._module, input_size, source.name, is_foreign=source.is_foreign)
@@ -94,7 +95,7 @@ class Network:
             return made
 
 
-def get_network(source: Source, input_size: tuple[int, int, int]) -> Network:
+def get_network(source: Source, input_size: tuple[int, ...]) -> Network:
     """Return the one network of this process for `source`; the last four used are kept."""
     key = (type(source).__name__, source.name, source.digest, input_size)
     if found := _look_up(key):
@@ -111,7 +112,7 @@ def get_network(source: Source, input_size: tuple[int, int, int]) -> Network:
         return network
 
 
-def is_in_memory(source: Source, input_size: tuple[int, int, int]) -> bool:
+def is_in_memory(source: Source, input_size: tuple[int, ...]) -> bool:
     return _look_up((type(source).__name__, source.name, source.digest, input_size)) is not None
 
 
@@ -143,7 +144,7 @@ def with_index(device: torch.device) -> torch.device:
 @contextlib.contextmanager
 def tensor_float_32(device: torch.device, is_allowed: bool) -> Iterator[None]:
     """Let CUDA round float32 factors to TF32 (10 bits) or not, whatever the caller has set."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         yield
         return
     backends = torch.backends
@@ -208,7 +209,9 @@ class EmbeddingNetwork(nn.Module):
 
     @torch.inference_mode()
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        x = self.normalisation(x).to(self.dtype).contiguous(memory_format=self.memory_format)
+        if x.dtype != torch.int64:  # tokens of texts stay numbers
+            x = self.normalisation(x).to(self.dtype)
+            x = x.contiguous(memory_format=self.memory_format) if x.ndim == 4 else x
         with tensor_float_32(x.device, self.precision == "tf32"):
             return self.extractor(x)
 
@@ -286,8 +289,10 @@ class Pooling(nn.Module):
     ----------
     kind : {"none", "avg", "max", "avgmax", "gem", "cls", "flatten"}
         ``"gem"`` is the generalised mean (mean of x^p)^(1/p) with p = 3 [1]_.
-    layout : {"vector", "map", "map_last", "tokens"}
-        N×C; N×C×H×W; N×H×W×C; N×places×C.
+    layout : {"vector", "map", "map_last", "tokens", "texts"}
+        N×C; N×C×H×W; N×H×W×C; N×places×C; N×places×(C+1), the last channel of which is 1 where
+        there is a token and 0 where there is padding. For texts there is the kind ``"last"``, too,
+        and ``"_unit"`` behind a kind scales rows to length 1.
     token : int, default=0
         Position of the class token, for ``"cls"``.
     n_prefix : int, default=0
@@ -308,6 +313,8 @@ class Pooling(nn.Module):
         return f"kind={self.kind!r}, layout={self.layout!r}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.layout == "texts":
+            return self._of_texts(x)
         if self.kind == "cls":
             return x[:, self.token].float()
         if self.kind == "flatten":
@@ -327,6 +334,23 @@ class Pooling(nn.Module):
             parts.append(places.amax(axes).float())
         return torch.cat(parts, dim=1)
 
+    def _of_texts(self, x: torch.Tensor) -> torch.Tensor:
+        """Pool the tokens of each text; zeros for a text without any."""
+        is_token = x[..., -1:] > 0.5
+        values = torch.where(is_token, x[..., :-1].float(), 0)
+        n_tokens = is_token.sum(1)
+        kind = self.kind.removesuffix("_unit")
+        if kind == "avg":
+            rows = values.sum(1) / n_tokens.clamp(min=1)
+        elif kind == "max":
+            lowest = values.masked_fill(~is_token, -torch.inf).amax(1)
+            rows = torch.where(n_tokens > 0, lowest, 0)
+        elif kind == "cls":
+            rows = values[:, 0]
+        else:
+            rows = values[torch.arange(len(x), device=x.device), n_tokens[:, 0].clamp(min=1) - 1]
+        return F.normalize(rows, dim=1) if self.kind.endswith("_unit") else rows
+
 
 def layout_of(shape: tuple[int, ...], is_channels_last: bool) -> str | None:
     """Which axes of a value are the channels; None if it is not one vector or map per image."""
@@ -336,6 +360,16 @@ def layout_of(shape: tuple[int, ...], is_channels_last: bool) -> str | None:
 
 def resolve_pooling(pooling: str, layout: str, layer: str, class_token: int | None) -> str:
     """Return the kind of pooling for one layer; raise ValueError where it does not fit."""
+    if layout == "texts":
+        kind = {"auto": "avg", "mean": "avg"}.get(pooling, pooling)
+        if kind not in ("avg", "max", "cls", "last"):
+            raise ValueError(
+                f"pooling={pooling!r} is for images, but {layer} is of texts: 'mean', 'max', 'cls' "
+                "(the first token) and 'last' are accepted."
+            )
+        return kind
+    if pooling in ("mean", "last"):
+        raise ValueError(f"pooling={pooling!r} is for texts, but {layer} is of images.")
     has_token = layout == "tokens" and class_token is not None
     if pooling == "auto":
         return "cls" if has_token else "avg"
@@ -357,5 +391,7 @@ def pooled_width(kind: str, layout: str, shape: tuple[int, ...]) -> int:
     """Return the number of columns that pooling a value of `shape` (with its batch axis) gives."""
     if kind == "flatten":
         return math.prod(shape[1:])
+    if layout == "texts":
+        return shape[-1] - 1
     channels = shape[1] if layout in ("vector", "map") else shape[-1]
     return channels * (2 if kind == "avgmax" and layout != "vector" else 1)

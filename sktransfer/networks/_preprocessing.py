@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sktransfer._progress import did_you_mean
 from sktransfer.networks._fingerprint import function_digest
+from sktransfer.networks._tokens import Tokens
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -95,6 +96,11 @@ class Preprocessing:
             raise _refused("interpolation", self.interpolation, accepted)
 
     @property
+    def joins(self) -> bool:
+        """Whether images are prepared one by one and resized together, by :meth:`join`."""
+        return self.resize_on == "device"
+
+    @property
     def crop_size(self) -> tuple[int, int]:
         """Height and width of the crop."""
         return self.crop if isinstance(self.crop, tuple) else (self.crop, self.crop)
@@ -128,20 +134,20 @@ class Preprocessing:
         uint8 (crop height, crop width, channels).
         """
         if self.resize_on == "device":
-            pixels = self.resize_crop_together([torch.tensor(np.asarray(self.in_colours(image)))])
+            pixels = self.join([torch.tensor(np.asarray(self.prepare(image)))])
             return np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy())
-        return self._resize_crop(self.in_colours(image))
+        return self._resize_crop(self.prepare(image))
 
-    def in_colours(self, image: np.ndarray | Image.Image) -> np.ndarray | Image.Image:
+    def prepare(self, image: np.ndarray | Image.Image) -> np.ndarray | Image.Image:
         """Return the image with the colours that the network takes: grey, with one `mean`."""
         if len(self.mean) > 1:
             return image
         return np.asarray(_as_pil(image).convert("L"))[:, :, None]
 
-    def resize_crop_together(
+    def join(
         self, images: Sequence[torch.Tensor], device: torch.device | str = "cpu"
     ) -> torch.Tensor:
-        """Resize and crop images of :meth:`in_colours` on a device, those of one size together.
+        """Resize and crop images of :meth:`prepare` on a device, those of one size together.
 
         Pinned ones are copied in the background. uint8 (n, channels, crop height, crop width),
         channels-last in memory.
@@ -298,13 +304,13 @@ class CallablePreprocessing:
         return pixels
 
 
-AnyPreprocessing = Preprocessing | CallablePreprocessing
+AnyPreprocessing = Preprocessing | CallablePreprocessing | Tokens
 
 
-def resolve_preprocessing(asked: object, default: Preprocessing) -> AnyPreprocessing:
+def resolve_preprocessing(asked: object, default: AnyPreprocessing) -> AnyPreprocessing:
     """Return what the user asked for, completed by what the weights were trained with."""
     known = [field.name for field in fields(Preprocessing)]
-    if isinstance(asked, str) and asked == "auto":
+    if (isinstance(asked, str) and asked == "auto") or not isinstance(default, Preprocessing):
         return default
     if isinstance(asked, (Preprocessing, CallablePreprocessing)):
         return asked

@@ -18,15 +18,21 @@ from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 from sktransfer._progress import did_you_mean, shown
 from sktransfer._threads import one_at_a_time, own_random_state
 from sktransfer.networks import _weights, builtin
+from sktransfer.networks._blocks import read_recipe
+from sktransfer.networks._hf_images import ImageSource, saved_image_source
+from sktransfer.networks._huggingface import is_text_name
 from sktransfer.networks._preprocessing import Preprocessing, with_overrides
 from sktransfer.networks._sources import (
     RANDOM_SEED,
     GivenSource,
     NamedSource,
+    Source,
     freeze,
     random_seed,
     weights_path,
 )
+from sktransfer.networks._text import TextSource, saved_text_source
+from sktransfer.networks._word_vectors import WordVectors
 from sktransfer.networks.builtin._network import BuiltinNet
 
 
@@ -64,12 +70,14 @@ def _unknown_weights(weights: object, of: str, known: Iterable[str]) -> ValueErr
     return ValueError(f"weights={shown(weights)} is not among {of}: {known}; {_ACCEPTED}{hint}")
 
 
-def named_source(name: str, weights: object) -> NamedSource:
+def named_source(name: str, weights: object) -> Source:
     """Return the source of the network called `name`."""
     if name == "builtin":
         return BuiltinSource(weights)
     if name.startswith("timm:"):
         return timm_source(name, weights)
+    if name.startswith("hf:"):
+        return TextSource(name, weights) if is_text_name(name) else ImageSource(name, weights)
     known = torchvision_names()
     if name in known:
         return TorchvisionSource(name, weights)
@@ -77,9 +85,12 @@ def named_source(name: str, weights: object) -> NamedSource:
     of_timm = _nearest_of_timm(name)
     if not nearest or f"'timm:{name}'" in of_timm:
         nearest = of_timm
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) or (Path(name) / "config.json").is_file():
+        nearest = f" Did you mean {'hf:' + name!r}, with the package transformers?{nearest}"
     raise ValueError(
         f"backbone={shown(name)} is not known.{nearest} "
-        "list_backbones() lists the known names; 'timm:NAME' names one of timm's."
+        "list_backbones() lists the known names; 'timm:NAME' names one of timm's, "
+        "'hf:NAME_OR_FOLDER' one of transformers'."
     )
 
 
@@ -255,22 +266,30 @@ class TimmSource(NamedSource):
     def _is_downloaded(self) -> bool:
         from huggingface_hub import try_to_load_from_cache
 
-        config = import_timm().get_pretrained_cfg(self.model_name)
-        place = config.hf_hub_id if config else self.model_name.partition(":")[2]
-        found = [try_to_load_from_cache(place, name) for name in _HUB_FILES if place]
+        place = self._place()
+        if place.startswith("https:"):
+            return _weights.place_of(place).exists()
+        found = [try_to_load_from_cache(place, name) for name in _HUB_FILES]
         return any(isinstance(path, str) for path in found)
+
+    def _place(self) -> str:
+        """Return the name of a repository of the hub, or a file's address."""
+        config = import_timm().get_pretrained_cfg(self.model_name)
+        return config.hf_hub_id or config.url if config else self.model_name.partition(":")[2]
 
     def _pretrained(self) -> nn.Module:
         timm = import_timm()
+        url = self._place()
+        url = url if url.startswith("https:") else f"https://huggingface.co/{url}"
+        place = "anywhere, and give that path as weights=PATH"
+        if not self._is_downloaded():
+            _weights.check_download(self.name, url, place)
         try:
             with own_random_state(RANDOM_SEED), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 made = freeze(timm.create_model(self.model_name, pretrained=True))
         except Exception as error:
-            config = timm.get_pretrained_cfg(self.model_name)
-            url = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
             reason = f"{type(error).__name__}: {error}"
-            place = "anywhere, and give that path as weights=PATH"
             raise _weights.not_downloaded(self.name, reason, url, place) from error
         _weights.warn_unless_finite(made, self.name)
         return made
@@ -301,11 +320,28 @@ def timm_preprocessing(module: nn.Module) -> Preprocessing:
     return Preprocessing(size, (height, width), config["mean"], config["std"], method)
 
 
-def saved_source(name: str, state: Mapping[str, torch.Tensor]) -> GivenSource:
+def text_source(name: str, weights: object) -> TextSource | WordVectors:
+    """Return the source of a network for texts."""
+    if name.startswith("hf:"):
+        return TextSource(name, weights)
+    if name.startswith(("vectors:", "static:")):
+        return WordVectors(name, weights)
+    raise ValueError(
+        f"backbone={shown(name)} is not known: 'hf:NAME_OR_FOLDER' (transformers), 'vectors:PATH' "
+        f"(a table of word vectors) or 'static:FOLDER' (model2vec) is accepted."
+    )
+
+
+def saved_source(name: str, state: Mapping[str, torch.Tensor]) -> Source:
     """Return the network called `name` with weights that are in memory; nothing is downloaded.
 
     ValueError if they are not those of this network.
     """
+    if "recipe" in state:
+        if name.startswith(("vectors:", "static:")):
+            return WordVectors.of(name, state)
+        is_of_images = read_recipe(state["recipe"]).get("kind") == "images"
+        return (saved_image_source if is_of_images else saved_text_source)(name, state)
     source = named_source(name, None)
     if isinstance(source, TorchvisionSource) and "image_size" in source.arguments:
         source.set_image_size(state, get_model_weights(name)["DEFAULT"])

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from sktransfer._progress import shown
 from sktransfer._threads import own_random_state
 from sktransfer.networks import _weights
-from sktransfer.networks._preprocessing import Preprocessing
+from sktransfer.networks._preprocessing import AnyPreprocessing
 
 RANDOM_SEED = 0
 # Of the weights that weights=None means.
@@ -29,10 +29,11 @@ class Source(ABC):
     """A network that can be built again."""
 
     name: str
-    preprocessing: Preprocessing  # that the weights were trained with
+    preprocessing: AnyPreprocessing  # that the weights were trained with
     digest: str  # changes with the weights and the architecture
     is_user_file: bool = False  # the weights come from a file that the user named
     is_foreign: bool = False  # the network's code is the user's own
+    is_text: bool = False  # its inputs are texts
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -50,7 +51,7 @@ class GivenSource(Source):
     """A network whose weights are in memory: `module`, in eval mode and frozen."""
 
     def __init__(
-        self, name: str, preprocessing: Preprocessing, module: nn.Module, digest: str
+        self, name: str, preprocessing: AnyPreprocessing, module: nn.Module, digest: str
     ) -> None:
         self.name, self.preprocessing = name, preprocessing
         self.module, self.digest = module, digest

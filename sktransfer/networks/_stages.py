@@ -17,6 +17,7 @@ from collections import Counter
 
 from torch import fx, nn
 
+from sktransfer.networks._blocks import BlockPlan, SplitModel
 from sktransfer.networks._graph import (
     Stage,
     StageModule,
@@ -42,7 +43,7 @@ _STAGE_ENDS = {
     "Inception3": r"maxpool[12]|Mixed_(5d|6e|7c)",
     "MNASNet": r"layers\.([7-9]|1[0126])",
     "MaxVit": r"stem|blocks\.\d+|classifier\.4",
-    "MobileNetV2": r"features\.(0|1|3|6|13|18)",
+    "MobileNetV2": r"features\.([0136]|1[0368])",
     "MobileNetV3": r"features\.(0|1|3|6|12|16)|classifier\.1",
     "MobileNetV3 13": r"features\.(0|1|3|8|12)|classifier\.1",
     "RegNet": r"stem|trunk_output\.block\d",
@@ -53,20 +54,25 @@ _STAGE_ENDS = {
     "VGG": r"features\.\d+:MaxPool2d|classifier\.[14]",
     "VisionTransformer": r"encoder\.dropout|encoder\.layers\.encoder_layer_\d+",
 }
+# Rows of a paper's table that end within a stage: ``layer="all"`` joins them as well. They are no
+# stages, as with more stages fine-tuning would train most of them at smaller rates.
+_ROW_ENDS = {"MobileNetV2": r"features\.1[06]"}
 _MAP_SIZE = 192  # pixels: six halvings leave three
 
 
 def plan_stages(
     module: nn.Module,
-    input_size: tuple[int, int, int],
+    input_size: tuple[int, ...],
     name: str = "the network",
     *,
     is_foreign: bool = False,
-) -> StagePlan | HookedPlan:
+) -> StagePlan | HookedPlan | BlockPlan:
     """Find a network's stages without computing anything.
 
     With `is_foreign` two random images check that the graph computes what the module does.
     """
+    if isinstance(module, SplitModel):
+        return BlockPlan(module, input_size, name)
     try:
         traced = trace(module)
     except TracingError:
@@ -80,10 +86,11 @@ def plan_stages(
 class StagePlan:
     """Where a traced network is cut, and the names of the parts.
 
-    `names` are those of the stages, `stage_keys` of the operations with which they end.
+    `names` are those of the stages, `stage_keys` of the operations with which they end,
+    `row_names` of the layers that ``layer="all"`` chooses from.
     """
 
-    def __init__(self, traced: Traced, input_size: tuple[int, int, int], name: str):
+    def __init__(self, traced: Traced, input_size: tuple[int, ...], name: str):
         if traced.output is traced.input:
             raise ValueError(
                 f"{name} returns the image as it gets it: a network with at least one operation "
@@ -95,7 +102,7 @@ class StagePlan:
         self._has_head = start < len(traced.nodes)
         end = start - 1
         self._embedding = traced.crossing[end] if self._has_head else traced.output
-        marks = self._family_ends(end) or self._group_ends(end)
+        marks = self._family_ends(end, _STAGE_ENDS) or self._group_ends(end)
         if not marks or marks[-1][1] < end:
             marks.append(("pool" if marks else "", end))
         marks = self._with_pool(marks)
@@ -107,6 +114,9 @@ class StagePlan:
             self._label(name, node, marks) for (name, _), node in zip(marks, nodes, strict=True)
         ]
         self.names = _unique(labels)
+        rows = {position: path for path, position in self._family_ends(end, _ROW_ENDS)}
+        rows |= dict(zip((position for _, position in marks), self.names, strict=True))
+        self.row_names = [rows[position] for position in sorted(rows)]
         self.stage_keys = [node.meta["key"] for node in nodes]
         self._ends = nodes
 
@@ -147,14 +157,14 @@ class StagePlan:
             return i if i > 1 else len(traced.nodes)
         return len(traced.nodes)
 
-    def _family_ends(self, end: int) -> list[tuple[str, int]]:
-        """Find the ends of the stages of one of torchvision's networks, by the modules' names."""
+    def _family_ends(self, end: int, ends: dict[str, str]) -> list[tuple[str, int]]:
+        """Find the `ends` within one of torchvision's networks, by the modules' names."""
         root = self.traced.root
         kinds = [c.__name__ for c in type(root).__mro__ if c.__module__.startswith("torchvision.")]
-        if not kinds or kinds[0] not in _STAGE_ENDS:
+        if not kinds or kinds[0] not in ends:
             return []
         kind = f"{kinds[0]} {len(getattr(root, 'features', ()))}"
-        pattern = re.compile(_STAGE_ENDS.get(kind, _STAGE_ENDS[kinds[0]]))
+        pattern = re.compile(ends.get(kind, ends[kinds[0]]))
         found = []
         for path, node in self.traced.module_outputs.items():
             module = f"{path}:{type(self.traced.modules[path]).__name__}"
@@ -262,7 +272,7 @@ class StagePlan:
         shape = self._map_shapes.get(node, ()) if node is not None else ()
         return len(shape) == 3 or (len(shape) == 4 and shape[2:] != (1, 1))
 
-    def _large_shapes(self, size: tuple[int, int, int]) -> dict[fx.Node, tuple[int, ...]]:
+    def _large_shapes(self, size: tuple[int, ...]) -> dict[fx.Node, tuple[int, ...]]:
         """Shapes for images so large that no map has one place before the pooling."""
         factor = -(-_MAP_SIZE // min(size[1:]))
         if factor > 1:
@@ -338,12 +348,12 @@ class StagePlan:
             raise unknown_layer(layer, self.network_name, self.names, list(self.traced.names))
         return self.traced.names[layer].meta.get("key", "input")
 
-    def shape(self, key: str, input_size: tuple[int, int, int]) -> tuple[int, ...]:
+    def shape(self, key: str, input_size: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a layer's value for two images of `input_size`."""
         shape = self._shapes(input_size).get(self._node(key), ())
         return checked_shape(shape, key, self.network_name)
 
-    def is_channels_last(self, key: str, input_size: tuple[int, int, int]) -> bool:
+    def is_channels_last(self, key: str, input_size: tuple[int, ...]) -> bool:
         """Whether a 4-D value is N×H×W×C: the axes that grow with the image are H and W."""
         shape = self.shape(key, input_size)
         if len(shape) != 4:
@@ -385,7 +395,7 @@ class StagePlan:
     def _node(self, key: str) -> fx.Node:
         return self.traced.input if key == "input" else self.traced.by_key[key]
 
-    def _shapes(self, input_size: tuple[int, int, int]) -> dict[fx.Node, tuple[int, ...]]:
+    def _shapes(self, input_size: tuple[int, ...]) -> dict[fx.Node, tuple[int, ...]]:
         try:
             return self.traced.shapes(input_size)
         except Exception as error:

@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -21,14 +22,19 @@ _WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "m
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.", "encoder_q.")
 
 
+# Whether published weights that are not on this machine may be downloaded.
+may_download: ContextVar[bool] = ContextVar("may_download", default=True)
+
+
 def fetch(url: str, name: str) -> Path:
     """Return the local file of the published weights of `name`; one process downloads it.
 
     The file name in `url` ends in ``-`` and the first digits of its SHA-256, as torchvision's do.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    path = place_of(url)
     if path.exists():
         return path
+    check_download(name, url, str(path))
     expected = re.search(r"-([0-9a-f]{8,64})\.", path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,9 +52,21 @@ def fetch(url: str, name: str) -> Path:
     return path
 
 
+def place_of(url: str) -> Path:
+    """Return where a file of weights is kept, for torchvision and timm as well."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+
+
+def check_download(name: str, url: str, place: str) -> None:
+    """Raise OSError where nothing may be downloaded."""
+    if not may_download.get():
+        reason = f"a saved file names them: load_backbone({name!r}) downloads them"
+        raise not_downloaded(name, reason, url, place)
+
+
 def not_downloaded(name: str, reason: str, url: str, place: str) -> OSError:
     return OSError(
-        f"The weights of {name} are not on this machine and could not be downloaded "
+        f"The weights of {name} are not on this machine and were not downloaded "
         f"({reason.strip()[:200]}).\n"
         f"  from: {url}\n"
         f"  put them at: {place}\n"

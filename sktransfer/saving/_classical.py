@@ -175,9 +175,8 @@ def check_types(data: bytes, trusted: Collection[str] | None, path: str) -> None
     unknown -= unknown if trusted is None else set(trusted)
     if unknown:
         raise ValueError(
-            f"{path} holds objects of types that are not trusted: {sorted(unknown)}. If you know "
-            "where the file comes from and what these do, give their names to "
-            f"load(path, trusted={sorted(unknown)})."
+            f"{path} holds objects of types that are not trusted. If you know where it comes from "
+            f"and what these do, load it with load(path, trusted={sorted(unknown)})."
         )
 
 

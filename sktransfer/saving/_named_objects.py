@@ -1,4 +1,4 @@
-"""Losses, optimizers, transforms and callbacks of torch, torchvision and skorch as data.
+"""Losses, optimizers, transforms, callbacks and splitters of known libraries as data.
 
 An object is written as the public name of its class and its parameters. Only names of the modules
 below are looked up, so that a file can make nothing else.
@@ -23,10 +23,12 @@ _MODULES = {
     "augment": _TRANSFORMS,
     "preprocessing": _TRANSFORMS,
     "callbacks": ("skorch.callbacks", "torch.optim.lr_scheduler"),
+    "early_stopping": ("sklearn.model_selection",),
 }
 # Module -> where its classes and functions are defined. The losses of torch.nn alone: other layers
 # may take any amount of memory.
 _DEFINED = {
+    "sklearn.model_selection": "sklearn.model_selection._split",
     "torch.nn": "torch.nn.modules.loss",
     "torchvision.ops": "torchvision.ops.focal_loss",
     "torchvision.transforms.v2": "torchvision.transforms.",
@@ -119,7 +121,7 @@ def _find(module: str, name: str, parameter: str) -> type | FunctionType:
 
 
 def _arguments(value: object) -> dict[str, object]:
-    """The arguments of a class of torch or skorch, which keeps them as attributes."""
+    """The arguments of a class of these libraries, which keeps them as attributes."""
     arguments: dict[str, object] = {}
     for name, parameter in inspect.signature(type(value)).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sktransfer.embedding._extractor import PretrainedFeatureExtractor
+from sktransfer.embedding._text_extractor import PretrainedTextExtractor
 from sktransfer.fine_tuning._classifier import FineTuningClassifier
 from sktransfer.fine_tuning._regressor import FineTuningRegressor
 from sktransfer.networks._preprocessing import Preprocessing
@@ -49,6 +50,7 @@ OF_TUNED: dict[str, type] = {"first_trained_stage": int, "moves_statistics": boo
 _TUNED = _COMMON | OF_TUNED | {"history_": list, "n_iter_": int, "best_epoch_": int}
 CLASSES: dict[type, dict[str, type]] = {
     PretrainedFeatureExtractor: _COMMON,
+    PretrainedTextExtractor: _COMMON | {"_word_weights": dict},
     FineTuningClassifier: _TUNED
     | {"classes_": np.ndarray, "class_priors_": np.ndarray, "_kind": str},
     FineTuningRegressor: _TUNED
@@ -61,6 +63,8 @@ OF_THE_MACHINE = ("memory", "device", "n_jobs", "verbose")
 ROUTED = ("fit", "partial_fit", "score")
 # Names that would make a network from a hub, a folder or another machine's share.
 _REACHES = re.compile(r"timm:.*:|[/\\]{2}")
+# These too, unless the file holds the weights: the name is nothing but a name then.
+_FOLDERS = ("hf:", "vectors:", "static:")
 
 
 class Reader:
@@ -105,7 +109,7 @@ class Reader:
     def _estimator(self, i: int, record: dict) -> BaseEstimator:
         from sktransfer._validation import check_parameters
 
-        estimator, decoder = NAMES[record["class"]](), Decoder(self.tensors)
+        estimator, decoder = NAMES[record["class"]](backbone="builtin"), Decoder(self.tensors)
         known = set(estimator.get_params(deep=False)) - set(OF_THE_MACHINE) - set(record["needs"])
         unknown = sorted(set(record["parameters"]) - known)
         require(not unknown, f"{record['class']} has no parameters {unknown} in a file")
@@ -113,7 +117,7 @@ class Reader:
             key: _decoded(decoder, value, f"parameter {key!r}", key)
             for key, value in record["parameters"].items()
         }
-        self._check_names(parameters)
+        self._check_names(parameters, record["network"] is not None)
         if self.weights is not None and _names_file(parameters):
             parameters["weights"] = self.weights
         for role in record["needs"]:
@@ -128,16 +132,17 @@ class Reader:
             self._restore_fit(i, estimator, backbone, attributes)
             training = _decoded(decoder, record["fit"]["training"], "training")
             if training and hasattr(estimator, "_tuned"):
-                _restore_training(
-                    estimator._tuned, training, _taken(self.tensors, f"{i}/training/")
-                )
+                tensors = _taken(self.tensors, f"{i}/training/")
+                _restore_training(estimator._tuned, training, tensors)
         return estimator
 
-    def _check_names(self, parameters: dict) -> None:
+    def _check_names(self, parameters: dict, is_standalone: bool) -> None:
         for key in ("backbone", "weights"):
             name = parameters.get(key)
             trusted = [name] if self.trusted is None else self.trusted
-            if isinstance(name, str) and _REACHES.match(name) and name not in trusted:
+            if not isinstance(name, str) or name in trusted:
+                continue
+            if _REACHES.match(name) or (name.startswith(_FOLDERS) and not is_standalone):
                 raise ValueError(
                     f"{self.path} names {key}={name!r}, which a hub, a folder or another machine "
                     "holds. If you know where the file comes from, load it with "
@@ -151,7 +156,8 @@ class Reader:
         label, code = record["needs"][role]
         module = self.given[role]
         module = module.get(label) if isinstance(module, Mapping) else module
-        if module is None:
+        is_module = isinstance(module, nn.Module) or (role == "backbone" and callable(module))
+        if not is_module:
             has_weights = role == "head" or record["network"] is not None
             raise ValueError(
                 f"The {role} of {self.path} was a module of your own, {label}, whose code a file "
@@ -189,24 +195,37 @@ class Reader:
 
     # -- what fit set -------------------------------------------------------------------------
     def _backbone(self, estimator: BaseEstimator, record: dict, settings: object) -> Backbone:
-        from sktransfer.networks._backbone import load_backbone, with_cached_layers
+        from sktransfer.networks._backbone import (
+            load_backbone,
+            with_cached_layers,
+        )
+        from sktransfer.networks._weights import may_download
 
         network, weights = estimator.backbone, estimator.weights
         is_own, is_standalone = not isinstance(network, str), record["network"] is not None
         if is_standalone:
             network = network if is_own else self._network(record["network"], network)
             weights = "DEFAULT"
+        # A file may name any published network: only one that the user names is downloaded.
+        is_trusted = self.trusted is None or network in self.trusted
+        token = may_download.set(is_trusted)
         try:
-            preprocessing = estimator.preprocessing
+            preprocessing = getattr(estimator, "preprocessing", "auto")
             if settings is not None:  # as it was in fit, whatever "auto" means by now
                 preprocessing = Preprocessing(**settings)  # type: ignore[arg-type]
-            backbone = load_backbone(
-                network,
-                weights=weights,
-                layer=with_cached_layers(estimator.layer, getattr(estimator, "cache_layers", None)),
-                pooling=estimator.pooling,
-                preprocessing=preprocessing,
-            )
+            if isinstance(estimator, PretrainedTextExtractor):
+                backbone = estimator._load(network)
+            else:
+                layers = with_cached_layers(
+                    estimator.layer, getattr(estimator, "cache_layers", None)
+                )
+                backbone = load_backbone(
+                    network,
+                    weights=weights,
+                    layer=layers,
+                    pooling=estimator.pooling,
+                    preprocessing=preprocessing,
+                )
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{error} {self.path} holds no weights of its own: give the place of the weights "
@@ -214,6 +233,8 @@ class Reader:
             ) from error
         except (RuntimeError, TypeError, OverflowError) as error:
             raise Refused(f"its network cannot be built ({error})") from error
+        finally:
+            may_download.reset(token)
         backbone.is_standalone = is_standalone
         if not is_standalone and backbone.weights_digest != record["fit"]["weights"]:
             name = record["needs"]["backbone"][0] if is_own else network
@@ -233,7 +254,9 @@ class Reader:
         n_columns, n_features = attributes["_n_image_columns"], attributes["n_features_out_"]
         allowed = [n_columns * width for width in (widths[-1:] if of_tuned else widths)]
         require(n_features in allowed, f"its n_features_out_ is {n_features}, not {allowed[-1]}")
-        estimator.backbone_, estimator.bad_images_ = backbone, []
+        is_of_texts = isinstance(estimator, PretrainedTextExtractor)
+        estimator.backbone_ = backbone
+        setattr(estimator, "bad_texts_" if is_of_texts else "bad_images_", [])
         for key, value in attributes.items():
             setattr(estimator, key, value)
         if of_tuned:
@@ -322,6 +345,7 @@ def _tuned_network(
 
     backbone, n_columns = estimator.backbone_, estimator._n_image_columns
     is_own = isinstance(estimator.head, torch.nn.Module)
+    what = "the head given" if is_own else "its head"
     try:
         # On the meta device a head of a size that does not fit takes no memory.
         with torch.device("cpu" if is_own else "meta"):
@@ -329,10 +353,10 @@ def _tuned_network(
             head = make_head(estimator.head, width, estimator._n_outputs, estimator.dropout)
         kinds = {key: tensor.dtype for key, tensor in head.state_dict().items()}
         is_right = kinds == {key: tensor.dtype for key, tensor in state.items()}
-        require(is_right, f"its head does not fit: it holds {list(state)}, not {list(kinds)}")
+        require(is_right, f"{what} does not fit: saved were {list(state)}, not {list(kinds)}")
         head.load_state_dict(state, assign=not is_own)
     except (RuntimeError, TypeError) as error:
-        raise Refused(f"its head does not fit: {error}") from error
+        raise Refused(f"{what} does not fit: {error}") from error
     tuned = TunedNetwork(backbone, head, n_columns, precision=estimator.precision, **of_tuned)
     is_right = of_tuned["first_trained_stage"] <= len(tuned.stage_names)
     is_right = is_right and tuned.expected_state() == {k: v.shape for k, v in trained.items()}

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from sktransfer.saving._archive import Tensors
 
 # Prediction does not read these, so that a file may lack them.
-_OF_TRAINING = ("loss", "optimizer", "augment", "callbacks", "class_weight", "random_state")
+_OF_TRAINING = {"loss", "optimizer", "augment", "callbacks", "early_stopping"}
+_OF_TRAINING |= {"class_weight", "random_state"}
 
 
 # -- saving ----------------------------------------------------------------------------------
@@ -73,8 +74,8 @@ def save(estimator: BaseEstimator, path: str | os.PathLike, *, standalone: bool 
     Warns
     -----
     UserWarning
-        If `loss`, `optimizer`, `augment`, `callbacks`, `class_weight` or `random_state` cannot be
-        written. They are left out, as prediction does not need them.
+        If `loss`, `optimizer`, `augment`, `callbacks`, `early_stopping`, `class_weight` or
+        `random_state` cannot be written. They are left out, as prediction does not need them.
 
     See Also
     --------
@@ -83,9 +84,10 @@ def save(estimator: BaseEstimator, path: str | os.PathLike, *, standalone: bool 
     Notes
     -----
     `memory`, `device`, `n_jobs` and `verbose` are not saved. Classes of torch, torchvision and
-    skorch, and ``functools.partial`` of them, are written by name and parameters. Own modules
-    given as `backbone` or `head` are given to `load` again, as a file holds no code; the weights
-    of a head are in the file, those of a backbone with ``standalone=True``. Labels may be NumPy
+    skorch, ``functools.partial`` of them, and splitters of scikit-learn are written by name and
+    parameters. Own modules given as `backbone` or `head` are given to `load` again, as a file
+    holds no code; the weights of a head are in the file, those of a backbone with
+    ``standalone=True``. Labels may be NumPy
     numbers, booleans, strings and times, and strings in an object array. Other labels (tuples,
     ``datetime.date``, pandas' periods and intervals) cannot be saved: give `fit` their strings.
 
@@ -129,13 +131,13 @@ def save(estimator: BaseEstimator, path: str | os.PathLike, *, standalone: bool 
         writer.tensors["skops"] = torch.from_numpy(np.array(bytearray(dumps()), np.uint8))
     header = {"format": FORMAT, "version": __version__, "estimators": records}
     with atomic_write(path) as part:
-        write(part, path, header, writer.tensors)
+        write(part, header, writer.tensors)
         _check_loads(part, estimator, ours, writer.modules)
     if writer.left_out:
         warn(
             f"{path} does not hold {'; '.join(writer.left_out)}: only plain values, and classes of "
-            "torch, torchvision and skorch with plain parameters can be saved. The loaded model "
-            "predicts the same and has the default there."
+            "torch, torchvision, skorch and splitters of scikit-learn with plain parameters can be "
+            "saved. The loaded model predicts the same and has the default there."
         )
 
 
@@ -240,11 +242,11 @@ class _Writer:
         if hasattr(estimator, "feature_names_in_"):
             attributes["feature_names_in_"] = estimator.feature_names_in_
         settings = backbone.preprocessing
-        is_plain = isinstance(settings, Preprocessing)
+        plain = asdict(settings) if isinstance(settings, Preprocessing) else None
         encode = self._encoder.encode
         return {
             "weights": backbone.weights_digest,
-            "preprocessing": encode(asdict(settings), "preprocessing") if is_plain else None,  # type: ignore[call-overload]
+            "preprocessing": encode(plain, "preprocessing") if plain else None,
             "training": self._training(i, tuned),
             "attributes": {key: encode(value, key) for key, value in attributes.items()},
         }
@@ -287,7 +289,7 @@ def load(
     weights: str | os.PathLike | None = None,
     backbone: nn.Module | Callable | Mapping | None = None,
     head: nn.Module | Mapping | None = None,
-    trusted: Collection[str | type] = (),
+    trusted: str | type | Collection[str | type] = (),
 ) -> BaseEstimator:
     """Read a file that :func:`save` wrote.
 
@@ -303,10 +305,11 @@ def load(
         pipeline holds several, a dict of them by the names that the error lists.
     head : nn.Module, default=None
         The module that was the estimator's `head`, with any weights; several as for `backbone`.
-    trusted : list of str or type, default=()
+    trusted : str, type, or list of them, default=()
         Types that classical steps may consist of, beside those that skops trusts; and names of
-        networks that are fetched from a hub or read from a folder (``"timm:hf-hub:…"``). The error
-        without them lists them.
+        networks that may be fetched from a hub or read from a folder (``"timm:hf-hub:…"``), or
+        whose published weights may be downloaded (``"resnet50"``). The error without them lists
+        them.
 
     Returns
     -------
@@ -320,14 +323,21 @@ def load(
         anything unknown or not trusted, or if it does not fit the weights that the name of its
         backbone gives here.
     OSError
-        If `path`, or weights that it names, cannot be read.
+        If `path`, or weights that it names, cannot be read. Published weights that are not on
+        this machine are not downloaded: :func:`load_backbone` or `trusted` does that.
 
     See Also
     --------
     save : Write the file.
     """
     path = os.fsdecode(path)
-    names = {t if isinstance(t, str) else f"{t.__module__}.{t.__qualname__}" for t in trusted}
+    listed = [trusted] if isinstance(trusted, (str, type)) else trusted
+    try:
+        names = {t if isinstance(t, str) else f"{t.__module__}.{t.__qualname__}" for t in listed}
+    except (TypeError, AttributeError) as error:
+        raise TypeError(
+            f"trusted={trusted!r} is not accepted: a name, a type, or a list of them."
+        ) from error
     try:
         reader = Reader(path, weights=weights, backbone=backbone, head=head, trusted=names)
         estimator, _ = reader.read()

@@ -67,7 +67,7 @@ class DiskStore(BaseStore):
     folder : str or os.PathLike
         Made when missing, on first use.
     max_bytes : int, str or None, default=10 GiB
-        The bound on the file, beyond which the oldest rows are deleted. None is no bound.
+        The bound on the file, beyond which the oldest rows are deleted. None: unbounded.
 
     Notes
     -----
@@ -215,7 +215,13 @@ class DiskStore(BaseStore):
             )
             # Called at exit as well: closing the last connection writes SQLite's log back.
             self._finalizer = weakref.finalize(self, self._connection.close)
-            _prepare(self._connection)
+            # SQLite fails at once, without waiting, where two processes make a file at a time.
+            opening = self.lock("opening", 0)
+            opening.acquire(timeout=_BUSY_SECONDS)
+            try:
+                _prepare(self._connection)
+            finally:
+                opening.release()
         return self._connection
 
     def _disconnect(self) -> None:

@@ -20,7 +20,7 @@ from sktransfer.transferability._folds import Folds, estimate
 from sktransfer.transferability._scores import h_score, logme_score, spectrum, transrate_of
 
 if TYPE_CHECKING:
-    from sktransfer.embedding._embed import BadRow
+    from sktransfer._rows import BadRow
     from sktransfer.networks._backbone import Backbone
 
 _CHUNK = 64  # images that are in memory for all networks at once
@@ -199,7 +199,8 @@ def embed_all(candidates: list[Candidate], images: Images) -> Images:
 
     Returns the first part, in memory, to measure the time with.
     """
-    from sktransfer.embedding._embed import embed_images, unreadable
+    from sktransfer._rows import unreadable
+    from sktransfer.embedding._embed import embed_images
     from sktransfer.transferability._shared import SharedImages
 
     bad: dict[tuple[int, str], BadRow] = {}

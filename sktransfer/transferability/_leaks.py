@@ -14,8 +14,8 @@ from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from sktransfer._rows import BadRow
 from sktransfer.embedding._batches import n_decoding_threads
-from sktransfer.embedding._embed import BadRow
 from sktransfer.embedding._extractor import PretrainedFeatureExtractor
 from sktransfer.images._images import BadImage, as_images
 from sktransfer.transferability._alignment import (

@@ -27,7 +27,7 @@ class SharedImages(Images):
         self._kept: dict[int, SharedCell | BadImage] = {}
         self.n_bytes_left = _MAX_DECODED_BYTES
 
-    def __getitem__(self, index) -> Images:
+    def __getitem__(self, index) -> Images:  # type: ignore[override]
         return self._view[index]  # other processes read for themselves
 
     def read(self, i: int) -> Cell:

@@ -185,8 +185,8 @@ def test_resizing_together_is_within_two_of_pillow(interpolation, mean, size, cr
     by_pillow = Preprocessing(size, crop, mean, mean, interpolation)
     together = replace(by_pillow, resize_on="device")
     images = [make_image(shape, i) for i, shape in enumerate([*SHAPES[:-1], *SHAPES[:3], (4, 99)])]
-    tensors = [torch.tensor(np.asarray(together.in_colours(image))) for image in images]
-    pixels = together.resize_crop_together(tensors)
+    tensors = [torch.tensor(np.asarray(together.prepare(image))) for image in images]
+    pixels = together.join(tensors)
     assert pixels.dtype == torch.uint8
     assert pixels.is_contiguous(memory_format=torch.channels_last)
     off = []

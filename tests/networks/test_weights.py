@@ -105,13 +105,13 @@ def test_a_damaged_download_is_not_kept(published, server, hub, damage):
 
 def test_missing_on_the_server(server):
     server.content = None
-    with pytest.raises(OSError, match=r"could not be downloaded .*404"):
+    with pytest.raises(OSError, match=r"were not downloaded .*404"):
         load_backbone("shufflenet_v2_x0_5")
 
 
 def test_no_folder_for_downloads(hub):
     hub.parent.write_text("a file")
-    with pytest.raises(OSError, match="could not be downloaded"):
+    with pytest.raises(OSError, match="were not downloaded"):
         load_backbone("resnet18")
 
 

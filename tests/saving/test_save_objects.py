@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from saved_files import read_file, write_file
+from sklearn import model_selection
 from skorch.callbacks import Checkpoint, EarlyStopping, EpochScoring, LRScheduler
 from torch import nn
 from torch.nn import functional as F
@@ -31,7 +32,7 @@ def model(pictures):
 
 def state_of(value):
     """What an object is, for comparing two of them."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (torch.Tensor, np.ndarray)):
         return value.tolist()
     if isinstance(value, (list, tuple)):
         return [state_of(part) for part in value]
@@ -65,6 +66,12 @@ KEPT = {
         [LRScheduler(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=5)],
         [EpochScoring("accuracy", lower_is_better=False, name="own")],
     ],
+    "early_stopping": [
+        model_selection.GroupShuffleSplit(2, test_size=0.3, random_state=0),
+        model_selection.StratifiedKFold(3, shuffle=True, random_state=np.int64(1)),
+        model_selection.PredefinedSplit([-1, 0] * 6),
+        model_selection.LeaveOneGroupOut(),
+    ],
     "random_state": [3, np.int64(3)],
     "class_weight": [{"a": 2.0, "b": 1.0, "c": 1.0}],
     "unfreeze": [{1: 0, 2: "all"}],
@@ -78,6 +85,17 @@ def test_known_objects_are_kept(parameter, value, model, tmp_path):
     save(copy.deepcopy(model).set_params(**{parameter: value}), tmp_path / "model")
     loaded = getattr(load(tmp_path / "model"), parameter)
     assert state_of(loaded) == state_of(value)
+
+
+@pytest.mark.filterwarnings("ignore:Training the head did not improve")
+def test_a_splitter_in_a_search(pictures, tmp_path):
+    splitter = model_selection.ShuffleSplit(random_state=0)
+    model = FineTuningClassifier(unfreeze=0, max_epochs=2, layer="stage1", early_stopping=splitter)
+    search = model_selection.GridSearchCV(model, {"early_stopping": [splitter]}, cv=2)
+    save(search.fit(pictures, Y), tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.predict_proba(pictures), search.predict_proba(pictures))
+    assert repr(loaded.best_estimator_.early_stopping) == repr(splitter)
 
 
 def test_mixed_lists(model, pictures, tmp_path):
@@ -106,6 +124,10 @@ class Focal(nn.CrossEntropyLoss):
     pass
 
 
+class Halves(model_selection.KFold):
+    pass
+
+
 changed = v2.RandomHorizontalFlip(0.5)
 changed.p, changed.extra = 0.2, 1
 UNKNOWN = [
@@ -121,6 +143,8 @@ UNKNOWN = [
     ("augment", v2.Lambda(abs)),
     ("callbacks", [Checkpoint(dirname="elsewhere"), EarlyStopping()]),
     ("callbacks", [LRScheduler("LambdaLR", lr_lambda=abs)]),
+    ("early_stopping", Halves(2)),
+    ("early_stopping", model_selection.ShuffleSplit(random_state=np.random.RandomState(0))),
     ("random_state", np.random.RandomState(0)),
 ]
 

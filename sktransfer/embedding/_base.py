@@ -1,0 +1,119 @@
+"""What the extractors of images and of texts have in common."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
+
+from sktransfer._progress import warn
+from sktransfer._validation import column_names, is_empty_part, keep_index
+
+
+class Extractor(TransformerMixin, BaseEstimator):
+    """A transformer of cells to the rows of a frozen network.
+
+    A subclass checks X in `_check`, which returns its rows, and makes the backbone in `_load`.
+    """
+
+    _kind = "images"  # what X holds
+
+    # The "?" of the HTML representation leads to the class's page.
+    _doc_link_module = "sktransfer"
+    _doc_link_template = (
+        "https://sktransfer.readthedocs.io/en/stable/api/sktransfer.{estimator_name}.html"
+    )
+
+    def get_feature_names_out(self, input_features=None):
+        """Return the names of the columns: ``<column>_<backbone>_007``.
+
+        Parameters
+        ----------
+        input_features : array-like of str or None, default=None
+            Names of the columns of `X`; ``None``: `feature_names_in_`, if `fit` saw names.
+
+        Returns
+        -------
+        names : ndarray of str objects of shape (n_features_out_,)
+            If several layers are joined, the layer's name precedes the number.
+        """
+        check_is_fitted(self)
+        names = column_names(self, input_features)
+        backbone, n_layers = self.backbone_, len(self._asked_groups())
+        prefixes = [
+            f"{name}_{backbone.short_name}" if name else backbone.short_name for name in names
+        ]
+        out = [column for prefix in prefixes for column in backbone.column_names(prefix, n_layers)]
+        return np.asarray(out, dtype=object)
+
+    def __sklearn_is_fitted__(self):
+        return "backbone_" in vars(self)
+
+    def _fit(self, X):
+        from sktransfer.embedding._embed import check_place
+
+        rows = self._check(X, reset=True)
+        check_place(self.memory, self.device)
+        self._fit_folder = os.getcwd()
+        self.backbone_ = self._load()
+        self._n_image_columns = rows.n_columns
+        n_asked = len(self.backbone_.layers_named(self.layer))
+        widths = [width for _, width in self.backbone_.feature_groups[:n_asked]]
+        self.n_features_out_ = rows.n_columns * sum(widths)
+        setattr(self, f"bad_{self._kind}_", [])
+        return self
+
+    def _transform(self, X):
+        check_is_fitted(self)
+        if is_empty_part(self, X):
+            setattr(self, f"bad_{self._kind}_", [])
+            return keep_index(self, np.empty((0, self.n_features_out_), dtype=np.float32), X)
+        return keep_index(self, self._embed(self._check(X, reset=False)), X)
+
+    def _asked_groups(self) -> range:
+        """Return which of the backbone's groups are columns; the others are only kept."""
+        width = self.n_features_out_ // self._n_image_columns
+        widths = np.cumsum([width for _, width in self.backbone_.feature_groups])
+        return range(int(np.searchsorted(widths, width)) + 1)
+
+    def _embed(self, rows):
+        from sktransfer._rows import unreadable
+
+        kind = self._kind
+        columns = np.empty((rows.n_rows, self.n_features_out_), dtype=np.float32)
+        bad = self._compute(rows, columns.reshape(len(rows), -1))
+        if assumed := rows.take_warnings():
+            warn(assumed)
+        # Not read back: another thread may be transforming with this object, too.
+        setattr(self, f"bad_{kind}_", bad)
+        if bad and self.on_error == "raise":
+            kept = "The others are embedded and kept, so nothing is lost.\n"
+            raise unreadable(
+                f"{len(bad)} of {len(rows)} {kind} could not be read:",
+                bad,
+                f"{'' if self.memory is False else kept}"
+                'Repair or drop these rows, or set on_error="nan" or on_error="zero".',
+                f", all in bad_{kind}_.",
+            )
+        return columns
+
+    def _compute(self, rows, out):
+        """Fill in the rows of all cells, and return the bad ones."""
+        from sktransfer.embedding._embed import embed_images
+
+        return embed_images(
+            rows,
+            self.backbone_,
+            out=out,
+            memory=self.memory,
+            start=getattr(self, "_fit_folder", ""),
+            batch_size=self.batch_size,
+            device=self.device,
+            precision=self.precision,
+            n_jobs=self.n_jobs,
+            groups=self._asked_groups(),
+            fill=0.0 if self.on_error == "zero" else np.nan,
+            verbose=self.verbose,
+        )

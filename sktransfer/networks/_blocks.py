@@ -1,0 +1,387 @@
+"""Models of the package transformers as stages: what comes before the blocks, blocks, the end."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from sktransfer._threads import own_random_state
+from sktransfer.networks._graph import (
+    Stage,
+    Stages,
+    checked_shape,
+    not_accepted,
+    unknown_layer,
+)
+
+START, END, LAST_STATES = "embeddings", "pool", "last_states"
+_Call = tuple[tuple, dict]
+
+
+class _Pass(threading.local):
+    """What the switches of a model do in this thread: note calls, or return `given`."""
+
+    given: torch.Tensor | None = None
+    hidden: torch.Tensor
+    calls: list[_Call]
+
+
+_pass = _Pass()
+
+
+class _AllCalled(Exception):
+    """Ends a pass when every switch has noted its call."""
+
+
+class _Switch(nn.Module):
+    """Stands for a block: it returns what it gets, and notes the other arguments.
+
+    Models make a block's masks and positions from their inputs. A pass without the blocks finds
+    these, without hooks, so that several threads can run one model.
+    """
+
+    def __init__(self, block: nn.Module, k: int, n_blocks: int, n_outputs: int | None) -> None:
+        super().__init__()
+        self._block, self._k, self._n_blocks, self._n_outputs = (block,), k, n_blocks, n_outputs
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # ModernBERT asks its blocks for their kind of attention
+            return getattr(super().__getattribute__("_block")[0], name)
+
+    def forward(self, hidden: torch.Tensor, *args, **kwargs):
+        is_last = self._k == self._n_blocks - 1
+        if _pass.given is None:
+            if self._k == 0:
+                _pass.hidden, _pass.calls = hidden, []
+            _pass.calls.append((args, kwargs))
+            if is_last:
+                raise _AllCalled
+        elif is_last:
+            hidden = _pass.given
+        return hidden if self._n_outputs is None else (hidden, *[None] * (self._n_outputs - 1))
+
+
+class SplitModel(nn.Module, ABC):
+    """A model of transformers from one tensor of images or texts to one row each, in parts.
+
+    A subclass says how inputs are given to the model, what goes from part to part, and what the
+    row is. `method` is the one of the model's that is called.
+    """
+
+    recipe: torch.Tensor  # JSON, as bytes: what builds the network again, beside its weights
+    n_prefix = 0  # tokens before those of the image, the first of which is the class token …
+    class_token: int | None = None  # … if this is 0
+
+    def __init__(self, model: nn.Module, recipe: dict) -> None:
+        super().__init__()
+        self.rest, self.method = model, recipe["method"]
+        self.blocks = nn.ModuleList()
+        self.path = ""
+        self.ends_with_tokens = False  # instead of rows: a pooling of one's own follows
+        self._set_recipe(recipe)
+
+    def _set_recipe(self, recipe: dict) -> None:
+        content = torch.frombuffer(bytearray(json.dumps(recipe).encode()), dtype=torch.uint8)
+        self.register_buffer("recipe", content)
+
+    def load_weights(self, state: Mapping[str, torch.Tensor], path: str) -> None:
+        """Take what `state_dict` of this network gave when its blocks were taken out of `path`.
+
+        The network has not been split. ValueError if these are the weights of another.
+        """
+        whole = f"rest.{path}." if path else "blocks."
+        state = {
+            f"{whole}{key.removeprefix('blocks.')}" if key.startswith("blocks.") else key: value
+            for key, value in state.items()
+        }
+        kinds = {key: (tensor.dtype, tensor.shape) for key, tensor in self.state_dict().items()}
+        given = {key: (tensor.dtype, tensor.shape) for key, tensor in state.items()}
+        if {**given, "recipe": None} != {**kinds, "recipe": None}:
+            raise ValueError("its weights do not fit its network")
+        self.recipe = state["recipe"]
+        self.load_state_dict(state, assign=True)
+
+    @abstractmethod
+    def example(self, n: int) -> torch.Tensor:
+        """Make inputs."""
+
+    @abstractmethod
+    def inputs(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the model's arguments."""
+
+    @abstractmethod
+    def pack(self, hidden: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return what goes from part to part."""
+
+    @abstractmethod
+    def unpack(self, value: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the hidden states and arguments, with any content, of which masks are made."""
+
+    @abstractmethod
+    def row(self, output, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the embeddings (n, width)."""
+
+    @abstractmethod
+    def tokens(self, output) -> torch.Tensor:
+        """Return the last hidden states."""
+
+    def split(self) -> None:
+        """Take the blocks out of the model, if that can be done."""
+        lists = [
+            (len(part), path)
+            for path, part in self.rest.named_modules()
+            if isinstance(part, nn.ModuleList)
+        ]
+        x = self.example(2)
+        with torch.no_grad():
+            expected = self(x)
+            for _, path in sorted(lists, reverse=True):
+                blocks = self.rest.get_submodule(path)
+                assert isinstance(blocks, nn.ModuleList)
+                n_outputs = self._numbers_of_outputs(blocks, x)
+                if len(n_outputs) < len(blocks):  # these do not run
+                    continue
+                switches = [
+                    _Switch(block, k, len(blocks), n_outputs[k]) for k, block in enumerate(blocks)
+                ]
+                self.rest.set_submodule(path, nn.ModuleList(switches))
+                self.blocks, self.path = blocks, path
+                if self._agrees(x, expected):
+                    self._set_recipe({**read_recipe(self.recipe), "blocks": path})
+                    return
+                self.rest.set_submodule(path, blocks)
+                self.blocks, self.path = nn.ModuleList(), ""
+
+    def _numbers_of_outputs(self, blocks: nn.ModuleList, x: torch.Tensor) -> dict[int, int | None]:
+        found: dict[int, int | None] = {}
+
+        def note(k: int, out: object) -> None:
+            found[k] = len(out) if isinstance(out, tuple) else None
+
+        hooks = [
+            block.register_forward_hook(lambda _, args, out, k=k: note(k, out))
+            for k, block in enumerate(blocks)
+        ]
+        self(x)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    def _agrees(self, x: torch.Tensor, expected: torch.Tensor) -> bool:
+        try:
+            value = self.start(x)
+            for k in range(len(self.blocks)):
+                value = self.block(k, value)  # with the arguments that a stage alone finds
+            got = self.end(value)
+        except Exception:
+            return False
+        return torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+    # -- the parts --------------------------------------------------------------------------
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.path:
+            return self.values(x, [END])[END]
+        inputs = self.inputs(x)
+        return self._result(getattr(self.rest, self.method)(**inputs), inputs)
+
+    def _result(self, output, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if self.ends_with_tokens:
+            return self.pack(self.tokens(output), inputs)
+        return self.row(output, inputs)
+
+    def front(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[_Call]]:
+        """Return the hidden states before the blocks, and each block's other arguments."""
+        try:
+            getattr(self.rest, self.method)(**inputs)
+        except _AllCalled:
+            return _pass.hidden, _pass.calls
+        raise AssertionError("the blocks run")
+
+    def run_block(self, k: int, hidden: torch.Tensor, call: _Call) -> torch.Tensor:
+        args, kwargs = call
+        out = self.blocks[k](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def finish(self, hidden: torch.Tensor, inputs: Mapping[str, torch.Tensor]):
+        """Return the model's output for the last block's hidden states."""
+        _pass.given = hidden
+        try:
+            return getattr(self.rest, self.method)(**inputs)
+        finally:
+            _pass.given = None
+
+    def start(self, x: torch.Tensor) -> torch.Tensor:
+        inputs = self.inputs(x)
+        return self.pack(self.front(inputs)[0], inputs)
+
+    def block(self, k: int, value: torch.Tensor) -> torch.Tensor:
+        hidden, inputs = self.unpack(value)
+        with torch.no_grad():
+            _, calls = self.front(inputs)
+        return self.pack(self.run_block(k, hidden, calls[k]), inputs)
+
+    def end(self, value: torch.Tensor) -> torch.Tensor:
+        hidden, inputs = self.unpack(value)
+        return self._result(self.finish(hidden, inputs), inputs)
+
+    def values(self, x: torch.Tensor, keys: list[str]) -> dict[str, torch.Tensor]:
+        """Return the values of some parts, each computed once."""
+        found: dict[str, torch.Tensor] = {}
+        inputs = self.inputs(x)
+        if not self.path:
+            output = getattr(self.rest, self.method)(**inputs)
+            return {
+                END: self.row(output, inputs),
+                LAST_STATES: self.pack(self.tokens(output), inputs),
+            }
+        hidden, calls = self.front(inputs)
+        found[START] = self.pack(hidden, inputs)
+        is_whole = END in keys or LAST_STATES in keys
+        last = len(self.blocks) if is_whole else max(self.number(key) for key in keys) + 1
+        for k in range(last):
+            hidden = self.run_block(k, hidden, calls[k])
+            if (name := f"block{k}") in keys:
+                found[name] = self.pack(hidden, inputs)
+        if is_whole:
+            output = self.finish(hidden, self.unpack(self.pack(hidden, inputs))[1])
+            found[END] = self.row(output, inputs)
+            if LAST_STATES in keys:
+                found[LAST_STATES] = self.pack(self.tokens(output), inputs)
+        return found
+
+    @staticmethod
+    def number(key: str) -> int:
+        return int(key.removeprefix("block")) if key.startswith("block") else -1
+
+
+def read_recipe(content: torch.Tensor) -> dict:
+    """Return the recipe that a network's buffer holds."""
+    return json.loads(content.cpu().numpy().tobytes())
+
+
+class BlockPlan:
+    """The stages of a :class:`SplitModel`: ``"embeddings"``, ``"block0"`` …, ``"pool"``.
+
+    The last one holds what follows the blocks; of a model that cannot be split it is all.
+    """
+
+    def __init__(self, module: SplitModel, input_size: tuple[int, ...], name: str) -> None:
+        self.root, self.network_name = module, name
+        blocks = [f"block{k}" for k in range(len(module.blocks))]
+        self.names = [START, *blocks, END] if module.path else ["body"]
+        self.stage_keys = [START, *blocks, END] if module.path else [END]
+        self._shapes: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
+
+    embedding_key, last_map_key = END, LAST_STATES
+
+    def stages(self, root: nn.Module | None = None) -> Stages:
+        """Make the stages as modules of the layers of `root`: this module or a copy of it."""
+        root = self.root if root is None else root
+        assert isinstance(root, SplitModel)
+        if not root.path:
+            return Stages([Stage("body", root)])
+        before, after = _around(root.rest, root.path)
+        parts = [
+            _Part(root, START, before),
+            *(_Part(root, f"block{k}", [block]) for k, block in enumerate(root.blocks)),
+            _Part(root, END, after),
+        ]
+        return Stages(map(Stage, self.names, parts))
+
+    def head_layers(self) -> set[str]:
+        return set()
+
+    def resolve(self, layer: str) -> str:
+        """Return the key of a stage."""
+        if layer in self.names:
+            return self.stage_keys[self.names.index(layer)]
+        if layer == LAST_STATES:
+            return layer
+        raise unknown_layer(layer, self.network_name, self.names, [])
+
+    def shape(self, key: str, input_size: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a value for two inputs."""
+        if input_size not in self._shapes:
+            x = torch.zeros((2, *input_size)) if len(input_size) == 3 else self.root.example(2)
+            keys = [*self.stage_keys, LAST_STATES]
+            try:
+                with torch.no_grad():
+                    values = self.root.values(x, keys)
+            except Exception as error:
+                raise not_accepted(self.network_name, tuple(x.shape[1:]), error) from error
+            self._shapes[input_size] = {k: tuple(value.shape) for k, value in values.items()}
+        return checked_shape(self._shapes[input_size][key], key, self.network_name)
+
+    def is_channels_last(self, key: str, input_size: tuple[int, ...]) -> bool:
+        return False
+
+    def tokens(self, key: str) -> tuple[int | None, int]:
+        """Return the position of the class token, if there is one, and the number of prefixes."""
+        return self.root.class_token, self.root.n_prefix
+
+    def extractor(self, keys: list[str], poolings: list[nn.Module]) -> BlockExtractor:
+        """Make what returns the pooled values of some stages."""
+        return BlockExtractor(self.root, keys, poolings)
+
+
+class BlockExtractor(nn.Module):
+    """Returns the values of the parts `keys`, each pooled."""
+
+    def __init__(self, module: SplitModel, keys: list[str], poolings: list[nn.Module]) -> None:
+        super().__init__()
+        self.module, self.keys = module, list(keys)
+        self.poolings = nn.ModuleList(poolings)
+
+    def copy_to(self, device: torch.device, dtype: torch.dtype) -> BlockExtractor:
+        """Copy it to another device or type, in eval mode."""
+        copied = copy.deepcopy(self.module).to(device=device, dtype=dtype)
+        return BlockExtractor(copied.eval(), self.keys, list(self.poolings))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        values = self.module.values(x, self.keys)
+        return [pooling(values[key]) for key, pooling in zip(self.keys, self.poolings, strict=True)]
+
+
+class _Part(nn.Module):
+    """A stage; its parameters are those of its own layers of the model."""
+
+    def __init__(self, model: SplitModel, name: str, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self._model, self._name = (model,), name
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        model = self._model[0]
+        if self._name in (START, END):
+            return model.start(x) if self._name == START else model.end(x)
+        return model.block(model.number(self._name), x)
+
+
+def _around(model: nn.Module, path: str) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return a model's layers that are defined before and after those at `path`."""
+    before: list[nn.Module] = []
+    after: list[nn.Module] = []
+    for name in path.split("."):
+        children = dict(model.named_children())
+        names = list(children)
+        at = names.index(name)
+        before += [children[k] for k in names[:at]]
+        after = [*(children[k] for k in names[at + 1 :]), *after]
+        model = children[name]
+    return before, after
+
+
+def random_ids(n: int, length: int, n_words: int) -> torch.Tensor:
+    """Make token ids (n, length) for examples; the last row is shorter."""
+    with own_random_state():
+        ids = torch.randint(0, n_words, (n, length))
+    ids[-1, length // 2 :] = -1
+    return ids

@@ -1,0 +1,166 @@
+"""Networks of the package transformers, from a folder or the local cache; never downloaded."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sktransfer.networks import _weights
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# What a network and its inputs are made of; the digest is of these.
+_WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+_WEIGHTS += ["pytorch_model.bin.index.json"]
+
+
+def import_transformers():
+    """Import transformers, or say which extra has it."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError(
+            "Networks named 'hf:…' need the package transformers, which is not installed: "
+            "pip install sktransfer[text]"
+        )
+    import transformers
+
+    return transformers
+
+
+def hf_folder(name: str) -> Path:
+    """Return the folder of ``"hf:NAME_OR_FOLDER"``: as it is, or in the local cache of the hub."""
+    place = name.removeprefix("hf:")
+    path = Path(place).expanduser()
+    if (path / "config.json").is_file():
+        return path.absolute()
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"backbone={name!r}: the folder {str(path)!r} holds no config.json. A folder that "
+            "save_pretrained of transformers wrote is needed."
+        )
+    import_transformers()
+    from huggingface_hub import constants, errors, try_to_load_from_cache
+
+    with contextlib.suppress(errors.HFValidationError):
+        found = try_to_load_from_cache(place, "config.json")
+        if isinstance(found, str):
+            return Path(found).parent
+    raise FileNotFoundError(
+        f"backbone={name!r}: there is no such folder, and the cache {constants.HF_HUB_CACHE!r} "
+        f"does not hold it. Nothing is downloaded: run `hf download {place}` once, or give the "
+        "folder that holds config.json, the weights and the tokenizer or image processor."
+    )
+
+
+def read_config(name: str) -> PretrainedConfig:
+    """Return the configuration of ``"hf:NAME_OR_FOLDER"``."""
+    folder = hf_folder(name)
+    transformers = import_transformers()
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(
+            f"backbone={name!r}: transformers {transformers.__version__} cannot read "
+            f"{str(folder / 'config.json')!r} ({error!s:.300}). Networks that bring code of their "
+            "own are not loaded."
+        ) from error
+
+
+def is_text_config(config: PretrainedConfig) -> bool:
+    """Whether a network takes texts and nothing else."""
+    is_visual = any(hasattr(config, name) for name in ("vision_config", "image_size", "patch_size"))
+    return hasattr(config, "vocab_size") and not is_visual and not hasattr(config, "num_channels")
+
+
+def is_text_name(backbone: object) -> bool:
+    """Whether `backbone` names a network of texts; nothing but its configuration is read."""
+    is_named = isinstance(backbone, str) and backbone.startswith("hf:")
+    return is_named and is_text_config(read_config(str(backbone)))
+
+
+def weights_files(folder: Path, name: str) -> list[Path]:
+    """Return the files that hold the weights of a folder."""
+    for first in _WEIGHTS:
+        path = folder / first
+        if path.is_file():
+            if path.suffix != ".json":
+                return [path]
+            names = json.loads(path.read_text())["weight_map"].values()
+            return [path, *(folder / part for part in sorted(set(names)))]
+    raise FileNotFoundError(
+        f"backbone={name!r}: {str(folder)!r} holds none of {', '.join(_WEIGHTS)}."
+    )
+
+
+def files_digest(paths: list[Path]) -> str:
+    """Return the digest of files' names and contents."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.name}:{_weights.file_digest(path)};".encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from reporting what its user cannot act on."""
+    logging = import_transformers().utils.logging
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
+
+
+def load_model(
+    folder: Path,
+    name: str,
+    config: PretrainedConfig,
+    state: Mapping[str, torch.Tensor] | None = None,
+    *,
+    unused: tuple[str, ...] = (),
+) -> nn.Module:
+    """Load a model with its weights, or those of `state`, as float32, without heads.
+
+    Keys that begin with one of `unused` may be missing.
+    """
+    transformers = import_transformers()
+    try:
+        with quiet():
+            model, info = transformers.AutoModel.from_pretrained(
+                None if state is not None else str(folder),
+                config=config,
+                state_dict=state,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise ValueError(
+            f"backbone={name!r}: its weights in {str(folder)!r} cannot be loaded "
+            f"({type(error).__name__}: {error!s:.300})."
+        ) from error
+    missing = sorted(map(str, info["missing_keys"]))
+    if any("pooler" in key for key in missing) and hasattr(model, "pooler"):
+        model.pooler = None  # it was not trained
+    missing = [key for key in missing if not key.startswith(unused) and "mask_token" not in key]
+    if missing := [key for key in missing if "pooler" not in key]:
+        raise ValueError(
+            f"backbone={name!r}: {str(folder)!r} lacks the weights of {missing[:5]}, "
+            f"{len(missing)} in all."
+        )
+    return model

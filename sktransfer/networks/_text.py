@@ -1,0 +1,267 @@
+"""Networks of texts: from tokens to one row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sktransfer._progress import warn
+from sktransfer._threads import own_random_state
+from sktransfer.networks._blocks import SplitModel, random_ids, read_recipe
+from sktransfer.networks._huggingface import (
+    files_digest,
+    hf_folder,
+    import_transformers,
+    load_model,
+    quiet,
+    read_config,
+    weights_files,
+)
+from sktransfer.networks._inference import Pooling
+from sktransfer.networks._sources import GivenSource, Source, freeze, random_seed, skeleton
+from sktransfer.networks._tokens import PADDING, Tokens
+from sktransfer.networks._weights import state_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"]
+_TOKENIZER_FILES += ["merges.txt", "tokenizer.model", "special_tokens_map.json"]
+_SENTENCE_FILES = ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json"]
+_MAX_LENGTH = 512  # where no file says what the network takes
+# sentence-transformers' names of poolings
+_POOLINGS = {"mean_tokens": "avg", "cls_token": "cls", "max_tokens": "max", "lasttoken": "last"}
+_LARGE = 10**6  # transformers' tokenizers give a huge number where there is no limit
+
+
+class TextModel(SplitModel):
+    """A model from token numbers (n, length), -1 for padding, to rows.
+
+    What goes from part to part is (n, length, width + 1): the hidden states and, last, the mask.
+    """
+
+    def __init__(self, model: nn.Module, recipe: dict) -> None:
+        super().__init__(model, recipe)
+        self.pooling, self.padding = Pooling(recipe["pooling"], "texts"), recipe["padding"]
+        self.n_words: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+
+    def example(self, n: int) -> torch.Tensor:
+        return random_ids(n, 6, self.n_words)
+
+    def inputs(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        is_token = x != PADDING
+        ids = torch.where(is_token, x, self.padding)
+        return {"input_ids": ids, "attention_mask": is_token.long()}
+
+    def pack(self, hidden: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        return torch.cat([hidden, mask], dim=-1)
+
+    def unpack(self, value: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        is_token = value[..., -1] > 0.5
+        other = (self.padding + 1) % self.n_words
+        return value[..., :-1], self.inputs(torch.where(is_token, other, PADDING))
+
+    def row(self, output, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if self.method == "forward":
+            return self.pooling(self.pack(output.last_hidden_state, inputs))
+        features = output if isinstance(output, torch.Tensor) else output.pooler_output
+        return features.float()
+
+    def tokens(self, output) -> torch.Tensor:
+        return output.last_hidden_state
+
+
+class TextSource(Source):
+    """A network of transformers for texts, with its tokenizer."""
+
+    is_text = True
+
+    def __init__(self, name: str, weights: object) -> None:
+        self.name, self.is_random, self.seed = name, weights is None, random_seed.get()
+        if weights not in ("DEFAULT", None):
+            raise ValueError(
+                f"weights={weights!r} is not accepted for {name!r}: 'DEFAULT' means those of its "
+                "folder, None random ones."
+            )
+        self.config = read_config(name)
+        self.digest = self._digest()
+        self.preprocessing = self.tokens("auto")
+
+    @property
+    def folder(self) -> Path:
+        # Where it is now: a pickle may come from another machine.
+        return hf_folder(self.name)
+
+    def _digest(self) -> str:
+        folder = self.folder
+        names = ["config.json", *_TOKENIZER_FILES, *_SENTENCE_FILES]
+        files = [folder / name for name in names if (folder / name).is_file()]
+        if self.is_random:
+            return f"random:{self.seed}:{torch.__version__}:{files_digest(files)}"
+        return files_digest([*files, *weights_files(folder, self.name)])
+
+    def check_weights(self) -> None:
+        if self._digest() != self.digest:
+            raise FileNotFoundError(
+                f"The files of {self.name} in {str(self.folder)!r} have changed since this was "
+                "fitted: put the old ones back, or fit again."
+            )
+
+    # -- texts to tokens --------------------------------------------------------------------
+    def tokens(self, max_length: int | str) -> Tokens:
+        """Return the preprocessing of texts, cut after so many tokens."""
+        return Tokens(self, _checked_length(max_length, self.limits(), self.name))
+
+    def encoder(self, max_length: int) -> Callable[[str], Sequence[int]]:
+        return _encoder(self.tokenizer_json(), max_length)
+
+    def tokenizer_json(self) -> str:
+        """Return the tokenizer in the format of the package tokenizers."""
+        path = self.folder / "tokenizer.json"
+        if path.is_file():
+            return path.read_text("utf-8")
+        transformers = import_transformers()
+        try:
+            with quiet():
+                made = transformers.AutoTokenizer.from_pretrained(
+                    str(self.folder), local_files_only=True, trust_remote_code=False
+                )
+            return made.backend_tokenizer.to_str()
+        except Exception as error:
+            raise ValueError(
+                f"backbone={self.name!r}: {str(self.folder)!r} holds no tokenizer that can be read "
+                f"({type(error).__name__}: {error!s:.300}): a file tokenizer.json is needed."
+            ) from error
+
+    def limits(self) -> list[int]:
+        """Return the usual and the largest number of tokens of a text."""
+        config = getattr(self.config, "text_config", self.config)
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and config.model_type in _SHIFTED:
+            positions -= (config.pad_token_id or 0) + 1  # the first ones are of no token
+        most = int(positions or _LARGE)
+        usual = [
+            self._read("tokenizer_config.json").get("model_max_length"),
+            self._read("sentence_bert_config.json").get("max_seq_length"),
+        ]
+        known = [int(n) for n in [most, *usual] if n is not None and 0 < n < _LARGE]
+        return [min(known, default=_MAX_LENGTH), most]
+
+    def _read(self, name: str):
+        path = self.folder / name
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+    def _pooling(self) -> str:
+        """Return the pooling that the folder's configuration for sentences says, else the mean."""
+        modules: list = self._read("modules.json") or []
+        kinds = [str(part["type"]).rpartition(".")[2] for part in modules]
+        if odd := [k for k in kinds if k not in ("Transformer", "Pooling", "Normalize")]:
+            warn(
+                f"{self.name} has the further modules {odd} for sentences, which are not applied: "
+                "its rows are the mean of its tokens."
+            )
+            return "avg"
+        settings = self._read("1_Pooling/config.json")
+        modes = [k.removeprefix("pooling_mode_") for k, v in settings.items() if v is True]
+        found = {_POOLINGS[mode] for mode in modes if mode in _POOLINGS}
+        kind = found.pop() if len(found) == 1 else "avg"
+        return f"{kind}_unit" if "Normalize" in kinds else kind
+
+    # -- the network ------------------------------------------------------------------------
+    def build(self) -> nn.Module:
+        transformers = import_transformers()
+        if self.is_random:
+            with own_random_state(self.seed), quiet():
+                model = transformers.AutoModel.from_config(self.config).float()
+        else:
+            model = load_model(self.folder, self.name, self.config)
+        config = getattr(self.config, "text_config", self.config)
+        recipe = {
+            "config": self.config.to_dict(),
+            "tokenizer": self.tokenizer_json(),
+            "limits": self.limits(),
+            "pooling": self._pooling(),
+            "padding": max(0, config.pad_token_id or 0),
+            "method": "get_text_features" if hasattr(model, "get_text_features") else "forward",
+        }
+        made = freeze(TextModel(_text_part(model), recipe))
+        assert isinstance(made, TextModel)
+        made.split()
+        return made
+
+    def load(self, module: nn.Module, head_layers: set[str]) -> None:
+        """Do nothing: the network is built with its weights."""
+
+
+class SavedTextSource(GivenSource):
+    """A network for texts from a saved file."""
+
+    is_text = True
+
+    def __init__(self, name: str, module: TextModel, recipe: dict) -> None:
+        self.name, self._recipe = name, recipe
+        super().__init__(name, self.tokens("auto"), module, f"own-{state_digest(module)}")
+
+    def tokens(self, max_length: int | str) -> Tokens:
+        return Tokens(self, _checked_length(max_length, self._recipe["limits"], self.name))
+
+    def encoder(self, max_length: int) -> Callable[[str], Sequence[int]]:
+        return _encoder(self._recipe["tokenizer"], max_length)
+
+
+def saved_text_source(name: str, state: Mapping[str, torch.Tensor]) -> SavedTextSource:
+    """Return the network for texts whose state is in memory; no file is read."""
+    transformers = import_transformers()
+    recipe = read_recipe(state["recipe"])
+    settings = dict(recipe["config"])
+
+    def make() -> PreTrainedModel:
+        config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+        return transformers.AutoModel.from_config(config, trust_remote_code=False).float()
+
+    with quiet():
+        model: PreTrainedModel = skeleton(make)  # type: ignore[assignment]
+        made = TextModel(_text_part(model), recipe)
+    made.load_weights(state, recipe.get("blocks", ""))
+    freeze(made)
+    made.split()
+    return SavedTextSource(name, made, recipe)
+
+
+def _text_part(model: PreTrainedModel) -> PreTrainedModel:
+    """Return what of a model embeds texts."""
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    for name in ("pooler", "vision_model"):
+        if getattr(model, name, None) is not None:
+            setattr(model, name, None)
+    model.config.use_cache = False
+    return model
+
+
+def _encoder(tokenizer_json: str, max_length: int) -> Callable[[str], Sequence[int]]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
+    return lambda text: tokenizer.encode(text).ids
+
+
+def _checked_length(asked: int | str, limits: Sequence[int], name: str) -> int:
+    usual, most = limits
+    if asked == "auto":
+        return usual
+    if int(asked) > most:
+        raise ValueError(f"max_length={asked} is more than the {most} tokens that {name} takes.")
+    return int(asked)
+
+
+# Their positions begin behind the number of the padding.
+_SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text", "xmod")

@@ -1,0 +1,1 @@
+"""Texts: any container of strings as a sequence of texts."""
