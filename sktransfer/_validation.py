@@ -123,7 +123,7 @@ def check_images(estimator: BaseEstimator, X, *, reset: bool, name: str = "X") -
     matrices, missing values and names. Errors begin with `name` unless it is ``"X"``.
     """
     settings = estimator.image_shape, estimator.value_range
-    try:
+    with _beginning_with(name):
         if estimator.image_shape is not None and _is_flat(X):
             # Its result is not used: it turns nullable and object integers into floats.
             finite = estimator.on_error == "raise"
@@ -132,19 +132,20 @@ def check_images(estimator: BaseEstimator, X, *, reset: bool, name: str = "X") -
         images = as_images(X, *settings)
         _check_columns(estimator, X, images, reset)
         return images
-    except (TypeError, ValueError) as error:
-        if name == "X":
-            raise
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name}: {error}") from error
 
 
 def check_texts(estimator: BaseEstimator, X, *, reset: bool, name: str = "X") -> Texts:
-    """As :func:`check_images`, for texts."""
-    try:
+    """Do for texts what `check_images` does for images."""
+    with _beginning_with(name):
         texts = as_texts(X)
         _check_columns(estimator, X, texts, reset)
         return texts
+
+
+@contextlib.contextmanager
+def _beginning_with(name: str) -> Iterator[None]:
+    try:
+        yield
     except (TypeError, ValueError) as error:
         if name == "X":
             raise
@@ -163,11 +164,11 @@ def _check_columns(estimator: BaseEstimator, X, images: Rows, reset: bool) -> No
     if reset:
         estimator.n_features_in_ = images.n_columns
     elif images.n_columns != estimator.n_features_in_:
-        pixels = ", or flat rows of as many pixels" if images.kind == "images" else ""
+        cell = images.kind[:-1]
         raise ValueError(
-            f"X has {images.n_columns} {images.kind[:-1]} column(s), but "
-            f"{type(estimator).__name__} was fitted on {estimator.n_features_in_} columns. Give X "
-            f"in the form it had in fit: the same columns{pixels}."
+            f"X has {images.n_columns} {cell} column(s), but {type(estimator).__name__} was fitted "
+            f"on {estimator.n_features_in_} columns. Give X in the form it had in fit: the same "
+            f"{cell} columns{', or flat rows of as many pixels' if cell == 'image' else ''}."
         )
 
 

@@ -177,6 +177,7 @@ class FakeDevice(TorchDispatchMode):
                 raise RuntimeError(f"{func}: tensors of the host and of the device together")
         if func in CONVOLUTIONS and len(args[0]) > (self.most_images or 1e9):
             raise torch.OutOfMemoryError("out of memory")
+        self.n_downloads += func is ATEN._local_scalar_dense.default  # a number is read
         if target is not None:
             kwargs = {**kwargs, "device": "cpu", "pin_memory": False}
         out = func(*tree_map(_held, args), **tree_map(_held, kwargs))

@@ -210,12 +210,18 @@ class OtherwiseWhenExported(nn.Linear):
         return 0 * super().forward(x) + torch.arange(3) * is_exported
 
 
-def test_a_file_with_other_results_is_not_kept(squares, tmp_path):
-    head = OtherwiseWhenExported(6, 3)
-    model = tuned(head=head, max_epochs=0, unfreeze=0).fit(squares[:12], LABELS)
-    with pytest.raises(ValueError, match=r"The file's probabilities differ from the model's by"):
-        export(model, tmp_path / "model", format="torch")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("unit", [1, 1e-6])
+def test_a_file_with_other_results_is_not_kept(unit, squares, tmp_path):
+    options = {"head": OtherwiseWhenExported(6, 3), "max_epochs": 0, "unfreeze": 0}
+    y = unit * np.arange(36.0).reshape(12, 3) ** 2
+    models = {
+        "probabilities": tuned(**options).fit(squares[:12], LABELS),
+        "targets": tuned(FineTuningRegressor, **options).fit(squares[:12], y),
+    }
+    for name, model in models.items():
+        with pytest.raises(ValueError, match=rf"The file's {name} differ from the model's by"):
+            export(model, tmp_path / "model", format="torch")
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_package_is_named(squares, tmp_path, monkeypatch):
@@ -237,3 +243,17 @@ def test_a_missing_folder_is_an_os_error(squares, tmp_path):
     model = pipe().fit(squares)
     with pytest.raises(FileNotFoundError, match="missing"):
         export(model, tmp_path / "missing" / "model.pt2", format="torch")
+
+
+@both_formats
+def test_a_full_disk(format, squares, tmp_path):
+    resource = pytest.importorskip("resource")  # a limit on the size of files acts like one
+    model, path = pipe().fit(squares), tmp_path / "model"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*model'"):
+            export(model, path, format=format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())

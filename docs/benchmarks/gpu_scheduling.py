@@ -33,10 +33,12 @@ class Clock:
 
     def __init__(self, rate):
         self.rate, self.free_at = rate, 0.0
+        # Made once: a CPU's threads would fill them between those that decode.
+        self.rows = torch.zeros(256, 1408)
 
     def forward(self, limit, network, batch, device=None):
         self.free_at = max(self.free_at, time.perf_counter()) + len(batch) / self.rate
-        return [torch.zeros(len(batch), 1408)]
+        return [self.rows[: len(batch)]]
 
     def copied_back(self, parts, device):
         done_at = self.free_at

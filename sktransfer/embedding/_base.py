@@ -41,15 +41,11 @@ class Extractor(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         names = column_names(self, input_features)
-        joined = len(self._asked_groups()) > 1
-        out = []
-        for name in names:
-            for g in self._asked_groups():
-                layer, width = self.backbone_.feature_groups[g]
-                parts = [name, self.backbone_.short_name, layer if joined else ""]
-                prefix = "_".join(part for part in parts if part)
-                digits = max(3, len(str(width - 1)))
-                out += [f"{prefix}_{i:0{digits}d}" for i in range(width)]
+        backbone, n_layers = self.backbone_, len(self._asked_groups())
+        prefixes = [
+            f"{name}_{backbone.short_name}" if name else backbone.short_name for name in names
+        ]
+        out = [column for prefix in prefixes for column in backbone.column_names(prefix, n_layers)]
         return np.asarray(out, dtype=object)
 
     def __sklearn_is_fitted__(self):
@@ -84,24 +80,10 @@ class Extractor(TransformerMixin, BaseEstimator):
 
     def _embed(self, rows):
         from sktransfer._rows import unreadable
-        from sktransfer.embedding._embed import embed_images
 
         kind = self._kind
         columns = np.empty((rows.n_rows, self.n_features_out_), dtype=np.float32)
-        bad = embed_images(
-            rows,
-            self.backbone_,
-            out=columns.reshape(len(rows), -1),
-            memory=self.memory,
-            start=getattr(self, "_fit_folder", ""),
-            batch_size=self.batch_size,
-            device=self.device,
-            precision=self.precision,
-            n_jobs=self.n_jobs,
-            groups=self._asked_groups(),
-            fill=0.0 if self.on_error == "zero" else np.nan,
-            verbose=self.verbose,
-        )
+        bad = self._compute(rows, columns.reshape(len(rows), -1))
         if assumed := rows.take_warnings():
             warn(assumed)
         # Not read back: another thread may be transforming with this object, too.
@@ -116,3 +98,22 @@ class Extractor(TransformerMixin, BaseEstimator):
                 f", all in bad_{kind}_.",
             )
         return columns
+
+    def _compute(self, rows, out):
+        """Fill in the rows of all cells, and return the bad ones."""
+        from sktransfer.embedding._embed import embed_images
+
+        return embed_images(
+            rows,
+            self.backbone_,
+            out=out,
+            memory=self.memory,
+            start=getattr(self, "_fit_folder", ""),
+            batch_size=self.batch_size,
+            device=self.device,
+            precision=self.precision,
+            n_jobs=self.n_jobs,
+            groups=self._asked_groups(),
+            fill=0.0 if self.on_error == "zero" else np.nan,
+            verbose=self.verbose,
+        )

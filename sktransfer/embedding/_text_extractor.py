@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from numbers import Integral
 
+import numpy as np
+
 from sktransfer._validation import (
     SHARED_CONSTRAINTS,
     Interval,
@@ -13,6 +15,8 @@ from sktransfer._validation import (
     set_text_tags,
 )
 from sktransfer.embedding._base import Extractor
+
+_FITTED = ("sif", "tfidf")  # their rows depend on the texts of fit
 
 
 class PretrainedTextExtractor(Extractor):
@@ -208,13 +212,43 @@ class PretrainedTextExtractor(Extractor):
     def _check(self, X, *, reset):
         return check_texts(self, X, reset=reset)
 
-    def _load(self):
+    def _load(self, source=None):
         from sktransfer.networks._backbone import load_text_backbone
 
         return load_text_backbone(
-            self.backbone,
+            source or self.backbone,
             weights=self.weights,
             layer=self.layer,
-            pooling=self.pooling,
+            pooling="mean" if self.pooling in _FITTED else self.pooling,
             max_length=self.max_length,
         )
+
+    def _fit(self, X):
+        super()._fit(X)
+        self._word_weights = {}
+        if self.pooling in _FITTED:
+            from sktransfer.networks._word_vectors import fit_word_weights
+
+            texts, _ = self._check(X, reset=False).read_all()
+            self._word_weights = fit_word_weights(self.pooling, self._lookup(), texts.values())
+        return self
+
+    def _lookup(self):
+        lookup = self.backbone_.lookup()
+        if lookup is None or self.layer is not None:
+            raise ValueError(
+                f"pooling={self.pooling!r} weights the words of a table ('vectors:…', 'static:…'), "
+                f"with layer=None: use 'mean' for backbone={self.backbone!r}, layer={self.layer!r}."
+            )
+        return lookup
+
+    def _compute(self, rows, out):
+        if self.pooling not in _FITTED:
+            return super()._compute(rows, out)
+        from sktransfer.networks._word_vectors import weighted_row
+
+        texts, bad = rows.read_all()
+        out[:] = 0.0 if self.on_error == "zero" else np.nan
+        for i, text in texts.items():
+            out[i] = weighted_row(self.pooling, self._word_weights, self._lookup(), text)
+        return bad

@@ -15,6 +15,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
+from sktransfer._progress import shown
 from sktransfer._threads import own_random_state, own_settings
 from sktransfer._validation import (
     SHARED_CONSTRAINTS,
@@ -22,6 +23,7 @@ from sktransfer._validation import (
     Interval,
     StrOptions,
     check_images,
+    check_texts,
     check_weight,
     column_names,
     keep_index,
@@ -33,13 +35,12 @@ if TYPE_CHECKING:
     from skorch import NeuralNet
     from torch import nn
 
-    from sktransfer._rows import BadRow
+    from sktransfer._rows import BadRow, Rows
     from sktransfer.fine_tuning._callbacks import EpochLog
     from sktransfer.fine_tuning._inputs import EmbeddingSettings
     from sktransfer.fine_tuning._module import TunedNetwork
     from sktransfer.fine_tuning._rows import Part, Split, TrainingRows
     from sktransfer.fine_tuning._train import Phase, TrainingSettings, UnfreezePlan
-    from sktransfer.images._images import Images
     from sktransfer.networks._backbone import Backbone
 
 # With this many rows a tenth of them is held out to choose the best epoch.
@@ -47,6 +48,8 @@ _N_ROWS_TO_SPLIT = 1000
 # Numbers of rows, and for each the share of the way from the start to the end of training at which
 # the weights are kept: the more rows, the farther (docs/benchmarks/fine_tuning.md).
 _WISE_FT = (200, 600), (0.5, 0.75)
+# Parameters that have no meaning for texts, and their defaults.
+_OF_IMAGES = {"augment": None, "image_shape": None, "value_range": None, "preprocessing": "auto"}
 
 
 class BaseFineTuning(TransformerMixin, BaseEstimator):
@@ -55,7 +58,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     _parameter_constraints: dict = {  # noqa: RUF012
         **SHARED_CONSTRAINTS,
         "precision": [StrOptions({"float32", "bfloat16"})],
-        "layer": [str, None],
+        "layer": [str, "array-like", None],
         "unfreeze": [
             Interval(Integral, 0, None, closed="left"),
             StrOptions({"all", "gradual"}),
@@ -158,7 +161,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         else:
             tuned = self._new_network(data, first_stage, seed)
             if self._starts_as_probe:
-                self._start_as_probe(tuned.head, data.train, rng, has_corners=uses_wise_ft)
+                has_corners = uses_wise_ft and not data.backbone.is_text
+                self._start_as_probe(tuned.head, data.train, rng, has_corners)
 
         # 3. Freeze: the outputs of frozen stages are computed once.
         phases = self._phases(tuned, data, max_epochs)
@@ -181,11 +185,17 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     def _read_data(self, X, y, sample_weight, X_val, y_val, groups, old, is_partial, rng) -> _Data:
         from sktransfer.fine_tuning._rows import TrainingRows, held_out_rows
         from sktransfer.fine_tuning._train import UnfreezePlan
+        from sktransfer.networks._huggingface import is_text_name
 
-        images = check_images(self, X, reset=old is None)
+        if old is None:
+            is_text = is_text_name(self.backbone)
+            self._check_of_images(is_text)
+        else:
+            is_text = old.backbone.is_text
+        images = self._as_rows(X, is_text, reset=old is None)
         target = self._read_target(y, images.n_rows, reset=old is None)
         weight = check_weight(sample_weight, images.n_rows)
-        validation = self._check_validation(X_val, y_val)
+        validation = self._check_validation(X_val, y_val, is_text)
         given, split = target, None
         if self._has_splitter and validation is None and not is_partial:
             split = self._split(given, groups, rng)  # before a network is loaded
@@ -223,13 +233,27 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             valid = self._part(rows, target, held_out) if keeps_best else None
         return _Data(backbone, plan, self._part(rows, target, index), valid, keeps_best)
 
-    def _check_validation(self, X_val, y_val) -> tuple[Images, np.ndarray] | None:
+    def _as_rows(self, X, is_text: bool, *, reset: bool, name: str = "X") -> Rows:
+        check = check_texts if is_text else check_images
+        return check(self, X, reset=reset, name=name)
+
+    def _check_of_images(self, is_text: bool) -> None:
+        """Raise ValueError if a parameter that only images have was given for texts."""
+        for name, default in _OF_IMAGES.items():
+            value = getattr(self, name)
+            if is_text and not (value is default or (isinstance(value, str) and value == default)):
+                raise ValueError(
+                    f"{name}={shown(value)} is for images, but backbone={self.backbone!r} takes "
+                    f"texts: leave `{name}` out."
+                )
+
+    def _check_validation(self, X_val, y_val, is_text) -> tuple[Rows, np.ndarray] | None:
         if X_val is None and y_val is None:
             return None
         if X_val is None or y_val is None:
             given, missing = ("y_val", "X_val") if X_val is None else ("X_val", "y_val")
             raise ValueError(f"{given} is given without {missing}: give both, or neither.")
-        images = check_images(self, X_val, reset=False, name="X_val")
+        images = self._as_rows(X_val, is_text, reset=False, name="X_val")
         return images, self._read_target(y_val, images.n_rows, reset=False, name="y_val")
 
     def _split(self, target: np.ndarray, groups, rng) -> Split:
@@ -373,7 +397,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         from sktransfer.fine_tuning._rows import report_bad
 
         check_is_fitted(self)
-        images = check_images(self, X, reset=False)
+        images = self._as_rows(X, self.backbone_.is_text, reset=False)
         backbone = self._tuned.tuned_backbone()
         rows, bad = embed_rows(images, backbone, self._embedding_settings())
         self.bad_images_ = bad
@@ -410,6 +434,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     def get_feature_names_out(self, input_features=None):
         """Return the names of the columns of `transform`: ``<column>_<backbone>_tuned_007``.
 
+        If several layers are joined, the layer's name precedes the number.
+
         Parameters
         ----------
         input_features : array-like of str or None, default=None
@@ -421,11 +447,9 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         names = column_names(self, input_features)
-        width = self.backbone_.n_features
-        digits = max(3, len(str(width - 1)))
         stem = f"{self.backbone_.short_name}_tuned"
         prefixes = [f"{name}_{stem}" if name else stem for name in names]
-        columns = [f"{prefix}_{i:0{digits}d}" for prefix in prefixes for i in range(width)]
+        columns = [name for prefix in prefixes for name in self.backbone_.column_names(prefix)]
         return np.asarray(columns, dtype=object)
 
     @property

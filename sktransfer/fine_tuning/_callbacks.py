@@ -101,7 +101,8 @@ class EpochLog(Callback):
         self.best_epoch: int | None = None
         self.best_state: State = {}
         self._best, self._n_without_gain, self._since = (-math.inf, -math.inf), 0, 0.0
-        self._batches: list[tuple[np.ndarray, np.ndarray, np.ndarray, float]] = []
+        # Of the validation part, where they were computed: scores, targets, weights and the loss.
+        self._batches: list[tuple[torch.Tensor, ...]] = []
 
     @property
     def kept_epoch(self) -> int:
@@ -121,16 +122,21 @@ class EpochLog(Callback):
         self._batches.clear()
 
     def on_batch_end(self, net, batch, *, training=False, loss, y_pred, **kwargs: object) -> None:  # type: ignore[override]
-        value = float(loss.detach())
-        if training and not math.isfinite(value):
-            where = f"epoch {len(net.history)}, batch {len(net.history[-1, 'batches'])}"
-            raise not_finite(f"The training loss became {value} in {where}.", self.lr)
-        if not training:
+        if training:
+            self._check_losses(net, len(net.history[-1]["batches"]) - 1)
+        else:
             scores, weight = y_pred
-            arrays = (part.cpu().numpy() for part in (scores.float(), batch[1], weight))
-            self._batches.append((*arrays, value))  # type: ignore[arg-type]
+            self._batches.append((scores.float(), batch[1], weight, loss.detach()))
+
+    def _check_losses(self, net: NeuralNet, start: int) -> None:
+        """Check the losses that were read of this epoch's batches from `start` on."""
+        for k, batch in enumerate(net.history[-1]["batches"][start:], start + 1):
+            if not math.isfinite(value := batch.get("train_loss", 0.0)):
+                where = f"epoch {len(net.history)}, batch {k}"
+                raise not_finite(f"The training loss became {value} in {where}.", self.lr)
 
     def on_epoch_end(self, net: NeuralNet, **kwargs: object) -> None:
+        self._check_losses(net, 0)
         self.epoch += 1
         self.is_within_epoch = False
         lr = max(group["lr"] for group in net.optimizer_.param_groups)
@@ -153,9 +159,10 @@ class EpochLog(Callback):
         self.history.append(row)
         if not self._batches:
             return
-        scores, target, weight = (np.concatenate([b[i] for b in self._batches]) for i in range(3))
-        n_rows = [len(b[2]) for b in self._batches]
-        row["valid_loss"] = float(np.average([b[3] for b in self._batches], weights=n_rows))
+        *columns, losses = zip(*self._batches, strict=True)
+        scores, target, weight = (torch.cat(column).cpu().numpy() for column in columns)
+        n_rows = [len(target) for _, target, *_ in self._batches]
+        row["valid_loss"] = float(np.average(torch.stack(losses).cpu().tolist(), weights=n_rows))
         row["valid_score"] = math.nan
         if not weight.any():  # none of its images is readable any more
             row["valid_loss"] = math.nan

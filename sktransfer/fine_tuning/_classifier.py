@@ -119,7 +119,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     device : str, default="auto"
         A torch device; ``"auto"``: the first of ``"cuda"``, ``"mps"`` and ``"cpu"`` that exists.
     precision : {"float32", "bfloat16"}, default="float32"
-        Precision of the network's computations; weights are float32.
+        Precision of the network's computations, without TF32; weights are float32.
     n_jobs : int or None, default=None
         Threads for decoding. ``None`` and -1: as many as torch uses in this process.
     memory : str, Path, joblib.Memory, store, False or None, default=None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,11 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sktransfer._rows import BadRow
+from sktransfer._rows import BadCell, BadRow, Rows
 from sktransfer.embedding._batches import STREAMING, n_decoding_threads
 from sktransfer.embedding._embed import embed, embed_images
 from sktransfer.fine_tuning._module import TunedModule
-from sktransfer.images._images import BadImage, Images
 from sktransfer.networks._backbone import Backbone
 from sktransfer.networks._inference import tensor_float_32
 from sktransfer.networks._preprocessing import AnyPreprocessing
@@ -44,7 +42,7 @@ class EmbeddingSettings:
 
 
 def embed_rows(
-    images: Images, backbone: Backbone, settings: EmbeddingSettings
+    images: Rows, backbone: Backbone, settings: EmbeddingSettings
 ) -> tuple[np.ndarray, list[BadRow]]:
     """One embedding per image, in rows of all image columns, and the unreadable images."""
     out = np.empty((len(images), backbone.n_features), dtype=np.float32)
@@ -70,7 +68,7 @@ class Pixels:
 
     def __init__(
         self,
-        images: Images,
+        images: Rows,
         n_columns: int,
         preprocessing: AnyPreprocessing,
         settings: EmbeddingSettings,
@@ -97,7 +95,10 @@ class Pixels:
         if self._blank is None or (self._settings.on_error == "raise" and self.is_bad[index].any()):
             raise _no_longer_readable(self.bad[-1])
         arrays = [self._blank if pixels is None else pixels for pixels in found]
-        tensor = torch.from_numpy(np.stack(arrays))
+        if isinstance(self._preprocessing, Tokens):
+            tensor = self._preprocessing.join([torch.from_numpy(tokens) for tokens in arrays])
+        else:
+            tensor = torch.from_numpy(np.stack(arrays))
         if tensor.dtype == torch.uint8:
             tensor = tensor.permute(0, 3, 1, 2)  # channels-last in memory, as convolutions like it
         return tensor.unflatten(0, (-1, self._n_columns))
@@ -122,10 +123,10 @@ class Pixels:
         if self.is_bad[i // self._n_columns]:
             return None
         try:
-            assert not isinstance(self._preprocessing, Tokens)
-            with self._images.read(i).decoded(self._preprocessing.min_size) as image:
-                return np.array(self._preprocessing.resize_crop(image))
-        except BadImage as error:
+            how = self._preprocessing
+            with self._images.read(i).decoded(how.min_size) as cell:
+                return how.prepare(cell) if isinstance(how, Tokens) else how.resize_crop(cell)
+        except BadCell as error:
             self.bad.append(BadRow(self._images.row(i), self._images.where(i), str(error)))
             return None
 
@@ -156,17 +157,18 @@ class Precomputed:
 class FrozenStages(Backbone):
     """The stages of a module before `stop`, unchanged, as a backbone for `embed`.
 
-    An image's row holds all values of the last of these stages; `sample` is one image.
+    An image's row is what :meth:`TunedModule.run_frozen` returns; `sample` is one image,
+    or a text padded to the length that all get.
     """
 
     def __init__(self, backbone: Backbone, module: TunedModule, stop: int, sample: torch.Tensor):
         vars(self).update(vars(backbone))
         self._module, self._stop = module.eval(), stop
         with torch.no_grad():
-            self.shape = tuple(module.run(sample.to(module.device), 0, stop).shape[1:])
-        self.n_features = math.prod(self.shape)
+            self.n_features = module.run_frozen(sample.to(module.device), stop).shape[1]
+        self._length = module.frozen_shape[0] if backbone.is_text else None
         self.feature_groups = [("frozen stages", self.n_features)]
-        self.group_fingerprints = [f"{backbone.fingerprint}-until{stop}"]
+        self.group_fingerprints = [f"{backbone.fingerprint}-until{stop}-{self.n_features}"]
 
     def inference_module(self, device="cpu", precision="float32"):
         self._module.to(device)
@@ -175,11 +177,11 @@ class FrozenStages(Backbone):
     @torch.inference_mode()
     def _run(self, x: torch.Tensor) -> list[torch.Tensor]:
         with tensor_float_32(x.device, False):
-            return [self._module.run(x, 0, self._stop).float().flatten(1)]
+            return [self._module.run_frozen(x, self._stop, self._length)]
 
 
 def frozen_outputs(
-    images: Images, n_columns: int, frozen: FrozenStages, settings: EmbeddingSettings
+    images: Rows, n_columns: int, frozen: FrozenStages, settings: EmbeddingSettings
 ) -> Precomputed | None:
     """Compute the outputs of frozen stages once, or find those that an earlier fit computed.
 
@@ -205,7 +207,7 @@ def frozen_outputs(
         raise _no_longer_readable(bad[-1])
     rows_in_X = np.array([images.row(i) for i in range(0, len(images), n_columns)])
     is_bad = np.isin(rows_in_X, [b.row for b in bad])
-    return Precomputed(out.reshape(-1, n_columns, *frozen.shape), bad, is_bad)
+    return Precomputed(out.reshape(-1, n_columns, frozen.n_features), bad, is_bad)
 
 
 def _no_longer_readable(bad: BadRow) -> ValueError:

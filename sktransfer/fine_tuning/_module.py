@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -12,36 +13,43 @@ import numpy as np
 import torch
 from skorch import NeuralNet
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sktransfer._threads import own_settings
 from sktransfer.embedding._batches import cpu_batch_size
 from sktransfer.fine_tuning._training_state import TrainingState, training_state_of
 from sktransfer.networks._backbone import Backbone
-from sktransfer.networks._inference import Normalisation
+from sktransfer.networks._inference import Normalisation, Pooling
 from sktransfer.networks._preprocessing import AnyPreprocessing
+from sktransfer.networks._tokens import Tokens
 
 # With more trained parameters than this a CPU runs a batch whole, as each part of a batch adds to
 # all of their gradients. For 32 images of 224×224 with everything trained, parts of 8 were 1.3 to
 # 1.5 times as fast up to 25 million parameters (MobileNetV2, DenseNet-121, ResNet-50; ResNet-18:
 # equal), and 8 % slower from 88 million on (ViT-B/32, VGG-11).
 _MANY_PARAMETERS = 50_000_000
+_VALUE = -1
 
 
 class TunedModule(nn.Module):
-    """The stages below the head, their pooling, and a new head.
+    """The stages below the head, the pooling of some stages' values, and a new head.
 
-    Without stages it takes embeddings. Unless `moves_statistics`, batch norms of unfrozen stages
-    use the statistics of pre-training, as frozen ones always do.
+    The head takes the pooled values joined in the order of `poolings`: the first is that of the
+    stage at the position ``pooled_stages[0]``. Without stages the module takes embeddings. Unless
+    `moves_statistics`, batch norms of unfrozen stages use the statistics of pre-training, as
+    frozen ones always do.
 
     :meth:`forward` takes the input of the stage at the position `input_stage`: 0 for pixels,
-    ``len(stages)`` for embeddings. The first `n_frozen` stages are frozen.
+    ``len(stages)`` for embeddings, otherwise what :meth:`run_frozen` returns. The first `n_frozen`
+    stages are frozen.
     """
 
     def __init__(
         self,
         stages: Sequence[tuple[str, nn.Module]],
-        pooling: nn.Module,
+        poolings: Sequence[Pooling],
+        pooled_stages: Sequence[int],
         head: nn.Module,
         preprocessing: AnyPreprocessing,
         moves_statistics: bool = False,
@@ -50,11 +58,16 @@ class TunedModule(nn.Module):
         super().__init__()
         self.stage_names = [name for name, _ in stages]
         self.stages = nn.ModuleList([module for _, module in stages])
-        self.pooling, self.head = pooling, head
+        self.poolings, self.pooled_stages = nn.ModuleList(poolings), list(pooled_stages)
+        self.head = head
         self.moves_statistics, self.precision = moves_statistics, precision
         self.input_stage, self.n_frozen = 0, len(self.stages)
+        # Of what run_frozen returned last: the shape of an image's value, the widths before it.
+        self.frozen_shape: tuple[int, ...] = ()
+        self.frozen_widths: tuple[int, ...] = ()
         self.most_at_once: int | None = None  # images, once memory has not sufficed for a batch
         self.normalisation = Normalisation(preprocessing)
+        self.is_text = isinstance(preprocessing, Tokens)
         self.freeze(self.n_frozen)
 
     def __getstate__(self) -> dict[str, object]:
@@ -73,32 +86,59 @@ class TunedModule(nn.Module):
         n_rows = len(x)
         x = x.flatten(0, 1)
         if self.input_stage < len(self.stages):
-            x = self.run(x, self.input_stage, len(self.stages), self.pooling)
+            known = dict[int, torch.Tensor]()
+            if self.input_stage > 0:
+                below = [k for k, i in enumerate(self.pooled_stages) if i < self.input_stage]
+                *rows, x = x.split([*self.frozen_widths, math.prod(self.frozen_shape)], dim=1)
+                known = dict(zip(below, rows, strict=True))
+                x = x.unflatten(1, self.frozen_shape)
+                if self.is_text:  # the last channel is 1 where there is a token
+                    x = x[:, : max(1, int(x[..., -1].any(0).sum()))]
+            pooled = known | self._run(x, self.input_stage, len(self.stages))
+            x = torch.cat([pooled[k] for k in range(len(self.poolings))], dim=1)
         return x.float().reshape(n_rows, -1)
 
-    def run(
-        self, x: torch.Tensor, start: int, stop: int, pooling: nn.Module | None = None
-    ) -> torch.Tensor:
-        """Send images (n, …) through the stages from `start` to before `stop`."""
-        function = partial(self._run_part, start=start, stop=stop, pooling=pooling)
+    def run_frozen(self, x: torch.Tensor, stop: int, length: int | None = None) -> torch.Tensor:
+        """Send pixels, or texts, through the stages before `stop`.
+
+        A row holds the pooled values of these stages, then all values of the last one, which are
+        padded to `length` tokens.
+        """
+        found = self._run(x, 0, stop)
+        value = found.pop(_VALUE)
+        if length is not None:
+            value = F.pad(value, (0, 0, 0, length - value.shape[1]))
+        self.frozen_shape = tuple(value.shape[1:])
+        parts = [found[k] for k in sorted(found)]
+        self.frozen_widths = tuple(part.shape[1] for part in parts)
+        return torch.cat([*parts, value.flatten(1)], dim=1).float()
+
+    def _run(self, x: torch.Tensor, start: int, stop: int) -> dict[int, torch.Tensor]:
+        """Send values (n, …) through the stages from `start` to before `stop`.
+
+        Returned are the pooled values by their position in `poolings`, and under _VALUE the last
+        stage's value if other stages follow it.
+        """
+        function = partial(self._run_part, start=start, stop=stop)
         is_short = self.most_at_once is not None and torch.is_grad_enabled()
         if is_short and not self._has_moving_statistics():
             # One part after another is computed again for its gradients.
             function = partial(checkpoint, function, use_reentrant=False)
         with torch.autocast(x.device.type, torch.bfloat16, self.precision == "bfloat16"):
             parts = [function(part) for part in x.split(self._n_at_once(x))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
-    def _run_part(
-        self, x: torch.Tensor, *, start: int, stop: int, pooling: nn.Module | None
-    ) -> torch.Tensor:
+    def _run_part(self, x: torch.Tensor, *, start: int, stop: int) -> dict[int, torch.Tensor]:
         if start == 0:
             x = self.normalisation(x)
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        for stage in self.stages[start:stop]:
-            x = stage(x)
-        return x if pooling is None else pooling(x)
+        found = dict[int, torch.Tensor]()
+        for i in range(start, stop):
+            x = self.stages[i](x)
+            own = [k for k, pooled in enumerate(self.pooled_stages) if pooled == i]
+            found |= {k: self.poolings[k](x) for k in own}
+        return found if stop == len(self.stages) else found | {_VALUE: x}
 
     def halve(self, n_images: int) -> bool:
         """Run half as many images at once from now on; False if that is impossible.
@@ -257,7 +297,8 @@ class TunedNetwork:
         root, stages = self.backbone.copy_network() if with_stages else (None, [])
         module = TunedModule(
             stages[: len(self.stage_names)],
-            self.backbone.make_pooling(),
+            self.backbone.make_poolings(),
+            self.backbone.layer_stages,
             self.head,
             self.backbone.preprocessing,
             self.moves_statistics,

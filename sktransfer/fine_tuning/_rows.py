@@ -13,7 +13,7 @@ import numpy.typing as npt
 from sklearn.model_selection import BaseCrossValidator
 
 from sktransfer._progress import warn
-from sktransfer._rows import BadRow, unreadable
+from sktransfer._rows import BadCell, BadRow, Rows, unreadable
 from sktransfer.embedding._batches import n_decoding_threads
 from sktransfer.fine_tuning._head import CornerViews, stratified_part
 from sktransfer.fine_tuning._inputs import (
@@ -26,7 +26,6 @@ from sktransfer.fine_tuning._inputs import (
     frozen_outputs,
 )
 from sktransfer.fine_tuning._module import TunedModule
-from sktransfer.images._images import BadImage, Images
 from sktransfer.networks._backbone import Backbone
 from sktransfer.store._store import as_store
 
@@ -42,7 +41,7 @@ class TrainingRows:
 
     def __init__(
         self,
-        images: Images,
+        images: Rows,
         target: np.ndarray,
         weight: np.ndarray,
         backbone: Backbone,
@@ -112,7 +111,9 @@ class TrainingRows:
 
     def keep_frozen_outputs(self, module: TunedModule, stop: int) -> bool:
         """Compute the outputs of the stages before `stop`; False if they are too large."""
-        sample, self._pixels = self._new_pixels().take(np.zeros(1, dtype=int)), None
+        # Of texts the longest one is needed.
+        rows = np.arange(len(self) if self._backbone.is_text else 1)
+        sample, self._pixels = self._new_pixels().take(rows), None
         frozen = FrozenStages(self._backbone, module, stop, sample.flatten(0, 1)[:1])
         self._outputs = frozen_outputs(self.images, self.n_columns, frozen, self._settings)
         return self._outputs is not None
@@ -130,7 +131,7 @@ class TrainingRows:
         found = {bad.where: bad for source in sources for bad in source.bad}
         if lost := [bad for bad in found.values() if bad not in self.bad]:
             self.bad += lost
-            _report(lost, self._n_rows, "skip", f"the rest of {self._what}")
+            _report(lost, self._n_rows, "skip", f"the rest of {self._what}", self.images.kind)
 
     def _new_pixels(self) -> Pixels:
         return Pixels(self.images, self.n_columns, self._backbone.preprocessing, self._settings)
@@ -240,9 +241,7 @@ def held_out_rows(
     return index, held_out
 
 
-def _keys_of(
-    images: Images, settings: EmbeddingSettings
-) -> tuple[list[bytes | None], list[BadRow]]:
+def _keys_of(images: Rows, settings: EmbeddingSettings) -> tuple[list[bytes | None], list[BadRow]]:
     """The digests of each row's images, joined; None where one cannot be read."""
     store = as_store(settings.memory)
     taken_at = time.time_ns()
@@ -253,8 +252,8 @@ def _keys_of(
 
     def read(i: int) -> bytes | None:
         try:
-            return images.digest(i)
-        except BadImage as error:
+            return images.read(i).digest
+        except BadCell as error:
             bad.append(BadRow(images.row(i), images.where(i), str(error)))
             return None
 
@@ -269,7 +268,7 @@ def _keys_of(
     return [b"".join(row) if all(row) else None for row in rows], bad  # type: ignore[arg-type]
 
 
-def _rows_of(images: Images, index: np.ndarray, n_columns: int | None = None) -> Images:
+def _rows_of(images: Rows, index: np.ndarray, n_columns: int | None = None) -> Rows:
     """A view of the images of some rows, row after row."""
     n_columns = images.n_columns if n_columns is None else n_columns
     return images[(index[:, None] * n_columns + np.arange(n_columns)).reshape(-1)]
@@ -288,18 +287,19 @@ def check_finite(rows: np.ndarray, index: np.ndarray) -> None:
         )
 
 
-def report_bad(bad: list[BadRow], images: Images, on_error: str, what: str) -> None:
+def report_bad(bad: list[BadRow], images: Rows, on_error: str, what: str) -> None:
     """Raise or warn of unreadable images, and warn of what was assumed about the others."""
     if bad:
-        _report(bad, images.n_rows, on_error, what)
+        _report(bad, images.n_rows, on_error, what, images.kind)
     if assumed := images.take_warnings():
         warn(assumed)
 
 
-def _report(bad: list[BadRow], n_rows: int, on_error: str, what: str) -> None:
+def _report(bad: list[BadRow], n_rows: int, on_error: str, what: str, kind: str) -> None:
     is_error = on_error == "raise"
     verb = "cannot be used for" if is_error else "are left out of"
-    first = f"{len(bad)} of {n_rows} rows {verb} {what}, as an image could not be read:"
+    cell = "an image" if kind == "images" else "a text"
+    first = f"{len(bad)} of {n_rows} rows {verb} {what}, as {cell} could not be read:"
     remedy = 'Correct or drop these rows, or set on_error="skip" to leave them out.'
     error = unreadable(first, bad, remedy if is_error else "")
     if is_error:

@@ -28,6 +28,7 @@ from sktransfer.fine_tuning._head import Loss, WeightedLoss
 from sktransfer.fine_tuning._inputs import Batches, TrainingSet
 from sktransfer.fine_tuning._module import TunedModule, TunedNetwork
 from sktransfer.fine_tuning._training_state import TrainingState, continue_from
+from sktransfer.networks._inference import tensor_float_32
 
 Groups = list[dict]
 
@@ -188,7 +189,7 @@ def train(
         if old_state is not None:
             continue_from(net, old_state, has_scheduler(settings.callbacks))
         tuned.net = net
-        _run(net, phases, log)
+        _run(net, phases, log, bool(settings.callbacks))
         module.load_state_dict(log.best_state, strict=False)
         if share is not None:
             interpolate(module, unfreezing.start, share)
@@ -236,7 +237,8 @@ class _Halving:
     def __call__(self, batch: tuple, **params: object) -> dict:
         while True:
             try:
-                return getattr(type(self.net), self.name)(self.net, batch, **params)
+                with tensor_float_32(self.net.module_.device, False):
+                    return getattr(type(self.net), self.name)(self.net, batch, **params)
             except (RuntimeError, MemoryError) as error:
                 n_images = batch[0]["x"].shape[:2].numel()
                 if not is_out_of_memory(error) or not self.net.module_.halve(n_images):
@@ -252,11 +254,36 @@ class _Halving:
             )
 
 
-def _run(net: NeuralNet, phases: list[Phase], log: EpochLog) -> None:
+def _run_single_epoch(
+    net: NeuralNet,
+    iterator: Batches | None,
+    training: bool,
+    prefix: str,
+    step_fn: Callable[[tuple], dict],
+) -> None:
+    """Do what skorch's method does, but read the losses once: each read waits for the device."""
+    losses = []
+    for batch in iterator or ():
+        net.notify("on_batch_begin", batch=batch, training=training)
+        step = step_fn(batch)
+        losses.append(step["loss"].detach())
+        net.history.record_batch(f"{prefix}_batch_size", len(batch[1]))
+        net.notify("on_batch_end", batch=batch, training=training, **step)
+    if losses:
+        rows = net.history[-1]["batches"][-len(losses) :]
+        for row, loss in zip(rows, torch.stack(losses).cpu().tolist(), strict=True):
+            row[f"{prefix}_loss"] = loss
+        net.history.record(f"{prefix}_batch_count", len(losses))
+
+
+def _run(net: NeuralNet, phases: list[Phase], log: EpochLog, has_callbacks: bool) -> None:
     """Run skorch's loop until the last epoch, or until a KeyboardInterrupt."""
     module, first_set = net.module_, phases[0].train_set
     module.input_stage = phases[0].input_stage
-    methods = {name: _Halving(net, name) for name in ("train_step_single", "validation_step")}
+    names = ("train_step_single", "validation_step")
+    methods: dict[str, Callable] = {name: _Halving(net, name) for name in names}
+    if module.device.type != "cpu" and not has_callbacks:  # which may look at each loss
+        methods["run_single_epoch"] = partial(_run_single_epoch, net)
     try:
         vars(net).update(methods)
         net.notify("on_train_begin", X=first_set, y=None)

@@ -32,6 +32,7 @@ from sktransfer.networks._preprocessing import AnyPreprocessing, resolve_preproc
 from sktransfer.networks._published import named_source, text_source
 from sktransfer.networks._sources import GivenSource, Source
 from sktransfer.networks._text import SavedTextSource, TextSource
+from sktransfer.networks._word_vectors import Lookup, WordVectors
 
 # Part of every fingerprint; a change of how embeddings are computed changes it.
 _FORMAT = "sktransfer-embedding-2"
@@ -117,7 +118,7 @@ def load_backbone(
 
 
 def load_text_backbone(
-    backbone: str | TextSource | SavedTextSource,
+    backbone: str | TextSource | SavedTextSource | WordVectors,
     *,
     weights: str | None = "DEFAULT",
     layer: int | str | Sequence[int | str] | None = None,
@@ -210,8 +211,9 @@ class Backbone:
     ):
         self._source = source
         self.name = source.name
-        of_hub = source.name.startswith("hf:")  # of a folder the last part
-        name = Path(source.name).name if of_hub else source.name.removeprefix("timm:")
+        name = source.name.removeprefix("timm:")
+        if source.name.startswith(("hf:", "vectors:", "static:")):  # of a path the last part
+            name = Path(name).name.removesuffix(".txt")
         self.short_name = re.sub(r"\W+", "_", name).strip("_")
         self.layer, self.pooling, self.preprocessing = layer, pooling, preprocessing
         self.input_size: tuple[int, ...] = preprocessing.input_size
@@ -242,7 +244,7 @@ class Backbone:
             raise TypeError(f"layer {asked!r} is not a name: a string, None or a list is accepted.")
         shape = plan.shape(key, self.input_size)
         layout = layout_of(shape, plan.is_channels_last(key, self.input_size))
-        if self._source.is_text and layout == "tokens":
+        if self.is_text and layout == "tokens":
             layout = "texts"
         if layout is None:
             raise ValueError(
@@ -273,9 +275,18 @@ class Backbone:
         return f"<Backbone {self.name}{layer}: {self.input_size} -> {self.n_features}>"
 
     @property
+    def is_text(self) -> bool:
+        """Whether it takes texts, not images."""
+        return self._source.is_text
+
+    @property
     def network(self) -> Network:
         """The shared network; it is loaded again if it was evicted."""
         return get_network(self._source, self._plan_size)
+
+    def lookup(self) -> Lookup | None:
+        """Return what finds words in a table of word vectors, of which this is one."""
+        return self._source.lookup() if isinstance(self._source, WordVectors) else None
 
     @property
     def stages(self) -> Stages:
@@ -296,21 +307,33 @@ class Backbone:
 
     @property
     def stage_names_to_layer(self) -> list[str]:
-        """Names of the stages up to the embedding or to the one layer asked for."""
-        plan, key, names = self.network.plan, self._keys[0], self.stage_names
-        if len(self._keys) > 1:
-            raise ValueError(
-                f"layer={self.layer!r} joins {len(self._keys)} layers; fine-tuning puts its head "
-                f"on one. Give as `layer` one of the stages {names}, or None."
-            )
-        if key == plan.embedding_key:
-            return names[:-1] if plan.head_layers() and len(names) > 1 else names
-        if key in plan.stage_keys:
-            return names[: plan.stage_keys.index(key) + 1]
-        raise ValueError(
-            f"{self!r} ends within a stage, where fine-tuning cannot put a head. Give as `layer` "
-            f"one of the stages {names}, or None; and pooling='auto' if that was changed."
-        )
+        """Names of the stages up to the deepest of the layers asked for."""
+        return self.stage_names[: max(self.layer_stages) + 1]
+
+    @property
+    def layer_stages(self) -> list[int]:
+        """Position of the stage that returns each layer's value; ValueError if none does."""
+        plan, names = self.network.plan, self.stage_names
+        position = {key: i for i, key in reversed(list(enumerate(plan.stage_keys)))}
+        has_head = plan.head_layers() and len(names) > 1
+        position[plan.embedding_key] = len(names) - (2 if has_head else 1)
+        for (label, _), key in zip(self.feature_groups, self._keys, strict=True):
+            if key not in position:
+                raise ValueError(
+                    f"{self!r}: {label!r} ends within a stage, where fine-tuning cannot put a "
+                    f"head. Give as `layer` some of the stages {names}, 'all' or None; and "
+                    "pooling='auto' if that was changed."
+                )
+        return [position[key] for key in self._keys]
+
+    def column_names(self, prefix: str, n_layers: int | None = None) -> list[str]:
+        """Names of the columns of the first `n_layers` layers; ``prefix_layer_007`` if several."""
+        groups, names = self.feature_groups[:n_layers], list[str]()
+        for layer, width in groups:
+            digits = max(3, len(str(width - 1)))
+            stem = f"{prefix}_{layer}" if len(groups) > 1 else prefix
+            names += [f"{stem}_{i:0{digits}d}" for i in range(width)]
+        return names
 
     @property
     def weights_digest(self) -> str:
@@ -335,9 +358,9 @@ class Backbone:
         """All that determines the embedding except the weights."""
         return self.name, self._keys, self._poolings, self.preprocessing.identity
 
-    def make_pooling(self) -> Pooling:
-        """Make what turns the values of the first layer into rows."""
-        return Pooling(*self._poolings[0])
+    def make_poolings(self) -> list[Pooling]:
+        """Make what turns each layer's values into rows."""
+        return [Pooling(*settings) for settings in self._poolings]
 
     def copy_network(self) -> tuple[nn.Module, Stages]:
         """Copy the network; return the copy and its stages, which call the copy's layers."""
@@ -350,9 +373,9 @@ class Backbone:
         """Return the same cut of `module`, a copy of the network with weights of this digest."""
         other = copy.copy(self)
         other._source = GivenSource(self.name, self._source.preprocessing, module, digest)
-        other._source.is_foreign = self._source.is_foreign
+        other._source.is_foreign, other._source.is_text = self._source.is_foreign, self.is_text
         other.fingerprint = f"tuned-{digest}"
-        other.group_fingerprints = [other.fingerprint]
+        other.group_fingerprints = [f"{other.fingerprint}-{key}" for key in self._keys]
         return other
 
     def inference_module(

@@ -144,7 +144,7 @@ def with_index(device: torch.device) -> torch.device:
 @contextlib.contextmanager
 def tensor_float_32(device: torch.device, is_allowed: bool) -> Iterator[None]:
     """Let CUDA round float32 factors to TF32 (10 bits) or not, whatever the caller has set."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         yield
         return
     backends = torch.backends
@@ -210,7 +210,8 @@ class EmbeddingNetwork(nn.Module):
     @torch.inference_mode()
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         if x.dtype != torch.int64:  # tokens of texts stay numbers
-            x = self.normalisation(x).to(self.dtype).contiguous(memory_format=self.memory_format)
+            x = self.normalisation(x).to(self.dtype)
+            x = x.contiguous(memory_format=self.memory_format) if x.ndim == 4 else x
         with tensor_float_32(x.device, self.precision == "tf32"):
             return self.extractor(x)
 

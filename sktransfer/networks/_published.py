@@ -20,6 +20,7 @@ from sktransfer._threads import one_at_a_time, own_random_state
 from sktransfer.networks import _weights, builtin
 from sktransfer.networks._blocks import read_recipe
 from sktransfer.networks._hf_images import ImageSource, saved_image_source
+from sktransfer.networks._huggingface import is_text_name
 from sktransfer.networks._preprocessing import Preprocessing, with_overrides
 from sktransfer.networks._sources import (
     RANDOM_SEED,
@@ -31,6 +32,7 @@ from sktransfer.networks._sources import (
     weights_path,
 )
 from sktransfer.networks._text import TextSource, saved_text_source
+from sktransfer.networks._word_vectors import WordVectors
 from sktransfer.networks.builtin._network import BuiltinNet
 
 
@@ -75,7 +77,7 @@ def named_source(name: str, weights: object) -> Source:
     if name.startswith("timm:"):
         return timm_source(name, weights)
     if name.startswith("hf:"):
-        return ImageSource(name, weights)
+        return TextSource(name, weights) if is_text_name(name) else ImageSource(name, weights)
     known = torchvision_names()
     if name in known:
         return TorchvisionSource(name, weights)
@@ -318,25 +320,26 @@ def timm_preprocessing(module: nn.Module) -> Preprocessing:
     return Preprocessing(size, (height, width), config["mean"], config["std"], method)
 
 
-_TEXT_KINDS = ("hf:", "vectors:", "static:")
-
-
-def text_source(name: str, weights: object) -> TextSource:
+def text_source(name: str, weights: object) -> TextSource | WordVectors:
     """Return the source of a network for texts."""
     if name.startswith("hf:"):
         return TextSource(name, weights)
+    if name.startswith(("vectors:", "static:")):
+        return WordVectors(name, weights)
     raise ValueError(
         f"backbone={shown(name)} is not known: 'hf:NAME_OR_FOLDER' (transformers), 'vectors:PATH' "
         f"(a table of word vectors) or 'static:FOLDER' (model2vec) is accepted."
     )
 
 
-def saved_source(name: str, state: Mapping[str, torch.Tensor]) -> GivenSource:
+def saved_source(name: str, state: Mapping[str, torch.Tensor]) -> Source:
     """Return the network called `name` with weights that are in memory; nothing is downloaded.
 
     ValueError if they are not those of this network.
     """
     if "recipe" in state:
+        if name.startswith(("vectors:", "static:")):
+            return WordVectors.of(name, state)
         is_of_images = read_recipe(state["recipe"]).get("kind") == "images"
         return (saved_image_source if is_of_images else saved_text_source)(name, state)
     source = named_source(name, None)

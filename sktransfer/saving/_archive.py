@@ -31,8 +31,8 @@ def require(is_right: bool, reason: str) -> None:
         raise Refused(reason)
 
 
-def write(part: Path, path: str, header: dict, tensors: Tensors) -> None:
-    """Write the safetensors file `part`; an OSError names `path`."""
+def write(part: Path, header: dict, tensors: Tensors) -> None:
+    """Write the safetensors file `part`."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -42,7 +42,7 @@ def write(part: Path, path: str, header: dict, tensors: Tensors) -> None:
         save_file(tensors, part, metadata={_KEY: text, _DIGEST: _digest(text, tensors)})
     except SafetensorError as error:  # a full disk is one, too
         if found := re.search(r"(?:os error|code:) (\d+)", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1])), path) from error
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
         raise
 
 
@@ -99,7 +99,7 @@ def _apart(tensors: Tensors) -> Tensors:
 def atomic_write(path: str) -> Iterator[Path]:
     """Give a temporary file that replaces `path` in one step if no error is raised.
 
-    Raises OSError before anything is written if `path` cannot be.
+    Raises OSError before anything is written if `path` cannot be; all name `path`.
     """
     target = Path(os.path.realpath(path))  # what a symbolic link names
     if target.exists() and not target.is_file():
@@ -113,6 +113,11 @@ def atomic_write(path: str) -> Iterator[Path]:
         part = Path(folder.name) / "part"
         part.touch()
         mode = (target if target.exists() else part).stat().st_mode
-        yield part
+        try:
+            yield part
+        except OSError as error:
+            if error.errno and error.filename in (None, str(part)):  # a full disk
+                raise OSError(error.errno, error.strerror, path) from error
+            raise
         part.chmod(stat.S_IMODE(mode))  # safetensors lets nobody else read its files
         os.replace(part, target)

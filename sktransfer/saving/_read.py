@@ -50,7 +50,7 @@ OF_TUNED: dict[str, type] = {"first_trained_stage": int, "moves_statistics": boo
 _TUNED = _COMMON | OF_TUNED | {"history_": list, "n_iter_": int, "best_epoch_": int}
 CLASSES: dict[type, dict[str, type]] = {
     PretrainedFeatureExtractor: _COMMON,
-    PretrainedTextExtractor: _COMMON,
+    PretrainedTextExtractor: _COMMON | {"_word_weights": dict},
     FineTuningClassifier: _TUNED
     | {"classes_": np.ndarray, "class_priors_": np.ndarray, "_kind": str},
     FineTuningRegressor: _TUNED
@@ -156,7 +156,8 @@ class Reader:
         label, code = record["needs"][role]
         module = self.given[role]
         module = module.get(label) if isinstance(module, Mapping) else module
-        if module is None or isinstance(module, str):
+        is_module = isinstance(module, nn.Module) or (role == "backbone" and callable(module))
+        if not is_module:
             has_weights = role == "head" or record["network"] is not None
             raise ValueError(
                 f"The {role} of {self.path} was a module of your own, {label}, whose code a file "
@@ -196,7 +197,6 @@ class Reader:
     def _backbone(self, estimator: BaseEstimator, record: dict, settings: object) -> Backbone:
         from sktransfer.networks._backbone import (
             load_backbone,
-            load_text_backbone,
             with_cached_layers,
         )
         from sktransfer.networks._weights import may_download
@@ -214,13 +214,7 @@ class Reader:
             if settings is not None:  # as it was in fit, whatever "auto" means by now
                 preprocessing = Preprocessing(**settings)  # type: ignore[arg-type]
             if isinstance(estimator, PretrainedTextExtractor):
-                backbone = load_text_backbone(
-                    network,  # type: ignore[arg-type]
-                    weights=weights,
-                    layer=estimator.layer,
-                    pooling=estimator.pooling,
-                    max_length=estimator.max_length,
-                )
+                backbone = estimator._load(network)
             else:
                 layers = with_cached_layers(
                     estimator.layer, getattr(estimator, "cache_layers", None)

@@ -131,7 +131,7 @@ def save(estimator: BaseEstimator, path: str | os.PathLike, *, standalone: bool 
         writer.tensors["skops"] = torch.from_numpy(np.array(bytearray(dumps()), np.uint8))
     header = {"format": FORMAT, "version": __version__, "estimators": records}
     with atomic_write(path) as part:
-        write(part, path, header, writer.tensors)
+        write(part, header, writer.tensors)
         _check_loads(part, estimator, ours, writer.modules)
     if writer.left_out:
         warn(

@@ -215,7 +215,13 @@ class DiskStore(BaseStore):
             )
             # Called at exit as well: closing the last connection writes SQLite's log back.
             self._finalizer = weakref.finalize(self, self._connection.close)
-            _prepare(self._connection)
+            # SQLite fails at once, without waiting, where two processes make a file at a time.
+            opening = self.lock("opening", 0)
+            opening.acquire(timeout=_BUSY_SECONDS)
+            try:
+                _prepare(self._connection)
+            finally:
+                opening.release()
         return self._connection
 
     def _disconnect(self) -> None:

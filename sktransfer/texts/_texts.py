@@ -10,7 +10,7 @@ from numbers import Number
 import numpy as np
 
 from sktransfer._progress import shown
-from sktransfer._rows import BadCell, Rows
+from sktransfer._rows import BadCell, BadRow, Rows
 
 
 def as_texts(X) -> Texts:
@@ -76,6 +76,16 @@ class Texts(Rows):
             with contextlib.suppress(BadCell):
                 lengths[i] = self.read(i).n_bytes
         return np.argsort(-lengths, kind="stable")
+
+    def read_all(self) -> tuple[dict[int, str], list[BadRow]]:
+        """Return the texts by their number, and the cells that hold none."""
+        texts, bad = {}, []
+        for i in range(len(self)):
+            try:
+                texts[i] = self.read(i).text
+            except BadCell as error:
+                bad.append(BadRow(self.row(i), self.where(i), str(error)))
+        return texts, bad
 
     def __getstate__(self) -> dict:
         if not self._is_view:

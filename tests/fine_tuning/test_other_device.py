@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 import torch
 from fake_device import FakeDevice
+from skorch.callbacks import EpochTimer
 from small_models import small
 from tiny_networks import Tiny, tiny_network
+from torch.nn import functional as F
+
+from sktransfer.networks._inference import tensor_float_32
 
 
 class Untraced(Tiny):
@@ -45,6 +49,51 @@ def test_fits_are_those_of_the_cpu(stripes, options, is_streaming, monkeypatch):
     assert device.n_uploads
     for values, reference in zip(found, expected, strict=True):
         np.testing.assert_allclose(values, reference, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_an_epoch_reads_from_the_device_as_often_with_more_batches(
+    stripes, early_stopping, monkeypatch
+):
+    """Each read waits until the device has computed all that it was given."""
+    X, y = stripes[0][:24], stripes[1][:24]
+    options = {"memory": False, "unfreeze": "all", "early_stopping": early_stopping, "lr": 1e-3}
+
+    def n_reads(n_batches):
+        with FakeDevice(monkeypatch) as device:
+            model = small(device="meta", batch_size=24 // n_batches, **options).fit(X, y)
+        losses = [batch.get("train_loss", 1.0) for batch in model.net_.history[-1]["batches"]]
+        assert all(type(loss) is float for loss in losses)
+        return device.n_downloads
+
+    assert n_reads(4) == n_reads(1)
+
+
+@pytest.mark.parametrize("callbacks", [None, [EpochTimer()]])
+def test_a_loss_that_is_not_finite_is_named_on_a_device(stripes, callbacks, monkeypatch):
+    options = {"optimizer": "sgd", "batch_size": 8, "callbacks": callbacks, "device": "meta"}
+    with (
+        FakeDevice(monkeypatch),
+        pytest.raises(ValueError, match=r"loss became (nan|inf) in epoch 1, batch 2"),
+    ):
+        small(lr=1e30, early_stopping=False, **options).fit(stripes[0][:24], stripes[1][:24])
+
+
+def test_training_computes_in_full_float32(stripes, monkeypatch):
+    """Whatever the caller lets CUDA round to TF32."""
+    matmul, seen = torch.backends.cuda.matmul, []
+    name = "fp32_precision" if hasattr(torch.backends.cudnn, "conv") else "allow_tf32"
+
+    def loss(scores, target):
+        seen.append(getattr(matmul, name))
+        return F.cross_entropy(scores, target, reduction="none")
+
+    with FakeDevice(monkeypatch), tensor_float_32(torch.device("cuda"), True):
+        before = getattr(matmul, name)
+        small(loss=loss, device="meta", early_stopping=True).fit(stripes[0][:24], stripes[1][:24])
+        assert getattr(matmul, name) == before
+    assert before in (True, "tf32")
+    assert set(seen) in ({False}, {"ieee"})
 
 
 @pytest.mark.parametrize("backbone", [tiny_network, Untraced], ids=["graph", "hooks"])

@@ -64,7 +64,7 @@ def test_an_own_module_is_given_again(name, standalone, pictures, tmp_path):
     )
     for given in (module, tiny_network, {"Tiny": module}, nn.DataParallel(module)):
         assert_same(load(path, backbone=given), model, pictures)
-    for nothing in (None, {}, {"Other": module}, "builtin"):
+    for nothing in (None, {}, {"Other": module}, "builtin", 3, [module], {"Tiny": "builtin"}):
         with pytest.raises(ValueError, match=r"was a module of your own, Tiny, .*backbone=module"):
             load(path, backbone=nothing)
     with pytest.raises(ValueError, match="needs no head of yours"):
@@ -162,10 +162,10 @@ def test_an_own_head_is_given_again(pictures, tmp_path):
     loaded = load(path, backbone=module, head=Head())
     assert_same(loaded, model, pictures)
     assert isinstance(loaded.partial_fit(pictures, Y).head, Head)
-    with pytest.raises(
-        ValueError, match=r"was a module of your own, Head, .*head=module.* any wei"
-    ):
-        load(path, backbone=module)
+    message = r"was a module of your own, Head, .*head=module.* any wei"
+    for nothing in (None, (4,), "linear", Head):
+        with pytest.raises(ValueError, match=message):
+            load(path, backbone=module, head=nothing)
     for wrong in (Head(4), nn.Linear(6, 3)):
         with pytest.raises(
             ValueError, match=r"scores of shape \(2, 4\)|the head given does not fit"

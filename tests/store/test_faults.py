@@ -126,7 +126,7 @@ print(*there)
 )
 def test_missing_permissions(open_folder, folder_mode, new_folder, reason, n_read):
     filled(open_folder, 20).close()
-    before = {path: path.read_bytes() for path in open_folder.iterdir()}
+    before = {path: path.read_bytes() for path in open_folder.iterdir() if path.is_file()}
 
     code = f"store = opened(store.folder + {new_folder!r})" + USE_READ_ONLY
     answer = without_permission(code, open_folder, folder_mode)

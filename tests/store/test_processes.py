@@ -49,6 +49,29 @@ def integrity(store):
         return connection.execute("PRAGMA integrity_check").fetchall()
 
 
+def test_one_process_at_a_time_makes_the_file(tmp_path, monkeypatch):
+    """SQLite does not wait there: "database is locked", and a process goes without the store."""
+    connect, is_held = sqlite3.connect, []
+
+    def note(statement):
+        if "journal_mode" in statement:
+            lock = opened(tmp_path).lock("opening", 0)
+            is_held.append(not lock.acquire(blocking=False))
+
+    def connect_traced(*args, **kwargs):
+        connection = connect(*args, **kwargs)
+        connection.set_trace_callback(note)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", connect_traced)
+    store = filled(tmp_path)
+    store.close()
+    assert is_held == [True]
+    lock = store.lock("opening", 0)
+    assert lock.acquire(blocking=False)
+    lock.release()
+
+
 def test_processes_write_one_store_at_once(tmp_path):
     finish(*(start("write", tmp_path, seed, 400) for seed in range(6)))
 
