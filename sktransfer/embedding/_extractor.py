@@ -29,9 +29,11 @@ class PretrainedFeatureExtractor(Extractor):
     ----------
     backbone : str, torch.nn.Module or callable, default="builtin"
         The network: the name of a torchvision classification builder (``"resnet50"``),
-        ``"timm:NAME"`` (needs the extra ``timm``), ``"builtin"`` (small, its weights ship
-        with the package and need no network connection), an ``nn.Module``, or a callable
-        without arguments that returns one. :func:`list_backbones` lists the names.
+        ``"timm:NAME"`` (needs the extra ``timm``), ``"hf:NAME"`` or ``"hf:FOLDER"`` (an image
+        model of transformers in the hub's local cache or a folder, extra ``hf``; nothing is
+        downloaded), ``"builtin"`` (small, its weights ship with the package), an
+        ``nn.Module``, or a callable without arguments that returns one. :func:`list_backbones`
+        lists the names.
 
     weights : str, Path or None, default="DEFAULT"
         The name of torchvision's weights (``"IMAGENET1K_V2"``), a local ``.pt``, ``.pth``
@@ -254,7 +256,12 @@ class PretrainedFeatureExtractor(Extractor):
 
     def _load(self):
         from sktransfer.networks._backbone import load_backbone, with_cached_layers
+        from sktransfer.networks._huggingface import is_text_name
 
+        if is_text_name(self.backbone):
+            raise ValueError(
+                f"backbone={self.backbone!r} is a network of texts: use PretrainedTextExtractor."
+            )
         return load_backbone(
             self.backbone,
             weights=self.weights,

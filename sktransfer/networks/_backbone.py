@@ -54,9 +54,11 @@ def load_backbone(
     ----------
     backbone : str, torch.nn.Module or callable, default="builtin"
         Name of a torchvision classification builder (``"resnet50"``), ``"timm:NAME"`` (extra
-        ``timm``), ``"builtin"`` (its weights ship in the package), a module, or a callable
-        without arguments that returns one. A module is copied in its present state. Its
-        ``forward`` takes one batch of images and returns one tensor.
+        ``timm``), ``"hf:NAME"`` or ``"hf:FOLDER"`` (a model of transformers for images, extra
+        ``hf``, in the hub's local cache or a folder), ``"builtin"`` (its weights ship in
+        the package), a module, or a callable without arguments that returns one. A module is
+        copied in its present state. Its ``forward`` takes one batch of images and returns one
+        tensor.
     weights : str, path-like or None, default="DEFAULT"
         Name of published weights (``"IMAGENET1K_V2"``); path of a local ``.pt``, ``.pth`` or
         ``.safetensors`` file with a state dict, whose head may have any width; or None for

@@ -17,7 +17,6 @@ from sktransfer.networks._huggingface import (
     files_digest,
     hf_folder,
     import_transformers,
-    is_text_config,
     load_model,
     quiet,
     read_config,
@@ -102,10 +101,9 @@ class ImageSource(Source):
                 "folder, a path those of a file, None random ones."
             )
         self.config = read_config(name)
-        if is_text_config(self.config) or not hasattr(_vision(self.config), "num_channels"):
+        if not hasattr(_vision(self.config), "num_channels"):
             raise ValueError(
-                f"backbone={name!r} is a {self.config.model_type} network, which takes no images: "
-                "PretrainedTextExtractor is for texts."
+                f"backbone={name!r} is a {self.config.model_type} network, which takes no images."
             )
         self.digest = self._digest()
         self.preprocessing = _preprocessing(hf_folder(name), name, self.config)

@@ -264,6 +264,7 @@ def test_fine_tuning(kind, tmp_path):
     np.testing.assert_allclose(loaded.predict_proba(images), probabilities, atol=1e-5)
 
 
+@pytest.mark.slow  # torch.export follows the network's code
 @pytest.mark.parametrize("kind", ["ViT", "CLIP", "ConvNext"])
 def test_exporting(kind, tmp_path):
     images = make_images(size=(36, 36))
@@ -318,8 +319,8 @@ def test_missing_weights_are_named(vit, tmp_path):
 def test_a_network_of_texts_is_refused(tmp_path):
     config = transformers.BertConfig(vocab_size=20, **TEXT_ONLY)
     transformers.BertModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="takes no images: PretrainedTextExtractor"):
-        load_backbone(f"hf:{tmp_path}")
+    with pytest.raises(ValueError, match="is a network of texts: use PretrainedTextExtractor"):
+        extract(tmp_path, make_images())
 
 
 TEXT_ONLY = {key: value for key, value in SIZES.items() if key not in ("image_size", "patch_size")}
