@@ -57,6 +57,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     _parameter_constraints: dict = {  # noqa: RUF012
         **SHARED_CONSTRAINTS,
+        "pooling": [*SHARED_CONSTRAINTS["pooling"], StrOptions({"mean", "last"})],
         "precision": [StrOptions({"float32", "bfloat16"})],
         "layer": [str, "array-like", None],
         "unfreeze": [
@@ -94,7 +95,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     # The "?" of the HTML representation leads to the class's page.
     _doc_link_module = "sktransfer"
     _doc_link_template = (
-        "https://sktransfer.readthedocs.io/en/stable/api.html#sktransfer.{estimator_name}"
+        "https://sktransfer.readthedocs.io/en/stable/api/sktransfer.{estimator_name}.html"
     )
 
     # -- what the two do differently --------------------------------------------------------

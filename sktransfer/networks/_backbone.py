@@ -15,7 +15,7 @@ from torch import nn
 
 from sktransfer._progress import did_you_mean
 from sktransfer._threads import own_settings
-from sktransfer.networks._blocks import LAST_STATES
+from sktransfer.networks._blocks import LAST_STATES, BlockPlan, SplitModel
 from sktransfer.networks._graph import Stages
 from sktransfer.networks._inference import (
     POOLINGS,
@@ -54,11 +54,10 @@ def load_backbone(
     ----------
     backbone : str, torch.nn.Module or callable, default="builtin"
         Name of a torchvision classification builder (``"resnet50"``), ``"timm:NAME"`` (extra
-        ``timm``), ``"hf:NAME"`` or ``"hf:FOLDER"`` (a model of transformers for images, extra
-        ``hf``, in the hub's local cache or a folder), ``"builtin"`` (its weights ship in
-        the package), a module, or a callable without arguments that returns one. A module is
-        copied in its present state. Its ``forward`` takes one batch of images and returns one
-        tensor.
+        ``timm``), ``"hf:NAME_OR_FOLDER"`` (a network of transformers for images, extra ``text``),
+        ``"builtin"`` (its weights ship in the package), a module, or a callable without arguments
+        that returns one. A module is copied in its present state. Its
+        ``forward`` takes one batch of images and returns one tensor.
     weights : str, path-like or None, default="DEFAULT"
         Name of published weights (``"IMAGENET1K_V2"``); path of a local ``.pt``, ``.pth`` or
         ``.safetensors`` file with a state dict, whose head may have any width; or None for
@@ -267,7 +266,8 @@ class Backbone:
 
     def layers_named(self, layer: str | Sequence[str | None] | None) -> list[str | None]:
         """List the layers that the parameter `layer` asks for."""
-        stages = [name for name in self.stage_names[1:] if name not in ("pool", "head")]
+        rows = getattr(self.network.plan, "row_names", self.stage_names)
+        stages = [name for name in rows[1:] if name not in ("pool", "head")]
         is_list = isinstance(layer, Iterable) and not isinstance(layer, str)
         asked: Iterable = layer if is_list else [layer]  # type: ignore[assignment]
         return [name for k in asked for name in ([*stages[:-1], None] if k == "all" else [k])]
@@ -319,6 +319,8 @@ class Backbone:
         position = {key: i for i, key in reversed(list(enumerate(plan.stage_keys)))}
         has_head = plan.head_layers() and len(names) > 1
         position[plan.embedding_key] = len(names) - (2 if has_head else 1)
+        if isinstance(plan, BlockPlan):
+            position[plan.last_map_key] = len(names) - 1
         for (label, _), key in zip(self.feature_groups, self._keys, strict=True):
             if key not in position:
                 raise ValueError(
@@ -369,6 +371,8 @@ class Backbone:
         network = self.network
         _ = network.module  # the weights
         root = copy.deepcopy(network.plan.root)
+        if isinstance(root, SplitModel):
+            root.ends_with_tokens = network.plan.last_map_key in self._keys
         return root, network.plan.stages(root)
 
     def with_weights(self, module: nn.Module, digest: str) -> Backbone:

@@ -85,6 +85,7 @@ class SplitModel(nn.Module, ABC):
         self.rest, self.method = model, recipe["method"]
         self.blocks = nn.ModuleList()
         self.path = ""
+        self.ends_with_tokens = False  # instead of rows: a pooling of one's own follows
         self._set_recipe(recipe)
 
     def _set_recipe(self, recipe: dict) -> None:
@@ -194,8 +195,15 @@ class SplitModel(nn.Module, ABC):
 
     # -- the parts --------------------------------------------------------------------------
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.path:
+            return self.values(x, [END])[END]
         inputs = self.inputs(x)
-        return self.row(getattr(self.rest, self.method)(**inputs), inputs)
+        return self._result(getattr(self.rest, self.method)(**inputs), inputs)
+
+    def _result(self, output, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if self.ends_with_tokens:
+            return self.pack(self.tokens(output), inputs)
+        return self.row(output, inputs)
 
     def front(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[_Call]]:
         """Return the hidden states before the blocks, and each block's other arguments."""
@@ -230,7 +238,7 @@ class SplitModel(nn.Module, ABC):
 
     def end(self, value: torch.Tensor) -> torch.Tensor:
         hidden, inputs = self.unpack(value)
-        return self.row(self.finish(hidden, inputs), inputs)
+        return self._result(self.finish(hidden, inputs), inputs)
 
     def values(self, x: torch.Tensor, keys: list[str]) -> dict[str, torch.Tensor]:
         """Return the values of some parts, each computed once."""

@@ -412,9 +412,12 @@ def unknown_layer(layer: str, network: str, stages: list[str], names: list[str])
     """Make the error for a layer that a network does not have."""
     hint = did_you_mean(layer, dict.fromkeys([*stages, *names]))
     examples = ", ".join(map(repr, [name for name in names if name not in stages][:3]))
+    more = (
+        "; the dotted name of any sub-module or operation is accepted too "
+        f"({examples}, …: {len(names)} in all)"
+    )
     return ValueError(
-        f"layer={layer!r} is not in {network}.{hint} Its stages are {stages}; the dotted name of "
-        f"any sub-module or operation is accepted too ({examples}, …: {len(names)} in all)."
+        f"layer={layer!r} is not in {network}.{hint} Its stages are {stages}{more * bool(names)}."
     )
 
 
