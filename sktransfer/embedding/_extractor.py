@@ -255,7 +255,12 @@ class PretrainedFeatureExtractor(Extractor):
 
     def _load(self):
         from sktransfer.networks._backbone import load_backbone, with_cached_layers
+        from sktransfer.networks._huggingface import is_text_name
 
+        if is_text_name(self.backbone):
+            raise ValueError(
+                f"backbone={self.backbone!r} is a network of texts: use PretrainedTextExtractor."
+            )
         return load_backbone(
             self.backbone,
             weights=self.weights,

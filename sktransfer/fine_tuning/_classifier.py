@@ -35,8 +35,9 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     ----------
     backbone : str, torch.nn.Module or callable, default="builtin"
         The network: a torchvision classification builder (``"resnet50"``), ``"timm:NAME"``
-        (extra ``timm``), ``"builtin"`` (small; its weights are part of the package), a module,
-        or a callable without arguments that returns one. A module is copied, not changed.
+        (extra ``timm``), ``"hf:NAME_OR_FOLDER"`` (transformers, extra ``hf``), ``"builtin"``
+        (small; its weights are part of the package), a module, or a callable without
+        arguments that returns one. A module is copied, not changed.
     weights : str, Path or None, default="DEFAULT"
         Name of torchvision's weights (``"IMAGENET1K_V2"``), or a local ``.pt``, ``.pth`` or
         ``.safetensors`` file. ``None``: random weights, for training from scratch.
