@@ -1,4 +1,7 @@
-"""From a parquet file of images to a parquet file of embeddings, in constant memory.
+"""From a parquet file of images to one of embeddings, in constant memory
+======================================================================
+
+::
 
     python examples/parquet_to_embeddings.py images.parquet embeddings.parquet
 

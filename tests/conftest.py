@@ -1,16 +1,19 @@
 """Images and settings that several test files share."""
 
+import contextlib
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from PIL import Image
 
-# No test fails because a machine is slow just then.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+with contextlib.suppress(ImportError):  # the tests of a GPU need no hypothesis
+    from hypothesis import settings
+
+    # No test fails because a machine is slow just then.
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

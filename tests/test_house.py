@@ -16,7 +16,7 @@ spec.loader.exec_module(house)
 
 # Seven floors of files and folders; each imports from those below it only.
 FLOORS = [
-    {"_progress", "_rows", "_threads", "_version"},
+    {"_progress", "_rows", "_threads", "_version", "datasets"},
     {"images", "store", "texts"},
     {"networks", "_validation"},
     {"embedding"},
@@ -88,10 +88,10 @@ def test_tests_stay_readable(file):
 
 
 # What stands on the two ideas, each in files of its own.
-ON_TOP = {"inspection", "saving", "transferability"}
+ON_TOP = {"datasets", "inspection", "saving", "transferability"}
 # Texts, and the networks of the package transformers.
 OF_TEXTS = {"_blocks", "_huggingface", "_text", "_text_extractor", "_tables"}
-OF_TEXTS |= {"_tokens", "_word_vectors"}
+OF_TEXTS |= {"_hf_images", "_tokens", "_word_vectors"}
 
 
 def part_of(file):
@@ -102,7 +102,7 @@ def part_of(file):
 
 @pytest.mark.parametrize(
     ("part", "n_lines", "n_code_lines", "n_files"),
-    [("core", 12_300, 8_300, 46), ("texts", 2_600, 1_800, 12), ("on top", 6_000, 3_650, 30)],
+    [("core", 12_400, 8_350, 46), ("texts", 2_600, 1_800, 12), ("on top", 6_000, 3_650, 30)],
 )
 def test_the_package_stays_small(part, n_lines, n_code_lines, n_files):
     files = [file for file in house.FILES if part_of(file) == part]

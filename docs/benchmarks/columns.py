@@ -77,6 +77,18 @@ def measure(network, size, is_random, name, options):
     return figures
 
 
+def compact(figures):
+    """Scores by set, draw after draw, of each network, columns and classifier."""
+    keys = ("network", "size", "random", "per_class", "classifier", "columns", "width")
+    found = {}
+    for row in figures:
+        by_set = found.setdefault(tuple(row[key] for key in keys), {})
+        by_set.setdefault(row["set"], []).append(round(float(row["score"]), 4))
+    return [
+        dict(zip(keys, key, strict=True)) | {"scores": str(by_set)} for key, by_set in found.items()
+    ]
+
+
 def summarise(figures):
     """Print a line for each network, size, number of images and classifier: gains in points."""
     keys = ("network", "size", "random", "per_class", "classifier")
@@ -124,7 +136,8 @@ def main():
                     print(network, size, "random" if is_random else "", name, flush=True)
                 summarise([row for row in figures if (row["network"], row["size"], row["random"])
                            == (network, size, is_random)])  # fmt: skip
-                save(options.name, {"options": vars(options), "runs": figures})
+                settings = {key: value for key, value in vars(options).items() if key != "memory"}
+                save(options.name, {"options": settings, "scores": compact(figures)})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
   weights. Weighted Kendall's tau of each score, and of the probe on all and on half of the rows,
   with the accuracy of the same network and layer fine-tuned, on test images; CPU seconds of each.
   Each column is standardised for no score; TransRate is also given as `rank_backbones` scales it.
+  LEEP is of the network's own head, and so the same for all layers of a network.
 * ``cost``: CPU seconds of `rank_backbones`, less those of its probes and scores, against those of
   the embedding passes alone, the twins' included.
 * ``verdicts``: the share of false verdicts among paired folds of two models of equal quality, on
@@ -22,6 +23,7 @@ import warnings
 
 import numpy as np
 from _report import DATA, save
+from scipy.special import softmax
 from scipy.stats import weightedtau
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
@@ -30,7 +32,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sktransfer import FineTuningClassifier, PretrainedFeatureExtractor
-from sktransfer.transferability import h_score, logme_score, rank_backbones, transrate_score
+from sktransfer.transferability import (
+    h_score,
+    leep_score,
+    logme_score,
+    rank_backbones,
+    transrate_score,
+)
 from sktransfer.transferability._folds import estimate, make_folds
 
 SETS = ("hymenoptera", "flowers5", "dtd10", "brain_mri", "magnetic_tile")
@@ -39,6 +47,7 @@ WEIGHTS = {
     "squeezenet1_1": DATA / "weights" / "squeezenet1_1_imagenet.safetensors",
     "mobilenet_v2": DATA / "weights" / "mobilenet_v2_imagenet.safetensors",
 }
+HEADS = {"builtin": "head", "squeezenet1_1": "classifier", "mobilenet_v2": "classifier"}
 LAYERS = {"builtin": ["stage2", "stage3", None], "squeezenet1_1": [None], "mobilenet_v2": [None]}
 
 
@@ -81,6 +90,11 @@ SCORES = {
 }
 
 
+def taus_of(rows):
+    truth = [row["fine-tuned"] for row in rows]
+    return {s: weightedtau(truth, [row[s] for row in rows]).statistic for s in (*SCORES, "leep")}
+
+
 def measure_set(name, args):
     rng = np.random.default_rng(0)
     X, y = load_part(name, "train", args.per_class, rng)
@@ -102,16 +116,16 @@ def measure_set(name, args):
                     row[score], row["seconds"][score] = cpu_seconds(
                         lambda f=function, c=columns: f(c.astype(float), y)
                     )
+                head = PretrainedFeatureExtractor(**same | {"layer": HEADS[backbone]})
+                row["leep"], row["seconds"]["leep"] = cpu_seconds(
+                    lambda e=head: leep_score(softmax(e.fit_transform(X).astype(float), axis=1), y)
+                )
                 tuned = FineTuningClassifier(**same, max_epochs=args.epochs, random_state=0)
                 _, row["seconds"]["fine-tuning"] = cpu_seconds(lambda t=tuned: t.fit(X, y))
                 row["fine-tuned"] = metric(y_test, tuned.predict(X_test))
                 rows.append(row)
                 print(name, {k: v for k, v in row.items() if k != "seconds"}, flush=True)
-    truth = [row["fine-tuned"] for row in rows]
-    taus = {s: weightedtau(truth, [row[s] for row in rows]).statistic for s in SCORES}
-    of_pretrained = [row for row in rows if not row["random"]]
-    truth = [row["fine-tuned"] for row in of_pretrained]
-    among = {s: weightedtau(truth, [row[s] for row in of_pretrained]).statistic for s in SCORES}
+    taus, among = taus_of(rows), taus_of([row for row in rows if not row["random"]])
     seconds = {k: np.mean([row["seconds"][k] for row in rows]) for k in rows[0]["seconds"]}
     print(name, "tau", taus, "without twins", among, "seconds", seconds, flush=True)
     return {"tau": taus, "tau_without_twins": among, "seconds": seconds, "rows": rows}

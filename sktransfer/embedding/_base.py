@@ -23,7 +23,7 @@ class Extractor(TransformerMixin, BaseEstimator):
     # The "?" of the HTML representation leads to the class's page.
     _doc_link_module = "sktransfer"
     _doc_link_template = (
-        "https://sktransfer.readthedocs.io/en/stable/api.html#sktransfer.{estimator_name}"
+        "https://sktransfer.readthedocs.io/en/stable/api/sktransfer.{estimator_name}.html"
     )
 
     def get_feature_names_out(self, input_features=None):

@@ -95,7 +95,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     # The "?" of the HTML representation leads to the class's page.
     _doc_link_module = "sktransfer"
     _doc_link_template = (
-        "https://sktransfer.readthedocs.io/en/stable/api.html#sktransfer.{estimator_name}"
+        "https://sktransfer.readthedocs.io/en/stable/api/sktransfer.{estimator_name}.html"
     )
 
     # -- what the two do differently --------------------------------------------------------

@@ -51,7 +51,7 @@ def to_rgb(
     - bool: black and white; uint8: as it is;
     - uint16: 16 bits, of which the upper eight are kept; noted below a quarter of the range;
     - floats within 0…1: ``rint(255 * x)``, so that ``x / 255.`` is the image ``x``;
-    - other integers within 0…255: as they are;
+    - other integers within 0…255: unchanged;
     - floats within -0.25…1.25: clipped to 0…1, and noted;
     - integral floats within 0…255, and floats within -1…318.75 of which the largest is above
       16: clipped to 0…255, and noted;

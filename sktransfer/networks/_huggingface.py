@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,14 +125,25 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_model(folder: Path, name: str, config: PretrainedConfig) -> nn.Module:
-    """Load a model with its weights as float32, without heads."""
+def load_model(
+    folder: Path,
+    name: str,
+    config: PretrainedConfig,
+    state: Mapping[str, torch.Tensor] | None = None,
+    *,
+    unused: tuple[str, ...] = (),
+) -> nn.Module:
+    """Load a model with its weights, or those of `state`, as float32, without heads.
+
+    Keys that begin with one of `unused` may be missing.
+    """
     transformers = import_transformers()
     try:
         with quiet():
             model, info = transformers.AutoModel.from_pretrained(
-                str(folder),
+                None if state is not None else str(folder),
                 config=config,
+                state_dict=state,
                 local_files_only=True,
                 trust_remote_code=False,
                 dtype=torch.float32,
@@ -146,6 +157,7 @@ def load_model(folder: Path, name: str, config: PretrainedConfig) -> nn.Module:
     missing = sorted(map(str, info["missing_keys"]))
     if any("pooler" in key for key in missing) and hasattr(model, "pooler"):
         model.pooler = None  # it was not trained
+    missing = [key for key in missing if not key.startswith(unused) and "mask_token" not in key]
     if missing := [key for key in missing if "pooler" not in key]:
         raise ValueError(
             f"backbone={name!r}: {str(folder)!r} lacks the weights of {missing[:5]}, "

@@ -18,6 +18,8 @@ from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 from sktransfer._progress import did_you_mean, shown
 from sktransfer._threads import one_at_a_time, own_random_state
 from sktransfer.networks import _weights, builtin
+from sktransfer.networks._blocks import read_recipe
+from sktransfer.networks._hf_images import ImageSource, saved_image_source
 from sktransfer.networks._huggingface import is_text_name
 from sktransfer.networks._preprocessing import Preprocessing, with_overrides
 from sktransfer.networks._sources import (
@@ -74,8 +76,8 @@ def named_source(name: str, weights: object) -> Source:
         return BuiltinSource(weights)
     if name.startswith("timm:"):
         return timm_source(name, weights)
-    if is_text_name(name):
-        return TextSource(name, weights)
+    if name.startswith("hf:"):
+        return TextSource(name, weights) if is_text_name(name) else ImageSource(name, weights)
     known = torchvision_names()
     if name in known:
         return TorchvisionSource(name, weights)
@@ -83,9 +85,12 @@ def named_source(name: str, weights: object) -> Source:
     of_timm = _nearest_of_timm(name)
     if not nearest or f"'timm:{name}'" in of_timm:
         nearest = of_timm
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) or (Path(name) / "config.json").is_file():
+        nearest = f" Did you mean {'hf:' + name!r}, with the package transformers?{nearest}"
     raise ValueError(
         f"backbone={shown(name)} is not known.{nearest} "
-        "list_backbones() lists the known names; 'timm:NAME' names one of timm's."
+        "list_backbones() lists the known names; 'timm:NAME' names one of timm's, "
+        "'hf:NAME_OR_FOLDER' one of transformers'."
     )
 
 
@@ -333,8 +338,10 @@ def saved_source(name: str, state: Mapping[str, torch.Tensor]) -> Source:
     ValueError if they are not those of this network.
     """
     if "recipe" in state:
-        is_table = name.startswith(("vectors:", "static:"))
-        return WordVectors.of(name, state) if is_table else saved_text_source(name, state)
+        if name.startswith(("vectors:", "static:")):
+            return WordVectors.of(name, state)
+        is_of_images = read_recipe(state["recipe"]).get("kind") == "images"
+        return (saved_image_source if is_of_images else saved_text_source)(name, state)
     source = named_source(name, None)
     if isinstance(source, TorchvisionSource) and "image_size" in source.arguments:
         source.set_image_size(state, get_model_weights(name)["DEFAULT"])

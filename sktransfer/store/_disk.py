@@ -67,7 +67,7 @@ class DiskStore(BaseStore):
     folder : str or os.PathLike
         Made when missing, on first use.
     max_bytes : int, str or None, default=10 GiB
-        The bound on the file, beyond which the oldest rows are deleted. None is no bound.
+        The bound on the file, beyond which the oldest rows are deleted. None: unbounded.
 
     Notes
     -----

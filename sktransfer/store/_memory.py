@@ -56,7 +56,7 @@ class StoreInfo:
     n_bytes : int
         Bytes they take, with what belongs to them.
     max_bytes : int or None
-        The bound on ``n_bytes``; None is no bound.
+        The bound on ``n_bytes``; None: unbounded.
     n_files : int
         Image files whose content is known by their stat.
     rows_by_fingerprint : dict of str to int

@@ -115,7 +115,7 @@ def embedding_store(memory: object = None, *, max_bytes: int | str | None = "def
         As the estimators take it. ``None``: what all estimators of this process share.
     max_bytes : int, str or None, default="default"
         The bound, beyond which the oldest rows are deleted (in memory, the least recently used):
-        bytes, or a text such as ``"50G"``. ``None`` is no bound. If it is given, the store is a
+        bytes, or a text such as ``"50G"``. ``None``: unbounded. If it is given, the store is a
         new one, in memory or on the same file; give it to the estimators as their ``memory``. An
         estimator given the folder alone makes the file fit into 10 GiB. Without `max_bytes`, the
         bound is 512 MiB in memory and 10 GiB on disk.

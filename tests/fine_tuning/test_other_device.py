@@ -122,3 +122,13 @@ def test_a_fit_keeps_no_gradients(stripes):
     model.partial_fit(X, y)
     assert not [p for p in model.net_.module_.parameters() if p.grad is not None]
     assert model.net_.optimizer_.state
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_cuda_agrees_with_the_cpu(stripes, precision):
+    X, y = stripes
+    on_cpu = small(unfreeze=1, lr=1e-3, device="cpu").fit(X, y)
+    on_gpu = small(unfreeze=1, lr=1e-3, device="cuda", precision=precision).fit(X, y)
+    np.testing.assert_allclose(on_gpu.predict_proba(X), on_cpu.predict_proba(X), atol=0.1)
