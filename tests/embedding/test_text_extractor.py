@@ -104,6 +104,14 @@ def test_layers(folders, bert):
             {"modules": ["Transformer", "Pooling"], "pooling": {"pooling_mode_cls_token": True}},
             "cls",
         ),
+        ({"modules": ["Transformer", "Pooling"], "pooling": {"pooling_mode": "max"}}, "max"),
+        (
+            {
+                "modules": ["Transformer", "Pooling", "Normalize"],
+                "pooling": {"pooling_mode": "mean_sqrt_len_tokens", "include_prompt": True},
+            },
+            "mean",
+        ),
         (
             {
                 "modules": ["Transformer", "Pooling", "Normalize"],
@@ -119,6 +127,22 @@ def test_the_folder_says_how_to_pool(sentences, pooled, tmp_path):
     if "Normalize" in sentences["modules"]:
         expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     got = PretrainedTextExtractor(f"hf:{tmp_path}").fit_transform(TEXTS)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("modules", "pooling", "named"),
+    [
+        (["Transformer", "Pooling", "Dense"], {"pooling_mode": "cls"}, "Dense"),
+        (["Transformer", "Pooling"], {"pooling_mode": "weightedmean"}, "weightedmean"),
+        (["Pooling"], {f"pooling_mode_{k}_token": True for k in ("cls", "max")}, "cls', 'max"),
+    ],
+)
+def test_what_the_folder_says_beyond_a_pooling(modules, pooling, named, tmp_path):
+    make_text_folder(tmp_path, sentences={"modules": modules, "pooling": pooling})
+    with pytest.warns(UserWarning, match=rf"has \['{named}'\] for sentences, which is not applied"):
+        got = PretrainedTextExtractor(f"hf:{tmp_path}").fit_transform(TEXTS)
+    expected = np.stack([POOLED["mean"](x[-1]) for x in hidden_states(tmp_path, TEXTS)])
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
