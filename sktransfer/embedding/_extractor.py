@@ -29,9 +29,10 @@ class PretrainedFeatureExtractor(Extractor):
     ----------
     backbone : str, torch.nn.Module or callable, default="builtin"
         The network: the name of a torchvision classification builder (``"resnet50"``),
-        ``"timm:NAME"`` (needs the extra ``timm``), ``"builtin"`` (small, its weights ship
-        with the package and need no network connection), an ``nn.Module``, or a callable
-        without arguments that returns one. :func:`list_backbones` lists the names.
+        ``"timm:NAME"`` (extra ``timm``), ``"hf:NAME"`` or ``"hf:FOLDER"`` (a network of the
+        package transformers, such as DINOv2 or CLIP, from a folder or the hub's local cache; extra
+        ``text``), ``"builtin"`` (small, its weights ship with the package), an ``nn.Module``, or a
+        callable without arguments that returns one. :func:`list_backbones` lists the names.
 
     weights : str, Path or None, default="DEFAULT"
         The name of torchvision's weights (``"IMAGENET1K_V2"``), a local ``.pt``, ``.pth``

@@ -54,8 +54,9 @@ def load_backbone(
     ----------
     backbone : str, torch.nn.Module or callable, default="builtin"
         Name of a torchvision classification builder (``"resnet50"``), ``"timm:NAME"`` (extra
-        ``timm``), ``"builtin"`` (its weights ship in the package), a module, or a callable
-        without arguments that returns one. A module is copied in its present state. Its
+        ``timm``), ``"hf:NAME_OR_FOLDER"`` (a network of transformers for images, extra ``text``),
+        ``"builtin"`` (its weights ship in the package), a module, or a callable without arguments
+        that returns one. A module is copied in its present state. Its
         ``forward`` takes one batch of images and returns one tensor.
     weights : str, path-like or None, default="DEFAULT"
         Name of published weights (``"IMAGENET1K_V2"``); path of a local ``.pt``, ``.pth`` or
