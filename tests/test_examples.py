@@ -48,11 +48,14 @@ def tables(folder, tmp_path_factory):
     tables = tmp_path_factory.mktemp("tables")
     labels = ["path,wide,dark"]
     houses = ["area,bedrooms,bathrooms,price,frontal,bedroom,bathroom,kitchen"]
+    offers = ["volume,title,photo,price"]
     for i, path in enumerate(sorted(folder.glob("*/*.png"))):
         labels.append(f"{path},{int(path.parent.name != 'good')},{i % 2}")
         houses.append(f"{100 + i},{i % 4},{i % 3},{100 + i * i % 70}" + f",{path}" * 4)
+        offers.append(f"{i},a plain bag,{path},{100 + i}")
     (tables / "labels.csv").write_text("\n".join(labels))
     (tables / "houses.csv").write_text("\n".join(houses))
+    (tables / "offers.csv").write_text("\n".join(offers))
     return tables
 
 
@@ -73,6 +76,7 @@ def test_runs_on_a_folder(path, folder, tables, monkeypatch):
     arguments = {
         "plot_table_and_photos": [tables],
         "plot_several_labels_and_targets": [tables],
+        "plot_texts_beside_images": [tables],
         "plot_another_domain": [folder, folder],
     }.get(path.stem, [folder])
     shown = []

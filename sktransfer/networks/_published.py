@@ -326,9 +326,11 @@ def text_source(name: str, weights: object) -> TextSource | WordVectors:
         return TextSource(name, weights)
     if name.startswith(("vectors:", "static:")):
         return WordVectors(name, weights)
+    kind = "vectors" if Path(name).expanduser().is_file() else "hf"
+    hint = "" if ":" in name else f" Did you mean {shown(f'{kind}:{name}')}?"
     raise ValueError(
         f"backbone={shown(name)} is not known: 'hf:NAME_OR_FOLDER' (transformers), 'vectors:PATH' "
-        f"(a table of word vectors) or 'static:FOLDER' (model2vec) is accepted."
+        f"(a table of word vectors) or 'static:FOLDER' (model2vec) is accepted.{hint}"
     )
 
 

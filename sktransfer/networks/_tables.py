@@ -75,7 +75,7 @@ def _read_vectors(files: list[Path]) -> Table:
         table, words = np.load(path, mmap_mode="c"), _read_words(files[1])
         if table.ndim != 2 or len(table) != len(words):
             raise ValueError(f"it has the shape {table.shape}, for {len(words)} words")
-    elif path.suffix != ".bin":
+    elif ".bin" not in path.suffixes:
         table, words = _read_text(path)
     else:
         vectors = _read_by_gensim(path)
@@ -115,7 +115,7 @@ def _read_by_gensim(path: Path):
     from gensim.models import KeyedVectors
     from gensim.models.fasttext import load_facebook_vectors
 
-    with open(path, "rb") as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         is_fasttext = file.read(4) == b"\xba\x16\x4f\x2f"  # its magic number, little-endian
     if is_fasttext:
         return load_facebook_vectors(str(path))

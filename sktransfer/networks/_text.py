@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ _TOKENIZER_FILES += ["merges.txt", "tokenizer.model", "special_tokens_map.json"]
 _SENTENCE_FILES = ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json"]
 _MAX_LENGTH = 512  # where no file says what the network takes
 # sentence-transformers' names of poolings
-_POOLINGS = {"mean_tokens": "avg", "cls_token": "cls", "max_tokens": "max", "lasttoken": "last"}
+_POOLINGS = {"mean": "avg", "cls": "cls", "max": "max", "lasttoken": "last"}
 _LARGE = 10**6  # transformers' tokenizers give a huge number where there is no limit
 
 
@@ -161,16 +162,21 @@ class TextSource(Source):
         """Return the pooling that the folder's configuration for sentences says, else the mean."""
         modules: list = self._read("modules.json") or []
         kinds = [str(part["type"]).rpartition(".")[2] for part in modules]
-        if odd := [k for k in kinds if k not in ("Transformer", "Pooling", "Normalize")]:
+        odd = [k for k in kinds if k not in ("Transformer", "Pooling", "Normalize")]
+        settings = self._read("1_Pooling/config.json")
+        # One name, or before sentence-transformers 6 a flag for each: pooling_mode_cls_token.
+        flags = [k for k, v in settings.items() if v is True and k.startswith("pooling_mode_")]
+        modes = [settings["pooling_mode"]] if "pooling_mode" in settings else flags
+        modes = [re.sub("^pooling_mode_|_tokens?$", "", str(mode)) for mode in modes]
+        if "Normalize" in kinds:  # which makes these equal
+            modes = ["mean" if mode == "mean_sqrt_len" else mode for mode in modes]
+        kind = _POOLINGS.get("+".join(modes) or "mean")
+        if odd or kind is None:
             warn(
-                f"{self.name} has the further modules {odd} for sentences, which are not applied: "
-                "its rows are the mean of its tokens."
+                f"{self.name} has {odd or modes} for sentences, which is not applied: its rows are "
+                "the mean of its tokens."
             )
             return "avg"
-        settings = self._read("1_Pooling/config.json")
-        modes = [k.removeprefix("pooling_mode_") for k, v in settings.items() if v is True]
-        found = {_POOLINGS[mode] for mode in modes if mode in _POOLINGS}
-        kind = found.pop() if len(found) == 1 else "avg"
         return f"{kind}_unit" if "Normalize" in kinds else kind
 
     # -- the network ------------------------------------------------------------------------

