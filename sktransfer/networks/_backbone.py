@@ -54,7 +54,7 @@ def load_backbone(
     ----------
     backbone : str, torch.nn.Module or callable, default="builtin"
         Name of a torchvision classification builder (``"resnet50"``), ``"timm:NAME"`` (extra
-        ``timm``), ``"hf:NAME_OR_FOLDER"`` (a network of transformers for images, extra ``text``),
+        ``timm``), ``"hf:NAME_OR_FOLDER"`` (a network of transformers for images, extra ``hf``),
         ``"builtin"`` (its weights ship in the package), a module, or a callable without arguments
         that returns one. A module is copied in its present state. Its
         ``forward`` takes one batch of images and returns one tensor.

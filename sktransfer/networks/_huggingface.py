@@ -27,7 +27,7 @@ def import_transformers():
     if importlib.util.find_spec("transformers") is None:
         raise ImportError(
             "Networks named 'hf:…' need the package transformers, which is not installed: "
-            "pip install sktransfer[text]"
+            "pip install sktransfer[hf]"
         )
     import transformers
 
