@@ -71,7 +71,7 @@ def search(columns, X, y):
 
 def searches(n, n_fewer):
     """How a search compares with one pass and with skrub's."""
-    X, y = read_texts("movies_train", n, 0)
+    X, y = read_texts("books_train", n, 0)
     store = embedding_store(max_bytes="100M")
     once, once_cpu, rows = timed(lambda: extract(X))
     ready, ready_cpu = search([], rows, y)

@@ -49,7 +49,12 @@ class TextModel(SplitModel):
     def __init__(self, model: nn.Module, recipe: dict) -> None:
         super().__init__(model, recipe)
         self.pooling, self.padding = Pooling(recipe["pooling"], "texts"), recipe["padding"]
-        self.n_words: int = recipe["n_words"]
+        config = getattr(model.config, "text_config", model.config)
+        self.n_words: int = config.vocab_size  # type: ignore[union-attr, assignment]
+        # CLIP's row is that of the token that ends a text: the one of the largest number where
+        # an old configuration says 2.
+        end = getattr(config, "eos_token_id", None)
+        self.end = self.n_words - 1 if end in (None, 2) else int(end)  # type: ignore[arg-type]
 
     def example(self, n: int) -> torch.Tensor:
         return random_ids(n, 6, self.n_words)
@@ -65,8 +70,12 @@ class TextModel(SplitModel):
 
     def unpack(self, value: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         is_token = value[..., -1] > 0.5
-        other = (self.padding + 1) % self.n_words
-        return value[..., :-1], self.inputs(torch.where(is_token, other, PADDING))
+        other = next(k for k in range(self.n_words) if k not in (self.padding, self.end))
+        ids = torch.where(is_token, other, PADDING)
+        if self.method != "forward":
+            last = is_token.sum(-1, keepdim=True).clamp(min=1) - 1
+            ids = ids.scatter(1, last, self.end)
+        return value[..., :-1], self.inputs(ids)
 
     def row(self, output, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if self.method == "forward":
@@ -120,7 +129,14 @@ class TextSource(Source):
         return Tokens(self, _checked_length(max_length, self.limits(), self.name))
 
     def encoder(self, max_length: int) -> Callable[[str], Sequence[int]]:
-        return _encoder(self.tokenizer_json(), max_length)
+        return _encoder(self.tokenizer_json(), max_length, self._filling())
+
+    def _filling(self) -> str | None:
+        """Return the token that fills up all texts; None unless the network was trained so."""
+        if not self.config.model_type.startswith("siglip"):
+            return None
+        token = self._read("tokenizer_config.json").get("pad_token")
+        return token["content"] if isinstance(token, dict) else token
 
     def tokenizer_json(self) -> str:
         """Return the tokenizer in the format of the package tokenizers."""
@@ -191,9 +207,9 @@ class TextSource(Source):
         recipe = {
             "config": self.config.to_dict(),
             "tokenizer": self.tokenizer_json(),
+            "filling": self._filling(),
             "limits": self.limits(),
             "pooling": self._pooling(),
-            "n_words": config.vocab_size,
             "padding": max(0, config.pad_token_id or 0),
             "method": "get_text_features" if hasattr(model, "get_text_features") else "forward",
         }
@@ -219,7 +235,7 @@ class SavedTextSource(GivenSource):
         return Tokens(self, _checked_length(max_length, self._recipe["limits"], self.name))
 
     def encoder(self, max_length: int) -> Callable[[str], Sequence[int]]:
-        return _encoder(self._recipe["tokenizer"], max_length)
+        return _encoder(self._recipe["tokenizer"], max_length, self._recipe.get("filling"))
 
 
 def saved_text_source(name: str, state: Mapping[str, torch.Tensor]) -> SavedTextSource:
@@ -252,11 +268,16 @@ def _text_part(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _encoder(tokenizer_json: str, max_length: int) -> Callable[[str], Sequence[int]]:
+def _encoder(
+    tokenizer_json: str, max_length: int, filling: str | None
+) -> Callable[[str], Sequence[int]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.no_padding()
+    if filling is not None:  # which the network sees as it does the other tokens
+        number = tokenizer.token_to_id(filling)
+        tokenizer.enable_padding(length=max_length, pad_id=number, pad_token=filling)
     tokenizer.enable_truncation(max_length)
     return lambda text: tokenizer.encode(text).ids
 

@@ -39,7 +39,7 @@ UNSPLIT = {
 def make_model(name, settings):
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**settings)
-    recipe = {"pooling": "avg", "padding": 0, "n_words": 90, "method": "forward"}
+    recipe = {"pooling": "avg", "padding": 0, "method": "forward"}
     made = TextModel(getattr(transformers, f"{name}Model")(config).eval(), recipe)
     made.requires_grad_(False).split()
     return made
