@@ -21,13 +21,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from skimage import data, draw, filters
 from sklearn.covariance import LedoitWolf
-from sklearn.decomposition import PCA
 from sklearn.ensemble import IsolationForest
 from sklearn.metrics import RocCurveDisplay, roc_auc_score
 from sklearn.neighbors import LocalOutlierFactor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.svm import OneClassSVM
 
 from sktransfer import PretrainedFeatureExtractor
 
@@ -71,8 +69,8 @@ else:
 is_defect = kinds != "good"
 
 # %%
-# Four detectors
-# --------------
+# Three detectors
+# ---------------
 # All are fitted on the columns of good images only. ``LedoitWolf`` gives the Mahalanobis distance
 # from the mean of the good images.
 network = make_pipeline(PretrainedFeatureExtractor(), StandardScaler())
@@ -81,7 +79,6 @@ distance = LedoitWolf().fit(columns_train)
 detectors = {
     "IsolationForest": IsolationForest(random_state=0),
     "LocalOutlierFactor": LocalOutlierFactor(5, novelty=True),
-    "PCA, OneClassSVM": make_pipeline(PCA(30, random_state=0), OneClassSVM(nu=0.1)),
 }
 scores = {"Mahalanobis distance": distance.mahalanobis(columns_test)}
 for name, detector in detectors.items():

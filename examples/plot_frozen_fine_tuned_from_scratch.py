@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from skimage import color, data
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedShuffleSplit
+from sklearn.model_selection import StratifiedShuffleSplit, train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -47,8 +47,6 @@ def cut_crops(side, n_crops=16, size=80):
 
 
 if len(sys.argv) > 1:
-    from sklearn.model_selection import train_test_split
-
     from sktransfer.datasets import load_folder
 
     X, y = (np.asarray(part) for part in load_folder(sys.argv[1]))

@@ -106,7 +106,7 @@ if T is not None:
 # Real data with one label of an image gave the built-in network 65.5 % fine-tuned and 64.5 %
 # frozen, the averages of five sets with all training images
 # (``docs/benchmarks/from_scratch.py``).
-figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+figure, axes = plt.subplots(1, 3 if r2 else 2, figsize=(13, 4), layout="constrained")
 first = X[0]
 axes[0].imshow(plt.imread(first) if isinstance(first, str) else first)
 axes[0].set(title=", ".join(Y.columns[Y.iloc[0] == 1]) or "no label", xticks=[], yticks=[])

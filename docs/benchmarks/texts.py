@@ -79,7 +79,7 @@ def main():
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     tests = {name: read_texts(f"{name}_test", options.max_test, 0) for name in SETS}
-    runs = []
+    runs, table = [], []
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models(Path(folder)):
             for n in options.sizes:
@@ -94,24 +94,29 @@ def main():
                             score = search.score(columns.transform(X_test), y_test)
                             runs.append(
                                 {
-                                    "model": name, "n_train": len(y) if n else 0, "seed": seed,
+                                    "model": name, "n_train": n,
                                     "train": source, "test": target, "score": score,
                                 }
                             )  # fmt: skip
-                report(runs, name, n)
-    save("texts", {"options": vars(options), "runs": runs})
+                table.append(report(runs, name, n))
+    save("texts", {"options": vars(options), "accuracy_percent": table})
 
 
 def report(runs, name, n):
+    """The mean accuracies of a model, from one domain (its first letter) to another."""
     own = [run for run in runs if run["model"] == name and run["n_train"] == n]
-    line = f"{name:14} {n or 'all':>5}"
-    for source in SETS:
-        for target in SETS:
-            scores = [r["score"] for r in own if (r["train"], r["test"]) == (source, target)]
-            line += f"  {source[:1]}→{target[:1]} {100 * np.mean(scores):5.1f}"
-    inside = [r["score"] for r in own if r["train"] == r["test"]]
-    across = [r["score"] for r in own if r["train"] != r["test"]]
-    print(f"{line}  inside {100 * np.mean(inside):.1f}  across {100 * np.mean(across):.1f}")
+    means = {
+        f"{source[0]}→{target[0]}": [
+            run["score"] for run in own if (run["train"], run["test"]) == (source, target)
+        ]
+        for source in SETS
+        for target in SETS
+    }
+    means["inside"] = [run["score"] for run in own if run["train"] == run["test"]]
+    means["across"] = [run["score"] for run in own if run["train"] != run["test"]]
+    row = {key: round(100 * float(np.mean(scores)), 1) for key, scores in means.items()}
+    print(f"{name:14} {n or 'all':>5} ", "  ".join(f"{k} {v:5.1f}" for k, v in row.items()))
+    return {"model": name, "n_train": str(n or "all"), **row}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class PretrainedFeatureExtractor(Extractor):
         The network: the name of a torchvision classification builder (``"resnet50"``),
         ``"timm:NAME"`` (extra ``timm``), ``"hf:NAME"`` or ``"hf:FOLDER"`` (a network of the
         package transformers, such as DINOv2 or CLIP, from a folder or the hub's local cache; extra
-        ``text``), ``"builtin"`` (small, its weights ship with the package), an ``nn.Module``, or a
+        ``hf``), ``"builtin"`` (small, its weights ship with the package), an ``nn.Module``, or a
         callable without arguments that returns one. :func:`list_backbones` lists the names.
 
     weights : str, Path or None, default="DEFAULT"
@@ -255,7 +255,12 @@ class PretrainedFeatureExtractor(Extractor):
 
     def _load(self):
         from sktransfer.networks._backbone import load_backbone, with_cached_layers
+        from sktransfer.networks._huggingface import is_text_name
 
+        if is_text_name(self.backbone):
+            raise ValueError(
+                f"backbone={self.backbone!r} is a network of texts: use PretrainedTextExtractor."
+            )
         return load_backbone(
             self.backbone,
             weights=self.weights,

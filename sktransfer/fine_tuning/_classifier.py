@@ -35,17 +35,20 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     ----------
     backbone : str, torch.nn.Module or callable, default="builtin"
         The network: a torchvision classification builder (``"resnet50"``), ``"timm:NAME"``
-        (extra ``timm``), ``"builtin"`` (small; its weights are part of the package), a module,
-        or a callable without arguments that returns one. A module is copied, not changed.
+        (extra ``timm``), ``"hf:NAME_OR_FOLDER"`` (transformers, extra ``hf``), ``"builtin"``
+        (small; its weights are part of the package), a module, or a callable without
+        arguments that returns one. A module is copied, not changed.
     weights : str, Path or None, default="DEFAULT"
         Name of torchvision's weights (``"IMAGENET1K_V2"``), or a local ``.pt``, ``.pth`` or
         ``.safetensors`` file. ``None``: random weights, for training from scratch.
     layer : str or None, default=None
         The stage after which the head is put. ``None``: the last one.
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
-        How a feature map becomes a row. ``"auto"``: as in the network itself.
+        How a feature map becomes a row. ``"auto"``: as in the network itself. Tokens of texts:
+        ``"mean"``, ``"max"``, ``"cls"`` or ``"last"``.
     preprocessing : "auto", dict or callable, default="auto"
-        As in :class:`PretrainedFeatureExtractor`.
+        As in :class:`PretrainedFeatureExtractor`. With a network of texts leave it, `image_shape`,
+        `value_range` and `augment` out.
     image_shape : tuple of int or None, default=None
         Shape of one image, ``(height, width)`` or ``(height, width, channels)``, for flat
         numeric rows. One entry may be -1.
@@ -81,10 +84,10 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     batch_size : int, default=32
         Rows of one training step.
     lr : "auto" or float, default="auto"
-        Learning rate of the head; ``"auto"``: 3e-4, or 1e-4 if trained stages contain no
-        normalisation (AlexNet, VGG, SqueezeNet). It rises from 1/25 of this in the first quarter
-        of the training and then falls to 1e-5 of it [2]_, unless `callbacks` holds skorch's
-        ``LRScheduler``.
+        Learning rate of the head; ``"auto"``: 3e-4, or 1e-4 if trained stages take texts or
+        contain no normalisation (AlexNet, VGG, SqueezeNet). It rises from 1/25 of this in the
+        first quarter of the training and then falls to 1e-5 of it [2]_, unless `callbacks` holds
+        skorch's ``LRScheduler``.
     layer_decay : float, default=0.7
         Learning rate of each stage, divided by that of the stage above it.
     optimizer : {"adamw", "sgd"} or callable, default="adamw"
@@ -284,7 +287,8 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         Parameters
         ----------
         X : list, array, Series or data frame of n_samples images
-            As in :class:`PretrainedFeatureExtractor`.
+            As in :class:`PretrainedFeatureExtractor`; or texts, if `backbone` takes these, as in
+            :class:`PretrainedTextExtractor`.
         y : array-like of shape (n_samples,) or (n_samples, n_labels)
             One label of any type per row, or an indicator matrix of 0 and 1.
         sample_weight : array-like of shape (n_samples,), default=None

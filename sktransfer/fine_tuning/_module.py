@@ -197,11 +197,13 @@ class TunedModule(nn.Module):
     def auto_lr(self, first_trained_stage: int) -> float:
         """The head's learning rate for ``lr="auto"``.
 
-        Networks that normalise no activations (AlexNet, VGG, SqueezeNet) need smaller steps.
+        Networks that normalise no activations (AlexNet, VGG, SqueezeNet) and those of texts need
+        smaller steps.
         """
         parts = [type(part).__name__.lower() for part in self.stages.modules()]
         has_norm = any("norm" in name and "response" not in name for name in parts)
-        return 3e-4 if has_norm or first_trained_stage >= len(self.stages) else 1e-4
+        is_robust = has_norm and not self.is_text
+        return 3e-4 if is_robust or first_trained_stage >= len(self.stages) else 1e-4
 
     def groups(self, start: int) -> list[tuple[str, int, list[nn.Parameter]]]:
         """(stage, distance from the head, parameters) of the stages from `start` on, last first.

@@ -111,9 +111,10 @@ class TrainingRows:
 
     def keep_frozen_outputs(self, module: TunedModule, stop: int) -> bool:
         """Compute the outputs of the stages before `stop`; False if they are too large."""
-        # Of texts the longest one is needed.
+        # Of texts one of the longest batch, which is padded to the longest text.
         rows = np.arange(len(self) if self._backbone.is_text else 1)
-        sample, self._pixels = self._new_pixels().take(rows), None
+        batches = map(self._new_pixels().take, np.array_split(rows, -(-len(rows) // 1000)))
+        sample, self._pixels = max(batches, key=lambda batch: batch.shape[-1]), None
         frozen = FrozenStages(self._backbone, module, stop, sample.flatten(0, 1)[:1])
         self._outputs = frozen_outputs(self.images, self.n_columns, frozen, self._settings)
         return self._outputs is not None

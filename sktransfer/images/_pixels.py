@@ -175,7 +175,7 @@ def _loses_values(array: np.ndarray, pixels: np.ndarray) -> bool:
 
 
 def _alpha_to_uint8(alpha: np.ndarray, value_range: Range | None) -> np.ndarray:
-    """Scale by what the type, or the largest value, makes of opaque: a window is of colours."""
+    """Scale by the value that is opaque: the largest of the type, or of the image."""
     if alpha.dtype.kind not in "uif":
         return _to_uint8(alpha, _ignore, None)
     _, high = _range(alpha)

@@ -54,7 +54,7 @@ def load_backbone(
     ----------
     backbone : str, torch.nn.Module or callable, default="builtin"
         Name of a torchvision classification builder (``"resnet50"``), ``"timm:NAME"`` (extra
-        ``timm``), ``"hf:NAME_OR_FOLDER"`` (a network of transformers for images, extra ``text``),
+        ``timm``), ``"hf:NAME_OR_FOLDER"`` (a network of transformers for images, extra ``hf``),
         ``"builtin"`` (its weights ship in the package), a module, or a callable without arguments
         that returns one. A module is copied in its present state. Its
         ``forward`` takes one batch of images and returns one tensor.
@@ -266,8 +266,7 @@ class Backbone:
 
     def layers_named(self, layer: str | Sequence[str | None] | None) -> list[str | None]:
         """List the layers that the parameter `layer` asks for."""
-        rows = getattr(self.network.plan, "row_names", self.stage_names)
-        stages = [name for name in rows[1:] if name not in ("pool", "head")]
+        stages = [name for name in self.stage_names[1:] if name not in ("pool", "head")]
         is_list = isinstance(layer, Iterable) and not isinstance(layer, str)
         asked: Iterable = layer if is_list else [layer]  # type: ignore[assignment]
         return [name for k in asked for name in ([*stages[:-1], None] if k == "all" else [k])]

@@ -160,6 +160,14 @@ class SplitModel(nn.Module, ABC):
                 self.rest.set_submodule(path, blocks)
                 self.blocks, self.path = nn.ModuleList(), ""
 
+    def joined(self) -> SplitModel:
+        """Copy the network with its blocks in their place again."""
+        whole = copy.deepcopy(self)
+        if self.path:
+            whole.rest.set_submodule(self.path, whole.blocks)
+            whole.blocks, whole.path = nn.ModuleList(), ""
+        return whole
+
     def _numbers_of_outputs(self, blocks: nn.ModuleList, x: torch.Tensor) -> dict[int, int | None]:
         found: dict[int, int | None] = {}
 

@@ -17,13 +17,12 @@ from sktransfer.networks._huggingface import (
     files_digest,
     hf_folder,
     import_transformers,
-    is_text_config,
     load_model,
     quiet,
     read_config,
     weights_files,
 )
-from sktransfer.networks._preprocessing import Preprocessing
+from sktransfer.networks._preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from sktransfer.networks._sources import (
     GivenSource,
     Source,
@@ -50,7 +49,7 @@ class ImageModel(SplitModel):
     the mean. What goes from part to part are the hidden states.
     """
 
-    def __init__(self, model: nn.Module, recipe: dict) -> None:
+    def __init__(self, model: PreTrainedModel, recipe: dict) -> None:
         super().__init__(model, recipe)
         self.size = tuple(recipe["input_size"])
         names = [name.rpartition(".")[2] for name, _ in model.named_parameters()]
@@ -90,6 +89,8 @@ class ImageModel(SplitModel):
 class ImageSource(Source):
     """A network of transformers for images, with the preprocessing of its image processor."""
 
+    preprocessing: Preprocessing
+
     def __init__(self, name: str, weights: object) -> None:
         self.name, self.is_random, self.seed = name, weights is None, random_seed.get()
         self.path = weights_path(weights)
@@ -100,10 +101,9 @@ class ImageSource(Source):
                 "folder, a path those of a file, None random ones."
             )
         self.config = read_config(name)
-        if is_text_config(self.config) or not hasattr(_vision(self.config), "num_channels"):
+        if not hasattr(_vision(self.config), "num_channels"):
             raise ValueError(
-                f"backbone={name!r} is a {self.config.model_type} network, which takes no images: "
-                "PretrainedTextExtractor is for texts."
+                f"backbone={name!r} is a {self.config.model_type} network, which takes no images."
             )
         self.digest = self._digest()
         self.preprocessing = _preprocessing(hf_folder(name), name, self.config)
@@ -162,14 +162,14 @@ def saved_image_source(name: str, state: Mapping[str, torch.Tensor]) -> GivenSou
         return transformers.AutoModel.from_config(config, trust_remote_code=False).float()
 
     with quiet():
-        model = skeleton(make)
+        model: PreTrainedModel = skeleton(make)  # type: ignore[assignment]
     made = _made(model, recipe, state)
     preprocessing = Preprocessing(**recipe["preprocessing"])
     return GivenSource(name, preprocessing, made, f"own-{state_digest(made)}")
 
 
 def _made(
-    model: nn.Module, recipe: dict, state: Mapping[str, torch.Tensor] | None = None
+    model: PreTrainedModel, recipe: dict, state: Mapping[str, torch.Tensor] | None = None
 ) -> ImageModel:
     for part in recipe["without"]:
         setattr(model, part, None)
@@ -199,11 +199,8 @@ def _preprocessing(folder: Path, name: str, config: PretrainedConfig) -> Preproc
     default = getattr(vision, "image_size", None) or 224
     height, width = default if isinstance(default, (list, tuple)) else (default, default)
     if not any((folder / file).is_file() for file in _PROCESSOR_FILES):
-        usual = Preprocessing(round(min(height, width) * _USUAL_RATIO), (height, width))
-        n_channels = vision.num_channels
-        return Preprocessing(
-            usual.size, usual.crop, usual.mean[:n_channels], usual.std[:n_channels]
-        )
+        mean, std = IMAGENET_MEAN[: vision.num_channels], IMAGENET_STD[: vision.num_channels]
+        return Preprocessing(round(min(height, width) * _USUAL_RATIO), (height, width), mean, std)
     transformers = import_transformers()
     try:
         with quiet():

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from sktransfer.networks import _weights
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # What a network and its inputs are made of; the digest is of these.
 _WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
@@ -28,7 +27,7 @@ def import_transformers():
     if importlib.util.find_spec("transformers") is None:
         raise ImportError(
             "Networks named 'hf:…' need the package transformers, which is not installed: "
-            "pip install sktransfer[text]"
+            "pip install sktransfer[hf]"
         )
     import transformers
 
@@ -132,26 +131,28 @@ def load_model(
     state: Mapping[str, torch.Tensor] | None = None,
     *,
     unused: tuple[str, ...] = (),
-) -> nn.Module:
+) -> PreTrainedModel:
     """Load a model with its weights, or those of `state`, as float32, without heads.
 
     Keys that begin with one of `unused` may be missing.
     """
     transformers = import_transformers()
+    place = str(folder) if state is None else "the file given as weights"
+    options = {"config": config, "local_files_only": True, "output_loading_info": True}
+    options |= {"dtype": torch.float32}
     try:
         with quiet():
-            model, info = transformers.AutoModel.from_pretrained(
-                None if state is not None else str(folder),
-                config=config,
-                state_dict=state,
-                local_files_only=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
+            if state is None:
+                model, info = transformers.AutoModel.from_pretrained(
+                    str(folder), trust_remote_code=False, **options
+                )
+            else:  # which AutoModel itself does not take
+                with torch.device("meta"):
+                    kind = type(transformers.AutoModel.from_config(config))
+                model, info = kind.from_pretrained(None, state_dict=dict(state), **options)
     except Exception as error:
         raise ValueError(
-            f"backbone={name!r}: its weights in {str(folder)!r} cannot be loaded "
+            f"backbone={name!r}: its weights in {place!r} cannot be loaded "
             f"({type(error).__name__}: {error!s:.300})."
         ) from error
     missing = sorted(map(str, info["missing_keys"]))
@@ -160,7 +161,7 @@ def load_model(
     missing = [key for key in missing if not key.startswith(unused) and "mask_token" not in key]
     if missing := [key for key in missing if "pooler" not in key]:
         raise ValueError(
-            f"backbone={name!r}: {str(folder)!r} lacks the weights of {missing[:5]}, "
+            f"backbone={name!r}: {place!r} lacks the weights of {missing[:5]}, "
             f"{len(missing)} in all."
         )
     return model

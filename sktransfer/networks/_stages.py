@@ -43,7 +43,7 @@ _STAGE_ENDS = {
     "Inception3": r"maxpool[12]|Mixed_(5d|6e|7c)",
     "MNASNet": r"layers\.([7-9]|1[0126])",
     "MaxVit": r"stem|blocks\.\d+|classifier\.4",
-    "MobileNetV2": r"features\.([0136]|1[0368])",
+    "MobileNetV2": r"features\.(0|1|3|6|13|18)",
     "MobileNetV3": r"features\.(0|1|3|6|12|16)|classifier\.1",
     "MobileNetV3 13": r"features\.(0|1|3|8|12)|classifier\.1",
     "RegNet": r"stem|trunk_output\.block\d",
@@ -54,9 +54,6 @@ _STAGE_ENDS = {
     "VGG": r"features\.\d+:MaxPool2d|classifier\.[14]",
     "VisionTransformer": r"encoder\.dropout|encoder\.layers\.encoder_layer_\d+",
 }
-# Rows of a paper's table that end within a stage: ``layer="all"`` joins them as well. They are no
-# stages, as with more stages fine-tuning would train most of them at smaller rates.
-_ROW_ENDS = {"MobileNetV2": r"features\.1[06]"}
 _MAP_SIZE = 192  # pixels: six halvings leave three
 
 
@@ -86,8 +83,7 @@ def plan_stages(
 class StagePlan:
     """Where a traced network is cut, and the names of the parts.
 
-    `names` are those of the stages, `stage_keys` of the operations with which they end,
-    `row_names` of the layers that ``layer="all"`` chooses from.
+    `names` are those of the stages, `stage_keys` of the operations with which they end.
     """
 
     def __init__(self, traced: Traced, input_size: tuple[int, ...], name: str):
@@ -102,7 +98,7 @@ class StagePlan:
         self._has_head = start < len(traced.nodes)
         end = start - 1
         self._embedding = traced.crossing[end] if self._has_head else traced.output
-        marks = self._family_ends(end, _STAGE_ENDS) or self._group_ends(end)
+        marks = self._family_ends(end) or self._group_ends(end)
         if not marks or marks[-1][1] < end:
             marks.append(("pool" if marks else "", end))
         marks = self._with_pool(marks)
@@ -114,9 +110,6 @@ class StagePlan:
             self._label(name, node, marks) for (name, _), node in zip(marks, nodes, strict=True)
         ]
         self.names = _unique(labels)
-        rows = {position: path for path, position in self._family_ends(end, _ROW_ENDS)}
-        rows |= dict(zip((position for _, position in marks), self.names, strict=True))
-        self.row_names = [rows[position] for position in sorted(rows)]
         self.stage_keys = [node.meta["key"] for node in nodes]
         self._ends = nodes
 
@@ -157,14 +150,14 @@ class StagePlan:
             return i if i > 1 else len(traced.nodes)
         return len(traced.nodes)
 
-    def _family_ends(self, end: int, ends: dict[str, str]) -> list[tuple[str, int]]:
-        """Find the `ends` within one of torchvision's networks, by the modules' names."""
+    def _family_ends(self, end: int) -> list[tuple[str, int]]:
+        """Find the ends of the stages of one of torchvision's networks, by the modules' names."""
         root = self.traced.root
         kinds = [c.__name__ for c in type(root).__mro__ if c.__module__.startswith("torchvision.")]
-        if not kinds or kinds[0] not in ends:
+        if not kinds or kinds[0] not in _STAGE_ENDS:
             return []
         kind = f"{kinds[0]} {len(getattr(root, 'features', ()))}"
-        pattern = re.compile(ends.get(kind, ends[kinds[0]]))
+        pattern = re.compile(_STAGE_ENDS.get(kind, _STAGE_ENDS[kinds[0]]))
         found = []
         for path, node in self.traced.module_outputs.items():
             module = f"{path}:{type(self.traced.modules[path]).__name__}"

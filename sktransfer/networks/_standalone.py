@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx, nn
 
+from sktransfer.networks._blocks import END, LAST_STATES, BlockExtractor, SplitModel
 from sktransfer.networks._inference import Normalisation, Pooling, inference_copy
 from sktransfer.networks._preprocessing import Preprocessing
 
@@ -87,6 +88,13 @@ def _network(backbone: Backbone, n_layers: int) -> nn.Module:
     if isinstance(extractor, fx.GraphModule):
         _mark_stages(extractor, dict(zip(plan.stage_keys, plan.names, strict=True)))
         return inference_copy(extractor, device, dtype, channels_last=True)
+    if isinstance(module, SplitModel):
+        is_whole = {END, LAST_STATES}.issuperset(keys)
+        return (
+            BlockExtractor(module.joined(), keys, poolings)
+            if is_whole
+            else extractor.copy_to(device, dtype)
+        )
     if keys == [plan.embedding_key]:
         # `extractor` ends the pass by an exception, which torch.export cannot follow.
         headless = copy.deepcopy(module)

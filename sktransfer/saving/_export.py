@@ -231,6 +231,11 @@ def _backbone_of(step: BaseEstimator) -> tuple[Backbone, int]:
     if not isinstance(step, (BaseFineTuning, PretrainedFeatureExtractor)):
         raise _not_exportable(step)
     name = type(step).__name__
+    if step.backbone_.is_text:
+        raise ValueError(
+            f"This {name} takes texts, and what is exported takes images: serve it with save and "
+            "load."
+        )
     if step._n_image_columns != 1:
         raise ValueError(
             f"This {name} was fitted on {step._n_image_columns} image columns, and what is "

@@ -132,8 +132,8 @@ class MemoryStore(BaseStore):
     Parameters
     ----------
     max_bytes : int, str or None, default=512 MiB
-        The bound, beyond which the least recently used rows go first. ``0`` keeps nothing, None
-        is no bound.
+        The bound, beyond which the least recently used rows go first. ``0`` keeps nothing;
+        None: unbounded.
 
     Notes
     -----

@@ -41,15 +41,8 @@ def correlate(thumbnails: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, np
     .. [1] C. D. Kuglin and D. C. Hines. "The phase correlation image alignment method." IEEE
        International Conference on Cybernetics and Society, 1975.
     """
-    similarities = np.empty(len(pairs), dtype=np.float32)
-    are_in_place = np.empty(len(pairs), dtype=bool)
-    starts = range(0, len(thumbnails), _BLOCK)
-    spectra = torch.cat([_spectra(thumbnails[i : i + _BLOCK]) for i in starts])
-    for start in range(0, len(pairs), _BLOCK):
-        part = slice(start, start + _BLOCK)
-        first, second = torch.from_numpy(pairs[part].T)
-        similarities[part], are_in_place[part] = _peaks(spectra[first], spectra[second])
-    return similarities, are_in_place
+    spectra = _spectra(thumbnails)
+    return _correlate(spectra, spectra, pairs)
 
 
 def find_alignments(
@@ -65,22 +58,23 @@ def find_alignments(
         ``"flip"``, ``"rotation"``, ``"crop"``, or ``""`` where no such pair fits better.
     """
     similarities, kinds = similarities.copy(), np.full(len(pairs), "", dtype="<U8")
-    for start in range(0, len(pairs), _BLOCK):
-        part = slice(start, start + _BLOCK)
-        first, second = (thumbnails[pairs[part, k]] for k in (0, 1))
-        whole = _spectra(first), _spectra(second)
-        looks = []
-        for turns, is_mirrored in _SYMMETRIES[1:]:
-            turned = _spectra(_turned(first, turns, is_mirrored))
-            looks.append(("flip" if is_mirrored else "rotation", turned, whole[1]))
-        for scale in _SCALES:
-            looks.append(("crop", _spectra(first, scale), whole[1]))
-            looks.append(("crop", whole[0], _spectra(second, scale)))
-        for kind, a, b in looks:
-            found, _ = _peaks(a, b)
-            is_better = found > similarities[part]
-            similarities[part][is_better] = found[is_better]
-            kinds[part][is_better] = kind
+    used, inverse = np.unique(pairs, return_inverse=True)
+    thumbnails, pairs = thumbnails[used], inverse.reshape(-1, 2)
+    whole = _spectra(thumbnails)
+
+    def look(kind: str, changed: torch.Tensor, pairs: np.ndarray) -> None:
+        found, _ = _correlate(changed, whole, pairs)
+        is_better = found > similarities
+        similarities[is_better] = found[is_better]
+        kinds[is_better] = kind
+
+    for turns, is_mirrored in _SYMMETRIES[1:]:
+        turned = _spectra(_turned(thumbnails, turns, is_mirrored))
+        look("flip" if is_mirrored else "rotation", turned, pairs)
+    for scale in _SCALES:
+        scaled = _spectra(thumbnails, scale)
+        look("crop", scaled, pairs)
+        look("crop", scaled, pairs[:, ::-1])
     return similarities, kinds
 
 
@@ -119,20 +113,25 @@ def have_equal_levels(thumbnails: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 
 
 def _spectra(thumbnails: np.ndarray, scale: float = 1.0) -> torch.Tensor:
-    """Return the whitened low frequencies of thumbnails, scaled down into the upper left corner.
+    """Return the whitened low frequencies of thumbnails, scaled down into the upper left corner."""
+    parts = (thumbnails[i : i + _BLOCK] for i in range(0, len(thumbnails), _BLOCK))
+    rows = [_spectra_of_block(part, scale) for part in parts]
+    return torch.cat(rows) if rows else torch.empty(0, _BAND, _BAND // 2 + 1)
 
-    Scaling, window and Fourier transform are one matrix for each axis.
-    """
+
+def _spectra_of_block(thumbnails: np.ndarray, scale: float) -> torch.Tensor:
+    """Scale, window and transform: one matrix for each axis."""
     x = torch.from_numpy(np.ascontiguousarray(thumbnails)).float()
     x -= x.mean((1, 2), keepdim=True)
     rows, columns = _transform(scale)
-    f = torch.matmul(rows, torch.matmul(x, columns.real) + 1j * torch.matmul(x, columns.imag))
+    f = torch.matmul(rows, torch.complex(x @ columns.real, x @ columns.imag))
     f[:, 0, 0] = 0
-    f = f / (f.abs() + _WHITENING * f.abs().mean((1, 2), keepdim=True)).clamp_min(1e-9)
-    power = f.abs().square()
+    size = f.abs()
+    weight = 1 / (size + _WHITENING * size.mean((1, 2), keepdim=True)).clamp_min(1e-9)
+    power = (size * weight).square()
     # A real image's spectrum is stored by half: all but the outer columns count twice.
     energy = 2 * power.sum((1, 2), keepdim=True) - power[:, :, [0, -1]].sum((1, 2), keepdim=True)
-    return f / energy.sqrt().clamp_min(1e-9)
+    return f * (weight / energy.sqrt().clamp_min(1e-9))
 
 
 @functools.cache
@@ -150,6 +149,19 @@ def _transform(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         torch.complex64
     )
     return rows, rows[: _BAND // 2 + 1].T.contiguous()
+
+
+def _correlate(
+    first: torch.Tensor, second: torch.Tensor, pairs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the peaks of pairs of spectra, by their rows."""
+    similarities = np.empty(len(pairs), dtype=np.float32)
+    are_in_place = np.empty(len(pairs), dtype=bool)
+    for start in range(0, len(pairs), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        i, j = torch.from_numpy(pairs[part].T.copy())
+        similarities[part], are_in_place[part] = _peaks(first[i], second[j])
+    return similarities, are_in_place
 
 
 def _peaks(first: torch.Tensor, second: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

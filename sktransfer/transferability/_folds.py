@@ -94,9 +94,11 @@ def estimate(values: np.ndarray, folds: Folds) -> Estimate:
     if n_folds < 2 or np.isnan(value):
         return Estimate(value, np.nan, np.nan)
     overlap = np.mean([len(test) / len(train) for train, test in folds])
-    error = float(np.sqrt((1 / n_folds + overlap) * np.var(values, ddof=1)))
-    if error < 1e-12:  # the same difference in all folds
-        return Estimate(value, 0.0, float(abs(value) < 1e-12))
+    deviation = np.std(values, ddof=1)
+    if deviation < 1e-12:
+        # Shares of a few test rows are often equal in all folds: they are known to their rounding.
+        deviation = 1 / (np.sqrt(12) * np.mean([len(test) for _, test in folds]))
+    error = float(np.sqrt(1 / n_folds + overlap) * deviation)
     return Estimate(value, error, float(2 * stats.t.sf(abs(value) / error, n_folds - 1)))
 
 

@@ -9,7 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from sktransfer import FineTuningClassifier, PretrainedFeatureExtractor, load, load_backbone, save
+from sktransfer import (
+    FineTuningClassifier,
+    PretrainedFeatureExtractor,
+    export,
+    load,
+    load_backbone,
+    save,
+)
 from sktransfer.networks._inference import clear_networks
 
 transformers = pytest.importorskip("transformers")
@@ -115,7 +122,7 @@ def test_stages_are_the_network(kind, tmp_path):
     backbone = load_backbone(f"hf:{make_folder(tmp_path / 'model', kind)}")
     x = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
-        expected = backbone.network.module(x)
+        expected = backbone.network.module.joined()(x)
         got = backbone.stages.run(x)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert backbone.stage_names[:2] == ["embeddings", "block0"]
@@ -257,6 +264,21 @@ def test_fine_tuning(kind, tmp_path):
     np.testing.assert_allclose(loaded.predict_proba(images), probabilities, atol=1e-5)
 
 
+@pytest.mark.slow  # torch.export follows the network's code
+@pytest.mark.parametrize("kind", ["ViT", "CLIP", "ConvNext"])
+def test_exporting(kind, tmp_path):
+    images = make_images(size=(36, 36))
+    extractor = PretrainedFeatureExtractor(
+        f"hf:{make_folder(tmp_path / 'model', kind)}", memory=None
+    ).fit(images)
+    settings = extractor.backbone_.preprocessing
+    pixels = np.stack([settings.resize_crop(image) for image in images]).transpose(0, 3, 1, 2)
+    export(extractor, tmp_path / "model.pt2", format="torch")
+    run = torch.export.load(tmp_path / "model.pt2").module()
+    got = run(torch.from_numpy(pixels.copy())).detach()
+    np.testing.assert_allclose(got, extractor.transform(images), rtol=1e-4, atol=1e-5)
+
+
 # -- errors -------------------------------------------------------------------------------------
 def test_a_name_without_its_prefix_is_recognised():
     with pytest.raises(ValueError, match="Did you mean 'hf:google/vit-base-patch16-224'"):
@@ -297,8 +319,8 @@ def test_missing_weights_are_named(vit, tmp_path):
 def test_a_network_of_texts_is_refused(tmp_path):
     config = transformers.BertConfig(vocab_size=20, **TEXT_ONLY)
     transformers.BertModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="takes no images: PretrainedTextExtractor"):
-        load_backbone(f"hf:{tmp_path}")
+    with pytest.raises(ValueError, match="is a network of texts: use PretrainedTextExtractor"):
+        extract(tmp_path, make_images())
 
 
 TEXT_ONLY = {key: value for key, value in SIZES.items() if key not in ("image_size", "patch_size")}

@@ -8,12 +8,18 @@ from scipy import stats
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.compose import make_column_transformer
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedKFold, cross_val_score
+from sklearn.model_selection import (
+    GridSearchCV,
+    GroupKFold,
+    KFold,
+    StratifiedKFold,
+    cross_val_score,
+)
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sktransfer import FineTuningClassifier, FineTuningRegressor
-from sktransfer.transferability import transfer_report
+from sktransfer.transferability import TransferReport, transfer_report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,6 +138,25 @@ def test_a_single_fold_or_size_gives_no_evidence(faint):
     assert report.verdict_ == "no evidence"
     assert np.isnan([report.p_value_, report.slope_["random"].value]).all()
     assert report.start_ == report.asymptote_
+
+
+@pytest.mark.parametrize(
+    ("n_folds", "gain", "verdict"),
+    [(2, 1 / 6, "no evidence"), (5, 1 / 6, "helps"), (5, -0.5, "hurts"), (5, 0, "no evidence")],
+)
+def test_folds_with_equal_differences_are_known_to_their_rounding(n_folds, gain, verdict):
+    scores = np.full((n_folds, 1), 0.5)
+    folds = [*KFold(n_folds).split(np.zeros(6 * n_folds))]
+    report = TransferReport(
+        {"pre-trained": scores + gain, "random": scores},
+        np.array([6]),
+        {},
+        folds,
+        score_name="accuracy",
+        is_fine_tuned=False,
+    )
+    assert report.verdict_ == verdict
+    assert report.gain_["random"].error > 0
 
 
 # -- training parts --------------------------------------------------------------------------
