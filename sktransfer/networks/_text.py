@@ -54,7 +54,7 @@ class TextModel(SplitModel):
         # CLIP's row is that of the token that ends a text: the one of the largest number where
         # an old configuration says 2.
         end = getattr(config, "eos_token_id", None)
-        self.end_token = self.n_words - 1 if end in (None, 2) else int(end)  # type: ignore[arg-type]
+        self.closing = end if isinstance(end, int) and end != 2 else self.n_words - 1
 
     def example(self, n: int) -> torch.Tensor:
         return random_ids(n, 6, self.n_words)
@@ -70,11 +70,11 @@ class TextModel(SplitModel):
 
     def unpack(self, value: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         is_token = value[..., -1] > 0.5
-        other = next(k for k in range(self.n_words) if k not in (self.padding, self.end_token))
+        other = next(k for k in range(self.n_words) if k not in (self.padding, self.closing))
         ids = torch.where(is_token, other, PADDING)
         if self.method != "forward":
             last = is_token.sum(-1, keepdim=True).clamp(min=1) - 1
-            ids = ids.scatter(1, last, self.end_token)
+            ids = ids.scatter(1, last, self.closing)
         return value[..., :-1], self.inputs(ids)
 
     def row(self, output, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
