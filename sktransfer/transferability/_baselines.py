@@ -10,19 +10,23 @@ import numpy as np
 from sklearn.base import BaseEstimator, clone, is_classifier
 from sklearn.compose import ColumnTransformer
 from sklearn.dummy import DummyClassifier, DummyRegressor
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from sktransfer._validation import safe_indexing
 from sktransfer.embedding._extractor import PretrainedFeatureExtractor
+from sktransfer.embedding._text_extractor import PretrainedTextExtractor
 from sktransfer.fine_tuning._base import BaseFineTuning
+from sktransfer.texts._texts import as_texts
 
 if TYPE_CHECKING:
     from sktransfer.networks._backbone import Backbone
 
-BASELINES = ("random", "pixels", "dummy")
+BASELINES = ("random", "pixels", "tf-idf", "dummy")
+_MAX_WORDS = 5000  # the most frequent words and pairs of them that tf-idf counts
 # Images resized as a whole, values in 0…1.
 _SIZE = (32, 32)
 _PIXELS = {"size": _SIZE, "mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -96,7 +100,8 @@ def twin_preprocessing(backbone: Backbone) -> dict[str, dict]:
 def without_network(part: BaseEstimator, has_many_labels: bool = False) -> BaseEstimator:
     """Return the same estimator with raw columns of its input in place of the network's.
 
-    Each kind of input has its raw columns here: those of images are their pixels.
+    Each kind of input has its raw columns here: those of images are their pixels, those of texts
+    their words by tf-idf.
     """
     from torch import nn
 
@@ -110,6 +115,12 @@ def without_network(part: BaseEstimator, has_many_labels: bool = False) -> BaseE
             preprocessing=_PIXELS,
             precision="float32",
         )
+    if takes_texts(part):
+        raw = _tf_idf()
+        if not isinstance(part, BaseFineTuning):
+            return raw
+        scaler, model = make_probe(_MAX_WORDS, not is_classifier(part))
+        return make_pipeline(*(step for _, step in raw.steps), scaler, model)
     if isinstance(part, BaseFineTuning):
         same = ("image_shape", "device", "n_jobs", "memory")
         pixels = PretrainedFeatureExtractor(**{name: getattr(part, name) for name in same})
@@ -124,10 +135,40 @@ def without_network(part: BaseEstimator, has_many_labels: bool = False) -> BaseE
     )
 
 
+def takes_texts(part: BaseEstimator) -> bool:
+    """Whether the network of an estimator is one of texts."""
+    from sktransfer.networks._huggingface import is_text_name
+
+    return isinstance(part, PretrainedTextExtractor) or (
+        isinstance(part, BaseFineTuning) and is_text_name(part.backbone)
+    )
+
+
+def _tf_idf() -> Pipeline:
+    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), max_features=_MAX_WORDS)
+    return make_pipeline(FunctionTransformer(_joined_texts), words, FunctionTransformer(_dense))
+
+
+def _joined_texts(X) -> list[str]:
+    """Return one text per row: those of its columns, joined; missing ones are left out."""
+    texts = as_texts(X)
+    found, _ = texts.read_all()
+    n = texts.n_columns
+    return [
+        " ".join(found.get(i, "") for i in range(row * n, row * n + n))
+        for row in range(texts.n_rows)
+    ]
+
+
+def _dense(columns) -> np.ndarray:
+    return columns.toarray()
+
+
 def images_of(estimator: BaseEstimator, X):
     """Return the images in X that the first network of an estimator gets; None if unknown."""
     if isinstance(estimator, (PretrainedFeatureExtractor, BaseFineTuning)):
-        return X if estimator.image_shape is None else None
+        has_images = not takes_texts(estimator) and estimator.image_shape is None
+        return X if has_images else None
     if isinstance(estimator, Pipeline):
         first = next(step for _, step in estimator.steps if hasattr(step, "get_params"))
         return images_of(first, X)

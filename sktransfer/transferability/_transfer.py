@@ -20,6 +20,7 @@ from sktransfer.transferability._baselines import (
     images_of,
     make_baseline,
     networks_in,
+    takes_texts,
 )
 from sktransfer.transferability._folds import as_seed, make_folds, nested_order
 from sktransfer.transferability._leaks import find_leaks
@@ -69,7 +70,8 @@ def transfer_report(
         The baselines. ``"random"``: the same estimator with ``weights=None``, other random weights
         in each fold, so that no single draw of them decides. ``"pixels"``: the
         same pipeline with images of 32 × 32 pixels as columns in place of the network's; for a
-        fine-tuning estimator a scaled linear model of them. ``"dummy"``: the class frequencies,
+        fine-tuning estimator a scaled linear model of them. Texts have no pixels: in their place
+        the words by tf-idf, ``"tf-idf"``. ``"dummy"``: the class frequencies,
         or the mean. The verdict is about the first.
     cv : int, splitter or iterable, default=10
         Folds; those of a number are shuffled, and stratified in classification. Five take half
@@ -136,6 +138,8 @@ def transfer_report(
             "pipeline with a PretrainedFeatureExtractor."
         )
     against = _checked_against(against)
+    if any(map(takes_texts, networks_in(estimator).values())):
+        against = ["tf-idf" if name == "pixels" else name for name in against]
     X, y, groups = indexable(X, y, groups)
     check_consistent_length(X, y)
     classifies, seed = is_classifier(estimator), as_seed(random_state)

@@ -1,0 +1,53 @@
+"""transfer_report on texts: against random weights, tf-idf and the majority."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from tiny_transformers import make_text_folder
+
+from sktransfer import FineTuningClassifier, PretrainedTextExtractor
+from sktransfer.transferability import transfer_report
+
+GOOD, BAD = "fine great superb lovely bright".split(" "), "poor awful dull weak grim".split(" ")
+OTHERS = [f"word{k}" for k in range(60)]
+
+
+@pytest.fixture
+def vectors(tmp_path):
+    """Word vectors in which good words are near each other, and so are bad ones."""
+    rng = np.random.default_rng(0)
+    rows = {word: rng.normal(size=6) for word in [*GOOD, *BAD, *OTHERS]}
+    for sign, words in ((3, GOOD), (-3, BAD)):
+        for word in words:
+            rows[word][0] += sign
+    lines = [f"{word} {' '.join(f'{x:.4f}' for x in row)}" for word, row in rows.items()]
+    (tmp_path / "vectors.txt").write_text("\n".join(lines))
+    return f"vectors:{tmp_path / 'vectors.txt'}"
+
+
+def make_texts(n):
+    """Each text has one telling word, so that tf-idf has to see each of these words."""
+    rng = np.random.default_rng(1)
+    y = np.arange(n) % 2
+    texts = [" ".join([*rng.choice(OTHERS, 6), rng.choice([BAD, GOOD][label])]) for label in y]
+    return np.array(texts, dtype=object), y
+
+
+def test_word_vectors_that_fit_help(vectors):
+    X, y = make_texts(100)
+    model = make_pipeline(PretrainedTextExtractor(vectors), LogisticRegression(C=10))
+    report = transfer_report(model, X, y, train_sizes=[8, 40], cv=5, random_state=0)
+    assert report.verdict_ == "helps"
+    assert list(report.start_) == ["random", "tf-idf", "dummy"]
+    assert report.start_["tf-idf"].value > 0
+
+
+def test_fine_tuning_on_texts(tmp_path):
+    pytest.importorskip("transformers")
+    X = np.array(["a good film", "a bad film"] * 12, dtype=object)
+    model = FineTuningClassifier(f"hf:{make_text_folder(tmp_path)}", max_epochs=1, unfreeze=0)
+    report = transfer_report(
+        model, X, [1, 0] * 12, train_sizes=[16], against=["pixels"], cv=3, random_state=0
+    )
+    assert list(report.start_) == ["tf-idf"]
