@@ -14,17 +14,20 @@ from sklearn.model_selection import cross_val_score
 
 from sktransfer._progress import warn
 from sktransfer.embedding._extractor import PretrainedFeatureExtractor
+from sktransfer.embedding._text_extractor import PretrainedTextExtractor
 from sktransfer.images._images import Images
+from sktransfer.networks._huggingface import is_text_name
 from sktransfer.transferability._baselines import make_probe, twin_preprocessing
 from sktransfer.transferability._folds import Folds, estimate
 from sktransfer.transferability._scores import h_score, logme_score, spectrum, transrate_of
 
 if TYPE_CHECKING:
-    from sktransfer._rows import BadRow
+    from sktransfer._rows import BadRow, Rows
     from sktransfer.networks._backbone import Backbone
 
 _CHUNK = 64  # images that are in memory for all networks at once
 _N_TIMED = 16
+AnyExtractor = PretrainedFeatureExtractor | PretrainedTextExtractor
 Layer = str | list | None
 Layers = str | list | dict | None
 
@@ -43,7 +46,7 @@ class Candidate:
         Rows of ``"own"`` and, if there is one, of ``"random"``.
     """
 
-    extractor: PretrainedFeatureExtractor
+    extractor: AnyExtractor
     label: str
     layers: list[Layer] = field(default_factory=list)
     blocks: dict[str | None, np.ndarray] = field(default_factory=dict)
@@ -56,42 +59,53 @@ class Candidate:
         names = ("memory", "batch_size", "device", "precision", "n_jobs", "verbose")
         return {name: getattr(self.extractor, name) for name in names}
 
-    def load(self, layers: Layers, images: Images) -> None:
+    def load(self, layers: Layers, images: Rows) -> None:
         from sktransfer.embedding._embed import check_place
-        from sktransfer.networks._backbone import load_backbone
         from sktransfer.transferability._shared import HeldBackbone
 
         own = self.extractor.get_params(deep=False)
         check_place(own["memory"], own["device"])
-        asked = {name: own[name] for name in ("weights", "pooling", "preprocessing")}
         if isinstance(layers, dict):
             layers = layers.get(own["backbone"], None)
         if layers is None:
-            self.layers = [own["layer"]]
+            # Of texts a layer may be a number, which the backbone knows by its name.
+            self.layers = [own["layer"] if self.is_of_images else self._loaded().layer]  # type: ignore[list-item]
         elif layers == "stages":
-            self.layers = [*load_backbone(own["backbone"], **asked).stage_names_to_layer, None]
+            self.layers = [*self._loaded(layer=None).stage_names_to_layer, None]
         else:
             self.layers = [layers] if isinstance(layers, str) else list(layers)
         flat = [*dict.fromkeys(name for layer in self.layers for name in _names_of(layer))]
-        loaded = load_backbone(own["backbone"], layer=flat, **asked)
+        loaded = self._loaded(layer=flat)
         self.networks["own"] = HeldBackbone(loaded)
         ends = np.cumsum([width for _, width in loaded.feature_groups])
         parts = np.split(np.arange(ends[-1]), ends[:-1])
         self.blocks = dict(zip(loaded.layers_named(flat), parts, strict=True))
         try:
-            preprocessing = twin_preprocessing(loaded) or {"preprocessing": own["preprocessing"]}
-            asked |= {"weights": None, **preprocessing}
-            twin = load_backbone(own["backbone"], layer=flat, **asked)
+            same = twin_preprocessing(loaded)
+            twin = self._loaded(layer=flat, weights=None, **same)
             self.networks["random"] = HeldBackbone(twin)
         except ValueError as error:
             warn(f"{self.label} has no twin with random weights, and so no gain: {error}")
         for name, network in self.networks.items():
             self.columns[name] = np.empty((len(images), network.n_features), dtype=np.float32)
 
+    @property
+    def is_of_images(self) -> bool:
+        return isinstance(self.extractor, PretrainedFeatureExtractor)
+
+    def _with(self, **changes: object) -> AnyExtractor:
+        """Return the extractor with other parameters, unfitted."""
+        if "layer" in changes and self.is_of_images:
+            changes["cache_layers"] = None
+        return clone(self.extractor).set_params(**changes)
+
+    def _loaded(self, **changes: object) -> Backbone:
+        return self._with(**changes)._load()
+
     def measure(
         self,
-        images: Images,
-        sample: Images,
+        images: Rows,
+        sample: Rows,
         target: np.ndarray,
         is_regression: bool,
         folds: Folds,
@@ -126,20 +140,16 @@ class Candidate:
                 "seconds": self._seconds(layer, sample),
                 **_other_scores(columns["own"], target, is_regression),
             }
-            extractor = clone(self.extractor).set_params(layer=layer, cache_layers=None)
-            rows.append(row | {"extractor": extractor})
+            rows.append(row | {"extractor": self._with(layer=layer)})
         return rows
 
-    def _seconds(self, layer: Layer, sample: Images) -> float:
+    def _seconds(self, layer: Layer, sample: Rows) -> float:
         """Measure resizing and the network, for 1,000 images; decoding is the same for all."""
         from sktransfer.embedding._embed import embed_images
-        from sktransfer.networks._backbone import load_backbone
 
         backbone = self.networks["own"]
         if len(self.layers) > 1:  # a lower layer needs but a part of the network
-            names = ("backbone", "weights", "pooling", "preprocessing")
-            same = {name: getattr(self.extractor, name) for name in names}
-            backbone = load_backbone(**same, layer=layer)
+            backbone = self._loaded(layer=layer)
         out = np.empty((len(sample), backbone.n_features), dtype=np.float32)
         settings = self.settings | {"memory": False, "verbose": 0}
         seconds = []
@@ -166,15 +176,27 @@ def make_candidates(backbones: Sequence, weights: object, memory: object) -> lis
         )
     candidates: list[Candidate] = []
     for backbone, own in zip(backbones, each, strict=True):
-        if isinstance(backbone, PretrainedFeatureExtractor):
+        if isinstance(backbone, (PretrainedFeatureExtractor, PretrainedTextExtractor)):
             extractor = clone(backbone)
             if memory is not None:
                 extractor.set_params(memory=memory)
         else:
-            extractor = PretrainedFeatureExtractor(backbone, weights=own, memory=memory)
+            is_table = isinstance(backbone, str) and backbone.startswith(("vectors:", "static:"))
+            is_of_texts = is_table or is_text_name(backbone)
+            kind = PretrainedTextExtractor if is_of_texts else PretrainedFeatureExtractor
+            extractor = kind(backbone, weights=own, memory=memory)
+        if extractor.pooling in ("sif", "tfidf"):
+            raise ValueError(
+                f"pooling={extractor.pooling!r} depends on the texts of fit: rank with 'mean'."
+            )
         label = _name_of(extractor.backbone)
         n_before = sum(c.label.partition(" #")[0] == label for c in candidates)
         candidates.append(Candidate(extractor, f"{label} #{n_before + 1}" if n_before else label))
+    of_images = [candidate.is_of_images for candidate in candidates]
+    if not any(of_images):
+        return candidates
+    if not all(of_images):
+        raise ValueError("Some of the backbones take images and others texts: rank them apart.")
     shapes = {tuple(c.extractor.image_shape) for c in candidates if c.extractor.image_shape}
     if len(shapes) > 1:
         raise ValueError(f"The extractors' image_shape differ: {sorted(shapes)}.")
@@ -194,7 +216,7 @@ def _name_of(backbone: object) -> str:
 
 
 # -- columns and scores ----------------------------------------------------------------------
-def embed_all(candidates: list[Candidate], images: Images) -> Images:
+def embed_all(candidates: list[Candidate], images: Rows) -> Rows:
     """Fill in the columns of all networks, a part of the images after the other.
 
     Returns the first part, in memory, to measure the time with.
@@ -204,11 +226,15 @@ def embed_all(candidates: list[Candidate], images: Images) -> Images:
     from sktransfer.transferability._shared import SharedImages
 
     bad: dict[tuple[int, str], BadRow] = {}
-    sample = SharedImages(images, slice(0, _N_TIMED))
+
+    def held(part: slice) -> Rows:
+        return SharedImages(images, part) if isinstance(images, Images) else images[part]
+
+    sample = held(slice(0, _N_TIMED))
     starts = [0, *range(_N_TIMED, len(images), _CHUNK)]
     for start, stop in itertools.pairwise([*starts, len(images)]):
         part = slice(start, stop)
-        shared = SharedImages(images, part) if start else sample
+        shared = held(part) if start else sample
         for candidate in candidates:
             for name, network in candidate.networks.items():
                 out = candidate.columns[name][part]
@@ -218,7 +244,7 @@ def embed_all(candidates: list[Candidate], images: Images) -> Images:
         warn(assumed)
     if bad:
         rows = [bad[place] for place in sorted(bad)]
-        first = f"{len(rows)} of {len(images)} images could not be read:"
+        first = f"{len(rows)} of {len(images)} {images.kind} could not be read:"
         where = ", all in the error's bad_images."
         raise unreadable(first, rows, "Repair or drop these rows.", where)
     return sample

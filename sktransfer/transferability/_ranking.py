@@ -13,6 +13,7 @@ from sklearn.utils import check_consistent_length
 from sklearn.utils.multiclass import type_of_target
 
 from sktransfer.images._images import as_images
+from sktransfer.texts._texts import as_texts
 from sktransfer.transferability._candidates import Layers, embed_all, make_candidates
 from sktransfer.transferability._folds import as_seed, make_folds
 from sktransfer.transferability._scores import finite, read_labels
@@ -58,13 +59,13 @@ def rank_backbones(
 
     Parameters
     ----------
-    X : list, array, Series or data frame of n_samples images
-        As :class:`PretrainedFeatureExtractor` takes it. Flat rows have the `image_shape` of an
-        extractor among the backbones.
+    X : list, array, Series or data frame of n_samples images or texts
+        As :class:`PretrainedFeatureExtractor` or :class:`PretrainedTextExtractor` takes it. Flat
+        rows have the `image_shape` of an extractor among the backbones.
     y : array-like of shape (n_samples,) or (n_samples, n_outputs)
         Labels of any type, or numbers. Numbers are regression targets if any has a fractional
         part, if more than half of them differ, or if `scoring` names a scorer of regressors.
-    backbones : list of str, torch.nn.Module, callable or PretrainedFeatureExtractor
+    backbones : list of str, torch.nn.Module, callable or extractor
         The candidates. An extractor brings its own weights, layers, preprocessing, device and
         precision.
     layers : "stages", list of str or None, dict or None, default=None
@@ -129,7 +130,8 @@ def rank_backbones(
     PretrainedFeatureExtractor(layer='stem')
     """
     candidates = make_candidates(backbones, weights, memory)
-    images = as_images(X, candidates[0].extractor.image_shape)
+    first = candidates[0]
+    images = as_images(X, first.extractor.image_shape) if first.is_of_images else as_texts(X)
     target, is_regression = _read_target(y, images.n_rows, scoring)
     folds = make_folds(target, cv, groups, not is_regression, as_seed(random_state))
     for candidate in candidates:

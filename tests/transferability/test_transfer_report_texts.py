@@ -7,9 +7,12 @@ from sklearn.pipeline import make_pipeline
 from tiny_transformers import make_text_folder
 
 from sktransfer import FineTuningClassifier, PretrainedTextExtractor
-from sktransfer.transferability import transfer_report
+from sktransfer.transferability import rank_backbones, transfer_report
 
-GOOD, BAD = "fine great superb lovely bright".split(" "), "poor awful dull weak grim".split(" ")
+GOOD, BAD = (
+    ["fine", "great", "superb", "lovely", "bright"],
+    ["poor", "awful", "dull", "weak", "grim"],
+)
 OTHERS = [f"word{k}" for k in range(60)]
 
 
@@ -51,3 +54,34 @@ def test_fine_tuning_on_texts(tmp_path):
         model, X, [1, 0] * 12, train_sizes=[16], against=["pixels"], cv=3, random_state=0
     )
     assert list(report.start_) == ["tf-idf"]
+
+
+def test_ranking(vectors, tmp_path):
+    X, y = make_texts(80)
+    (tmp_path / "other").mkdir()
+    lines = [f"{word} {len(word)} 1" for word in [*GOOD, *BAD]]
+    (tmp_path / "other" / "length.txt").write_text("\n".join(lines))
+    other = PretrainedTextExtractor(f"vectors:{tmp_path / 'other' / 'length.txt'}", pooling="max")
+    ranking = rank_backbones(X, y, [other, vectors], random_state=0)
+    table = ranking.table_
+    assert table["backbone"].tolist() == [vectors, other.backbone]
+    assert table["score"][0] > 0.75
+    assert table["gain"][0] > 0.15
+    best = ranking.best_.fit(X)
+    assert best.transform(X).shape == (80, 6)
+    with pytest.raises(ValueError, match="Some of the backbones take images and others texts"):
+        rank_backbones(X, y, [vectors, "builtin"])
+    with pytest.raises(ValueError, match="pooling='sif' depends on the texts of fit"):
+        rank_backbones(X, y, [other.set_params(pooling="sif")])
+
+
+def test_ranking_of_layers(tmp_path):
+    pytest.importorskip("transformers")
+    X = np.array(["a good film", "a bad film", "not dull", "very dull"] * 6, dtype=object)
+    name = f"hf:{make_text_folder(tmp_path)}"
+    ranking = rank_backbones(X, [1, 0, 1, 0] * 6, [name], layers="stages", cv=3, random_state=0)
+    layers = {"embeddings", "block0", "block1", "block2", "pool", "embedding"}
+    assert set(ranking.table_["layer"]) == layers
+    numbered = PretrainedTextExtractor(name, layer=[0, -1])
+    ranking = rank_backbones(X, [1, 0, 1, 0] * 6, [numbered], cv=3, random_state=0)
+    assert ranking.table_["layer"].tolist() == ["embeddings + last_states"]
