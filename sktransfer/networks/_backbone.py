@@ -19,6 +19,7 @@ from sktransfer.networks._blocks import LAST_STATES, BlockPlan, SplitModel
 from sktransfer.networks._graph import Stages
 from sktransfer.networks._inference import (
     POOLINGS,
+    TEXT_POOLINGS,
     Network,
     Pooling,
     get_network,
@@ -106,10 +107,14 @@ def load_backbone(
     >>> load_backbone("builtin", layer=["stage2", "stage4"]).feature_groups
     [('stage2', 96), ('stage4', 704)]
     """
-    if not isinstance(pooling, str) or pooling not in POOLINGS:
-        hint = did_you_mean(str(pooling), POOLINGS)
-        raise ValueError(f"pooling={pooling!r} is not accepted: one of {list(POOLINGS)}.{hint}")
     source = resolve_source(backbone, weights)
+    known = TEXT_POOLINGS if source.is_text else POOLINGS
+    if not isinstance(pooling, str) or pooling not in known:
+        hint = did_you_mean(str(pooling), known)
+        of_texts = " for texts" if source.is_text else ""
+        raise ValueError(
+            f"pooling={pooling!r} is not accepted{of_texts}: one of {list(known)}.{hint}"
+        )
     loaded = Backbone(
         source, layer, pooling, resolve_preprocessing(preprocessing, source.preprocessing)
     )

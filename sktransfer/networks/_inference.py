@@ -38,7 +38,8 @@ _precision_lock = process_lock()
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-POOLINGS = ("auto", "avg", "max", "avgmax", "gem", "cls", "flatten", "mean", "last")
+POOLINGS = ("auto", "avg", "max", "avgmax", "gem", "cls", "flatten")
+TEXT_POOLINGS = ("auto", "mean", "avg", "max", "cls", "last")
 _GEM_POWER = 3.0
 
 
@@ -361,15 +362,7 @@ def layout_of(shape: tuple[int, ...], is_channels_last: bool) -> str | None:
 def resolve_pooling(pooling: str, layout: str, layer: str, class_token: int | None) -> str:
     """Return the kind of pooling for one layer; raise ValueError where it does not fit."""
     if layout == "texts":
-        kind = {"auto": "avg", "mean": "avg"}.get(pooling, pooling)
-        if kind not in ("avg", "max", "cls", "last"):
-            raise ValueError(
-                f"pooling={pooling!r} is for images, but {layer} is of texts: 'mean', 'max', 'cls' "
-                "(the first token) and 'last' are accepted."
-            )
-        return kind
-    if pooling in ("mean", "last"):
-        raise ValueError(f"pooling={pooling!r} is for texts, but {layer} is of images.")
+        return {"auto": "avg", "mean": "avg"}.get(pooling, pooling)
     has_token = layout == "tokens" and class_token is not None
     if pooling == "auto":
         return "cls" if has_token else "avg"
