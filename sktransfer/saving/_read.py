@@ -117,7 +117,8 @@ class Reader:
             key: _decoded(decoder, value, f"parameter {key!r}", key)
             for key, value in record["parameters"].items()
         }
-        self._check_names(parameters, record["network"] is not None)
+        # The name of an estimator that is not fitted, in a ColumnTransformer's list, is not read.
+        self._check_names(parameters, record["network"] is not None or record["fit"] is None)
         if self.weights is not None and _names_file(parameters):
             parameters["weights"] = self.weights
         for role in record["needs"]:

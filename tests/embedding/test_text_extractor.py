@@ -299,6 +299,18 @@ def test_save_and_load(standalone, tmp_path):
     np.testing.assert_allclose(loaded.transform(TEXTS), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_save_a_table_with_texts(tmp_path):
+    folder = make_text_folder(tmp_path)
+    frame = pd.DataFrame({"text": TEXTS, "price": range(7)})
+    extractor = PretrainedTextExtractor(f"hf:{folder}")
+    columns = ColumnTransformer([("text", extractor, "text"), ("rest", "passthrough", ["price"])])
+    expected = columns.fit_transform(frame)
+    save(columns, tmp_path / "model", standalone=True)
+    (folder / "config.json").unlink()
+    got = load(tmp_path / "model").transform(frame)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_random_twin_and_precision(bert):
     pretrained = PretrainedTextExtractor(bert).fit_transform(TEXTS)
     random = PretrainedTextExtractor(bert, weights=None).fit_transform(TEXTS)
