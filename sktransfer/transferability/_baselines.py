@@ -25,7 +25,7 @@ from sktransfer.texts._texts import as_texts
 if TYPE_CHECKING:
     from sktransfer.networks._backbone import Backbone
 
-BASELINES = ("random", "pixels", "tf-idf", "dummy")
+BASELINES = ("random", "pixels", "dummy")
 _MAX_WORDS = 5000  # the most frequent words and pairs of them that tf-idf counts
 # Images resized as a whole, values in 0…1.
 _SIZE = (32, 32)
