@@ -95,7 +95,7 @@ offers.drop(columns="photo").head()
 # each image is embedded once for all the models and folds below.
 #
 # No weights for texts ship with the package. The words here have a table of four numbers each,
-# written above; a real one is GloVe's, and a transformer's name stands in the same place.
+# written above; a real one is GloVe's, and a transformer's name works as well.
 numbers = (StandardScaler(), ["volume"])
 texts = (make_pipeline(PretrainedTextExtractor(vectors), StandardScaler()), ["title"])
 network = make_pipeline(PretrainedFeatureExtractor(), VarianceThreshold(1e-4), StandardScaler())

@@ -198,7 +198,7 @@ def check_weight(sample_weight, n_samples: int) -> np.ndarray:
 
 
 def column_names(estimator: BaseEstimator, input_features) -> list[str]:
-    """Return a name for each image column; a single column without a name is ``""``."""
+    """Return a name for each column; a single column without a name is ``""``."""
     names = _check_feature_names_in(estimator, input_features, generate_names=False)
     n_columns = estimator._n_image_columns
     if names is None or estimator.n_features_in_ != n_columns:  # pixel columns: one image

@@ -73,7 +73,7 @@ class PretrainedTextExtractor(Extractor):
         other processes and later runs. ``False``: nowhere. See :func:`embedding_store`.
 
     on_error : {"raise", "nan", "zero"}, default="raise"
-        What to do with missing texts (None, NaN) and cells that are no strings: raise one error
+        What to do with missing texts (None, NaN) and cells of other types: raise one error
         that lists them, return a row of NaN, or a row of zeros. An empty string is a text.
 
     verbose : int, default=0
@@ -248,7 +248,8 @@ class PretrainedTextExtractor(Extractor):
         from sktransfer.networks._word_vectors import weighted_row
 
         texts, bad = rows.read_all()
+        lookup = self._lookup()
         out[:] = 0.0 if self.on_error == "zero" else np.nan
         for i, text in texts.items():
-            out[i] = weighted_row(self.pooling, self._word_weights, self._lookup(), text)
+            out[i] = weighted_row(self.pooling, self._word_weights, lookup, text)
         return bad

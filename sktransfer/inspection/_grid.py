@@ -88,7 +88,7 @@ def grid_axes(name: str, ax: Axes | None, n_rows: int, n_columns: int, n_lines: 
 
 
 def pair_places(n: int, n_columns: int) -> list[tuple[float, int]]:
-    """Return the cells of `n` pairs, `n_columns` in a line; pairs stand a little apart."""
+    """Return the cells of `n` pairs, `n_columns` in a line; with a gap between pairs."""
     cells = [(2.2 * (k % n_columns), k // n_columns) for k in range(n)]
     return [place for x, row in cells for place in ((x, row), (x + 1, row))]
 

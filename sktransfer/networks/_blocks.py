@@ -7,6 +7,7 @@ import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from sktransfer.networks._graph import (
     not_accepted,
     unknown_layer,
 )
+from sktransfer.networks._sources import freeze
 
 START, END, LAST_STATES = "embeddings", "pool", "last_states"
 _Call = tuple[tuple, dict]
@@ -40,7 +42,7 @@ class _AllCalled(Exception):
 
 
 class _Switch(nn.Module):
-    """Stands for a block: it returns what it gets, and notes the other arguments.
+    """A placeholder for a block: it returns what it gets, and notes the other arguments.
 
     Models make a block's masks and positions from their inputs. A pass without the blocks finds
     these, without hooks, so that several threads can run one model.
@@ -92,11 +94,20 @@ class SplitModel(nn.Module, ABC):
         content = torch.frombuffer(bytearray(json.dumps(recipe).encode()), dtype=torch.uint8)
         self.register_buffer("recipe", content)
 
-    def load_weights(self, state: Mapping[str, torch.Tensor], path: str) -> None:
-        """Take what `state_dict` of this network gave when its blocks were taken out of `path`.
+    def ready(self, state: Mapping[str, torch.Tensor] | None = None) -> Self:
+        """Freeze and split the network, with the weights of `state` if it is given.
 
-        The network has not been split. ValueError if these are the weights of another.
+        `state` is the `state_dict` of this network when it was split. ValueError if these are the
+        weights of another.
         """
+        if state is not None:
+            self._load_weights(state)
+        freeze(self)
+        self._split()
+        return self
+
+    def _load_weights(self, state: Mapping[str, torch.Tensor]) -> None:
+        path = read_recipe(self.recipe).get("blocks", "")  # from where the blocks were taken
         whole = f"rest.{path}." if path else "blocks."
         state = {
             f"{whole}{key.removeprefix('blocks.')}" if key.startswith("blocks.") else key: value
@@ -133,7 +144,7 @@ class SplitModel(nn.Module, ABC):
     def tokens(self, output) -> torch.Tensor:
         """Return the last hidden states."""
 
-    def split(self) -> None:
+    def _split(self) -> None:
         """Take the blocks out of the model, if that can be done."""
         lists = [
             (len(part), path)

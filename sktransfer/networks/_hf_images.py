@@ -14,24 +14,19 @@ from torch import nn
 from sktransfer._threads import own_random_state
 from sktransfer.networks._blocks import SplitModel, read_recipe
 from sktransfer.networks._huggingface import (
-    files_digest,
-    hf_folder,
+    FolderSource,
     import_transformers,
-    load_model,
+    make_skeleton,
     quiet,
     read_config,
-    weights_files,
 )
 from sktransfer.networks._preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from sktransfer.networks._sources import (
     GivenSource,
-    Source,
-    freeze,
     random_seed,
-    skeleton,
     weights_path,
 )
-from sktransfer.networks._weights import file_digest, read_state_dict, state_digest
+from sktransfer.networks._weights import state_digest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -86,10 +81,11 @@ class ImageModel(SplitModel):
         return output.last_hidden_state
 
 
-class ImageSource(Source):
+class ImageSource(FolderSource):
     """A network of transformers for images, with the preprocessing of its image processor."""
 
     preprocessing: Preprocessing
+    files = _PROCESSOR_FILES
 
     def __init__(self, name: str, weights: object) -> None:
         self.name, self.is_random, self.seed = name, weights is None, random_seed.get()
@@ -105,36 +101,11 @@ class ImageSource(Source):
             raise ValueError(
                 f"backbone={name!r} is a {self.config.model_type} network, which takes no images."
             )
-        self.digest = self._digest()
-        self.preprocessing = _preprocessing(hf_folder(name), name, self.config)
-
-    def _digest(self) -> str:
-        folder = hf_folder(self.name)
-        files = [folder / name for name in ["config.json", *_PROCESSOR_FILES]]
-        files = [path for path in files if path.is_file()]
-        if self.is_random:
-            versions = f"{torch.__version__}:{import_transformers().__version__}"
-            return f"random:{self.seed}:{versions}:{files_digest(files)}"
-        if self.path is not None:
-            return f"{files_digest(files)}:{file_digest(self.path)}"
-        return files_digest([*files, *weights_files(folder, self.name)])
-
-    def check_weights(self) -> None:
-        if self._digest() != self.digest:
-            raise FileNotFoundError(
-                f"The files of {self.name} in {str(hf_folder(self.name))!r} have changed since "
-                "this was fitted: put the old ones back, or fit again."
-            )
+        self.digest = self.digest_files()
+        self.preprocessing = _preprocessing(self.folder, name, self.config)
 
     def build(self) -> nn.Module:
-        transformers = import_transformers()
-        if self.is_random:
-            with own_random_state(self.seed), quiet():
-                model = transformers.AutoModel.from_config(self.config).float()
-        else:
-            state = None if self.path is None else read_state_dict(self.path)
-            folder = hf_folder(self.name)
-            model = load_model(folder, self.name, self.config, state, unused=("text_", "logit_"))
+        model = self.make(unused=("text_", "logit_"))
         is_shared = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
         recipe = {
             "kind": "images",
@@ -146,24 +117,11 @@ class ImageSource(Source):
         }
         return _made(model, recipe)
 
-    def load(self, module: nn.Module, head_layers: set[str]) -> None:
-        """Do nothing: the network is built with its weights."""
-
 
 def saved_image_source(name: str, state: Mapping[str, torch.Tensor]) -> GivenSource:
     """Return the network for images whose state is in memory; no file is read."""
-    transformers = import_transformers()
     recipe = read_recipe(state["recipe"])
-    settings = dict(recipe["config"])
-    kind = settings.pop("model_type")
-
-    def make() -> PreTrainedModel:
-        config = transformers.AutoConfig.for_model(kind, **settings)
-        return transformers.AutoModel.from_config(config, trust_remote_code=False).float()
-
-    with quiet():
-        model: PreTrainedModel = skeleton(make)  # type: ignore[assignment]
-    made = _made(model, recipe, state)
+    made = _made(make_skeleton(recipe["config"]), recipe, state)
     preprocessing = Preprocessing(**recipe["preprocessing"])
     return GivenSource(name, preprocessing, made, f"own-{state_digest(made)}")
 
@@ -173,12 +131,7 @@ def _made(
 ) -> ImageModel:
     for part in recipe["without"]:
         setattr(model, part, None)
-    made = ImageModel(model, recipe)
-    if state is not None:
-        made.load_weights(state, recipe.get("blocks", ""))
-    freeze(made)
-    made.split()
-    return made
+    return ImageModel(model, recipe).ready(state)
 
 
 def _unused_parts(model: PreTrainedModel) -> list[str]:

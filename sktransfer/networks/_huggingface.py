@@ -6,13 +6,15 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from sktransfer._threads import own_random_state
 from sktransfer.networks import _weights
+from sktransfer.networks._sources import BuiltSource, skeleton
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -107,6 +109,54 @@ def files_digest(paths: list[Path]) -> str:
     for path in paths:
         digest.update(f"{path.name}:{_weights.file_digest(path)};".encode())
     return digest.hexdigest()
+
+
+class FolderSource(BuiltSource):
+    """A network of transformers; beside its weights it depends on the `files` of its folder."""
+
+    files: Sequence[str]
+    is_random: bool
+    seed: int
+    path: Path | None = None  # of other weights
+    config: PretrainedConfig
+
+    @property
+    def folder(self) -> Path:
+        # Where it is now: a pickle may come from another machine.
+        return hf_folder(self.name)
+
+    def digest_files(self) -> str:
+        folder = self.folder
+        files = [folder / name for name in ["config.json", *self.files]]
+        files = [path for path in files if path.is_file()]
+        if self.is_random:
+            versions = f"{torch.__version__}:{import_transformers().__version__}"
+            return f"random:{self.seed}:{versions}:{files_digest(files)}"
+        if self.path is not None:
+            return f"{files_digest(files)}:{_weights.file_digest(self.path)}"
+        return files_digest([*files, *weights_files(folder, self.name)])
+
+    def make(self, unused: tuple[str, ...] = ()) -> PreTrainedModel:
+        """Make the model with its weights, or with random ones; see :func:`load_model`."""
+        if self.is_random:
+            with own_random_state(self.seed), quiet():
+                return import_transformers().AutoModel.from_config(self.config).float()
+        state = None if self.path is None else _weights.read_state_dict(self.path)
+        return load_model(self.folder, self.name, self.config, state, unused=unused)
+
+
+def make_skeleton(settings: Mapping) -> PreTrainedModel:
+    """Make the model of a saved configuration without its weights; no file is read."""
+    transformers = import_transformers()
+    kind = settings["model_type"]
+    others = {key: value for key, value in settings.items() if key != "model_type"}
+
+    def make() -> PreTrainedModel:
+        config = transformers.AutoConfig.for_model(kind, **others)
+        return transformers.AutoModel.from_config(config, trust_remote_code=False).float()
+
+    with quiet():
+        return skeleton(make)  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

@@ -63,6 +63,24 @@ class GivenSource(Source):
         """Do nothing: the module has its weights."""
 
 
+class BuiltSource(Source):
+    """A network that is built with its weights, from files whose digest :meth:`digest_files` is."""
+
+    @abstractmethod
+    def digest_files(self) -> str:
+        """Return the digest of the files as they are now."""
+
+    def load(self, module: nn.Module, head_layers: set[str]) -> None:
+        """Do nothing: the module has its weights."""
+
+    def check_weights(self) -> None:
+        if self.digest_files() != self.digest:
+            raise FileNotFoundError(
+                f"The files of {self.name} have changed since this was fitted: put the old ones "
+                "back, or fit again."
+            )
+
+
 class NamedSource(Source):
     """An architecture with a name, and its published, a local file's or random weights.
 

@@ -5,26 +5,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from sktransfer._progress import warn
-from sktransfer._threads import own_random_state
 from sktransfer.networks._blocks import SplitModel, random_ids, read_recipe
 from sktransfer.networks._huggingface import (
-    files_digest,
-    hf_folder,
+    FolderSource,
     import_transformers,
-    load_model,
+    make_skeleton,
     quiet,
     read_config,
-    weights_files,
 )
 from sktransfer.networks._inference import Pooling
-from sktransfer.networks._sources import GivenSource, Source, freeze, random_seed, skeleton
+from sktransfer.networks._sources import GivenSource, random_seed
 from sktransfer.networks._tokens import PADDING, Tokens
 from sktransfer.networks._weights import state_digest
 
@@ -87,10 +83,11 @@ class TextModel(SplitModel):
         return output.last_hidden_state
 
 
-class TextSource(Source):
+class TextSource(FolderSource):
     """A network of transformers for texts, with its tokenizer."""
 
     is_text = True
+    files = (*_TOKENIZER_FILES, *_SENTENCE_FILES)
 
     def __init__(self, name: str, weights: object) -> None:
         self.name, self.is_random, self.seed = name, weights is None, random_seed.get()
@@ -100,28 +97,8 @@ class TextSource(Source):
                 "folder, None random ones."
             )
         self.config = read_config(name)
-        self.digest = self._digest()
+        self.digest = self.digest_files()
         self.preprocessing = self.tokens("auto")
-
-    @property
-    def folder(self) -> Path:
-        # Where it is now: a pickle may come from another machine.
-        return hf_folder(self.name)
-
-    def _digest(self) -> str:
-        folder = self.folder
-        names = ["config.json", *_TOKENIZER_FILES, *_SENTENCE_FILES]
-        files = [folder / name for name in names if (folder / name).is_file()]
-        if self.is_random:
-            return f"random:{self.seed}:{torch.__version__}:{files_digest(files)}"
-        return files_digest([*files, *weights_files(folder, self.name)])
-
-    def check_weights(self) -> None:
-        if self._digest() != self.digest:
-            raise FileNotFoundError(
-                f"The files of {self.name} in {str(self.folder)!r} have changed since this was "
-                "fitted: put the old ones back, or fit again."
-            )
 
     # -- texts to tokens --------------------------------------------------------------------
     def tokens(self, max_length: int | str) -> Tokens:
@@ -197,12 +174,7 @@ class TextSource(Source):
 
     # -- the network ------------------------------------------------------------------------
     def build(self) -> nn.Module:
-        transformers = import_transformers()
-        if self.is_random:
-            with own_random_state(self.seed), quiet():
-                model = transformers.AutoModel.from_config(self.config).float()
-        else:
-            model = load_model(self.folder, self.name, self.config)
+        model = self.make()
         config = getattr(self.config, "text_config", self.config)
         recipe = {
             "config": self.config.to_dict(),
@@ -213,13 +185,7 @@ class TextSource(Source):
             "padding": max(0, config.pad_token_id or 0),
             "method": "get_text_features" if hasattr(model, "get_text_features") else "forward",
         }
-        made = freeze(TextModel(_text_part(model), recipe))
-        assert isinstance(made, TextModel)
-        made.split()
-        return made
-
-    def load(self, module: nn.Module, head_layers: set[str]) -> None:
-        """Do nothing: the network is built with its weights."""
+        return TextModel(_text_part(model), recipe).ready()
 
 
 class SavedTextSource(GivenSource):
@@ -240,20 +206,8 @@ class SavedTextSource(GivenSource):
 
 def saved_text_source(name: str, state: Mapping[str, torch.Tensor]) -> SavedTextSource:
     """Return the network for texts whose state is in memory; no file is read."""
-    transformers = import_transformers()
     recipe = read_recipe(state["recipe"])
-    settings = dict(recipe["config"])
-
-    def make() -> PreTrainedModel:
-        config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
-        return transformers.AutoModel.from_config(config, trust_remote_code=False).float()
-
-    with quiet():
-        model: PreTrainedModel = skeleton(make)  # type: ignore[assignment]
-        made = TextModel(_text_part(model), recipe)
-    made.load_weights(state, recipe.get("blocks", ""))
-    freeze(made)
-    made.split()
+    made = TextModel(_text_part(make_skeleton(recipe["config"])), recipe).ready(state)
     return SavedTextSource(name, made, recipe)
 
 

@@ -15,8 +15,6 @@ PADDING = -1
 class Vocabulary(Protocol):
     """What gives numbers to tokens: a source of texts' networks."""
 
-    digest: str
-
     def encoder(self, max_length: int) -> Callable[[str], Sequence[int]]:
         """Return what encodes a text as at most `max_length` tokens."""
 

@@ -16,7 +16,11 @@ from torch import nn
 from sktransfer.networks._blocks import END, LAST_STATES, START, SplitModel, read_recipe
 from sktransfer.networks._huggingface import files_digest
 from sktransfer.networks._inference import Pooling, get_network
-from sktransfer.networks._sources import Source, freeze, random_seed
+from sktransfer.networks._sources import (
+    BuiltSource,
+    freeze,
+    random_seed,
+)
 from sktransfer.networks._tables import read_table, table_files
 from sktransfer.networks._tokens import Tokens
 from sktransfer.networks._weights import state_digest
@@ -60,7 +64,7 @@ class WordTable(SplitModel):
     inputs = pack = unpack = row = tokens = None  # type: ignore[assignment]
 
 
-class WordVectors(Source):
+class WordVectors(BuiltSource):
     """A table of word vectors, or of static tokens, from a file or from memory."""
 
     is_text = True
@@ -72,7 +76,7 @@ class WordVectors(Source):
                 "file, None random ones."
             )
         self.name, self.is_random, self.seed = name, weights is None, random_seed.get()
-        self.digest = self._digest()
+        self.digest = self.digest_files()
         self.preprocessing = self.tokens("auto")
 
     @classmethod
@@ -87,16 +91,11 @@ class WordVectors(Source):
         made.preprocessing = made.tokens("auto")
         return made
 
-    def _digest(self) -> str:
+    def digest_files(self) -> str:
+        if "module" in vars(self):  # of a saved file: no other file is needed
+            return self.digest
         digest = files_digest(table_files(self.name))
         return f"random:{self.seed}:{digest}" if self.is_random else digest
-
-    def check_weights(self) -> None:
-        if "module" not in vars(self) and self._digest() != self.digest:
-            raise FileNotFoundError(
-                f"The files of {self.name} have changed since this was fitted: put the old ones "
-                "back, or fit again."
-            )
 
     def build(self) -> nn.Module:
         if "module" in vars(self):
@@ -109,9 +108,6 @@ class WordVectors(Source):
         return freeze(WordTable(torch.from_numpy(table), recipe, extra))
 
     module: WordTable
-
-    def load(self, module: nn.Module, head_layers: set[str]) -> None:
-        """Do nothing: the table is read with its values."""
 
     def tokens(self, max_length: int | str) -> WordTokens:
         """Return the preprocessing of texts, cut after so many words."""

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import tiny_transformers
 import torch
 
 from sktransfer.networks._blocks import BlockPlan
@@ -11,21 +12,14 @@ from sktransfer.networks._text import TextModel
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {
-    "vocab_size": 90,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {**tiny_transformers.SIZES, "vocab_size": 90}
 CONFIGS = {
     "Bert": SIZES,
     "Roberta": SIZES,
     "DistilBert": {"vocab_size": 90, "dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32},
     "MPNet": SIZES,
     "GPT2": {"vocab_size": 90, "n_embd": 16, "n_layer": 3, "n_head": 2},
-    "ModernBert": {**SIZES, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2},
+    "ModernBert": {**SIZES, **tiny_transformers.SPECIAL, "cls_token_id": 1, "sep_token_id": 2},
     "Llama": SIZES,
     "Gemma2": {**SIZES, "num_key_value_heads": 2, "head_dim": 8},
     "DebertaV2": SIZES,
@@ -41,7 +35,7 @@ def make_model(name, settings):
     config = getattr(transformers, f"{name}Config")(**settings)
     recipe = {"pooling": "avg", "padding": 0, "method": "forward"}
     made = TextModel(getattr(transformers, f"{name}Model")(config).eval(), recipe)
-    made.requires_grad_(False).split()
+    made.ready()
     return made
 
 
