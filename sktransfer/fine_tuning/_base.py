@@ -11,7 +11,6 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
@@ -25,10 +24,10 @@ from sktransfer._validation import (
     check_images,
     check_texts,
     check_weight,
-    column_names,
     keep_index,
     set_image_tags,
 )
+from sktransfer.embedding._base import BaseEmbedding
 from sktransfer.fine_tuning._targets import clip_far_out
 
 if TYPE_CHECKING:
@@ -52,9 +51,10 @@ _WISE_FT = (200, 600), (0.5, 0.75)
 _OF_IMAGES = {"augment": None, "image_shape": None, "value_range": None, "preprocessing": "auto"}
 
 
-class BaseFineTuning(TransformerMixin, BaseEstimator):
+class BaseFineTuning(BaseEmbedding):
     """See the two estimators."""
 
+    _name_suffix = "_tuned"
     _parameter_constraints: dict = {  # noqa: RUF012
         **SHARED_CONSTRAINTS,
         "pooling": [*SHARED_CONSTRAINTS["pooling"], StrOptions({"mean", "last"})],
@@ -91,12 +91,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     best_epoch_: int
     _kind: str
     _tuned: TunedNetwork
-
-    # The "?" of the HTML representation leads to the class's page.
-    _doc_link_module = "sktransfer"
-    _doc_link_template = (
-        "https://sktransfer.readthedocs.io/en/stable/api/sktransfer.{estimator_name}.html"
-    )
 
     # -- what the two do differently --------------------------------------------------------
     @abstractmethod
@@ -431,27 +425,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         """
         rows, _ = self._embed(X)
         return keep_index(self, rows, X)
-
-    def get_feature_names_out(self, input_features=None):
-        """Return the names of the columns of `transform`: ``<column>_<backbone>_tuned_007``.
-
-        If several layers are joined, the layer's name precedes the number.
-
-        Parameters
-        ----------
-        input_features : array-like of str or None, default=None
-            Names of the image columns; ``None``: `feature_names_in_`, if `X` had names.
-
-        Returns
-        -------
-        names : ndarray of str objects of shape (n_features_out_,)
-        """
-        check_is_fitted(self)
-        names = column_names(self, input_features)
-        stem = f"{self.backbone_.short_name}_tuned"
-        prefixes = [f"{name}_{stem}" if name else stem for name in names]
-        columns = [name for prefix in prefixes for name in self.backbone_.column_names(prefix)]
-        return np.asarray(columns, dtype=object)
 
     @property
     @own_settings()

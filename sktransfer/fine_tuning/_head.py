@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sktransfer._progress import shown
-from sktransfer._threads import one_at_a_time
+from sktransfer._threads import global_state_lock
 from sktransfer.networks._backbone import Backbone
 
 Loss = str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -360,7 +360,7 @@ def _solve(
         model.coef_, model.intercept_ = start.coef_.copy(), start.intercept_.copy()
         model.classes_ = start.classes_
     # The warnings' filters are those of all threads.
-    with one_at_a_time, warnings.catch_warnings():
+    with global_state_lock, warnings.catch_warnings():
         # Fine-tuning needs no better convergence than _MAX_ITER steps give.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(z, codes, sample_weight=weight)

@@ -16,7 +16,7 @@ from skorch.callbacks import Callback, LRScheduler
 from skorch.helper import predefined_split
 
 from sktransfer._progress import did_you_mean, warn
-from sktransfer._threads import is_out_of_memory, own_random_state, repeatable_kernels
+from sktransfer._threads import deterministic_cudnn, is_out_of_memory, own_random_state
 from sktransfer.fine_tuning._callbacks import (
     EpochLog,
     OneCycle,
@@ -163,7 +163,7 @@ def train(
     module, first = tuned.module(), tuned.first_trained_stage
     with (
         own_random_state(settings.seed, settings.device),  # dropout draws from it
-        repeatable_kernels(settings.device),
+        deterministic_cudnn(settings.device),
         _explained(settings.batch_size),
     ):
         module.to(settings.device)
