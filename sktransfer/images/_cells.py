@@ -11,7 +11,7 @@ from hashlib import sha256
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from sktransfer._progress import shown, words
+from sktransfer._progress import error_text, shown
 from sktransfer.images._containers import (
     MASKED,
     describe,
@@ -205,7 +205,7 @@ def _read_pil(image: Image.Image) -> bytes | Samples:
                 "the PIL image is closed, by the end of its with block or by close(), and its "
                 "pixels were not read before: call its load() within the block, or give the path"
             ) from error
-        raise BadImage(f"the PIL image cannot be loaded: {words(error)}") from error
+        raise BadImage(f"the PIL image cannot be loaded: {error_text(error)}") from error
 
 
 def _is_unread_file(image: Image.Image) -> bool:

@@ -18,7 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from sktransfer._progress import words
+from sktransfer._progress import error_text
 from sktransfer._threads import process_lock
 from sktransfer.images._files import BASE64
 from sktransfer.images._pixels import BadImage, Samples
@@ -74,7 +74,7 @@ def decode(data: bytes, min_size: Size, turn: ExitStack) -> Image.Image | Sample
         raise BadImage(message) from error
     except Exception as error:
         failed = "decoded" if is_open else "opened"
-        raise BadImage(f"the image file cannot be {failed}: {words(error)}") from error
+        raise BadImage(f"the image file cannot be {failed}: {error_text(error)}") from error
 
 
 def _open(data: bytes, min_size: Size) -> tuple[ImageFile.ImageFile, AbstractContextManager]:

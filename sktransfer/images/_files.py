@@ -15,7 +15,7 @@ import weakref
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, unquote_to_bytes
 
-from sktransfer._progress import words
+from sktransfer._progress import error_text
 from sktransfer._threads import process_lock
 from sktransfer.images._pixels import BadImage
 
@@ -70,7 +70,7 @@ def read_path(path: str) -> bytes:
         if path.startswith(BASE64) and len(path) > 80:
             reason = "it is base64 rather than a path; give base64.b64decode(text)"
         elif not isinstance(error, FileNotFoundError):
-            reason = f"the file cannot be read: {words(error)}"
+            reason = f"the file cannot be read: {error_text(error)}"
         else:
             where = f" in {os.getcwd()!r}, where relative paths start"
             reason = "there is no such file" + ("" if os.path.isabs(path) else where)
@@ -90,7 +90,7 @@ def read_stream(stream) -> bytes:
     except Exception as error:
         is_closed = getattr(stream, "closed", False)
         hint = "; read it before its with block ends, or give the path" if is_closed else ""
-        raise BadImage(f"the open file cannot be read: {words(error)}{hint}") from error
+        raise BadImage(f"the open file cannot be read: {error_text(error)}{hint}") from error
     if not isinstance(data, bytes):
         raise BadImage("the file is open in text mode; open it in mode 'rb'")
     _check_size(len(data))
@@ -141,7 +141,7 @@ class Urls:
             times = f"for {_SILENT_SECONDS} s, or not all within {_ALL_SECONDS} s"
             raise BadImage(f"the server sent nothing {times}") from error
         except Exception as error:
-            raise BadImage(f"the URL cannot be read: {words(error)}") from error
+            raise BadImage(f"the URL cannot be read: {error_text(error)}") from error
         _check_size(len(data))
         return data
 

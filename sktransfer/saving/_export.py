@@ -31,7 +31,7 @@ from sklearn.svm import LinearSVC
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from sktransfer._threads import one_at_a_time
+from sktransfer._threads import global_state_lock
 from sktransfer._version import __version__
 from sktransfer.embedding._extractor import PretrainedFeatureExtractor
 from sktransfer.fine_tuning._base import BaseFineTuning
@@ -352,7 +352,7 @@ def _quiet() -> Iterator[None]:
     """Keep the exporters' warnings, logs and prints, which concern torch's own code, to us."""
     logger = logging.getLogger("torch")
     level = logger.level
-    with one_at_a_time, warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+    with global_state_lock, warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         logger.setLevel(logging.CRITICAL)
         try:

@@ -1,7 +1,7 @@
 """The small pre-trained network that ships with the package: see MODEL_CARD.md.
 
 A published version never changes: a better network gets a new name in ``VERSIONS``, so that
-nobody's results change under ``weights="V1"``.
+results with ``weights="V1"`` stay the same.
 """
 
 from sktransfer.networks.builtin._network import Version

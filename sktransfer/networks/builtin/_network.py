@@ -1,4 +1,4 @@
-"""The architecture behind ``backbone="builtin"``, and what is known of its weights."""
+"""The architecture of ``backbone="builtin"``, and the properties of its weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ STAGES = ("stem", "stage1", "stage2", "stage3", "stage4", "pool", "flatten", "he
 
 @dataclass(frozen=True)
 class Version:
-    """One set of weights, and how its images are prepared.
+    """One set of weights, and the preprocessing of its images.
 
-    ``size`` is (height, width): the whole image is squeezed into it, and a ``crop`` of the
-    same size leaves nothing out. ``mean`` and ``std`` apply to RGB in 0...1. ``parameters``
+    ``size`` is (height, width): the whole image is resized to it, and a ``crop`` of the same
+    size leaves nothing out. ``mean`` and ``std`` apply to RGB in 0...1. ``parameters``
     are in millions, ``multiply_adds`` for one image in billions.
     """
 
@@ -40,8 +40,8 @@ class Version:
 class Block(nn.Module):
     """Residual block of two 3x3 convolutions, as in ResNet-18.
 
-    Where it halves the image, the shortcut averages before its 1x1 convolution, so that no
-    pixel is thrown away (ResNet-D).
+    If it halves the image, the shortcut averages before its 1x1 convolution, so that every pixel
+    counts (ResNet-D).
     """
 
     def __init__(self, n_in: int, n_out: int, stride: int = 1) -> None:
@@ -65,10 +65,10 @@ class Block(nn.Module):
 
 
 class LastStage(nn.Module):
-    """Blocks and a 1x1 expansion, joined with what came in.
+    """Blocks and a 1x1 expansion, joined with the input.
 
-    Joining here, before the pooling, makes the embedding hold the pooled outputs of the last
-    two stages while the network stays a plain chain.
+    So the embedding contains the pooled outputs of the last two stages, and the network is still
+    a chain of stages.
     """
 
     def __init__(self, n_in: int, n_out: int, n_expanded: int) -> None:
@@ -87,8 +87,8 @@ class LastStage(nn.Module):
 class MeanAndDeviation(nn.Module):
     """Mean and standard deviation of each channel over the positions, N×2C×1×1.
 
-    The deviation tells textures and single bright spots from even surfaces (it is what style
-    transfer calls the style of an image), which the mean alone does not.
+    The deviation, which style transfer uses as the style of an image, distinguishes textures and
+    single bright spots from even surfaces; the mean alone does not.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
