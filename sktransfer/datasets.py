@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ _LAYOUTS = (
     "It takes a folder with one folder of images for each class (FOLDER/CLASS/image.jpg), a "
     "folder of images with one CSV file, or the path of a CSV file."
 )
+# A number as Python writes it, or NaN; not "007", "+1" or "1_0".
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?(e[-+]?[0-9]+)?|nan", re.IGNORECASE)
 
 
 def load_folder(path: str | Path, *, label: str | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -101,8 +104,11 @@ def load_folder(path: str | Path, *, label: str | None = None) -> tuple[np.ndarr
 
 def _read_csv(table: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Read paths and labels from the rows of a CSV file."""
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(table)!r} is not in UTF-8 ({error}): save it in UTF-8.") from error
     if not rows:
         raise ValueError(f"{str(table)!r} has no rows below its header.")
     columns = [name for name in rows[0] if name is not None]
@@ -110,8 +116,8 @@ def _read_csv(table: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
     image = next((c for c in columns if first[c] and (table.parent / first[c]).is_file()), None)
     if image is None:
         raise ValueError(
-            f"No column of {str(table)!r} names a file: its first row is {first}, and paths are "
-            f"relative to {str(table.parent)!r}."
+            f"No column of {str(table)!r} names a file: its first row is {first}. Columns are "
+            f"separated by commas, and paths are relative to {str(table.parent)!r}."
         )
     others = [column for column in columns if column != image]
     if label is None and len(others) != 1:
@@ -142,11 +148,9 @@ def _is_image(path: Path) -> bool:
 
 def _as_numbers(labels: list[str]) -> np.ndarray:
     """Convert labels to integers or floats, unless that would change the text of one ("007")."""
-    if all(label.lstrip("-").isdecimal() and str(int(label)) == label for label in labels):
-        return np.array(labels, dtype=np.int64)
-    if any(label[0] == "0" and label[1:2].isdecimal() for label in labels):
-        return np.array(labels)
-    try:
-        return np.array(labels, dtype=np.float64)
-    except ValueError:
-        return np.array(labels)
+    is_number = all(re.fullmatch(_NUMBER, label) for label in labels)
+    if is_number and all(label.lstrip("-").isdecimal() for label in labels):
+        integers = [int(label) for label in labels]
+        # Larger ones would be rounded as floats.
+        return np.array(integers if max(map(abs, integers)) < 2**63 else labels)
+    return np.array(labels, dtype=np.float64 if is_number else None)

@@ -282,30 +282,6 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         self.verbose = verbose
 
     @fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y, sample_weight=None, X_val=None, y_val=None, groups=None):
-        """Fine-tune the network.
-
-        Parameters
-        ----------
-        X : list, array, Series or data frame of n_samples images
-            As in :class:`PretrainedFeatureExtractor`; or texts, if `backbone` takes these, as in
-            :class:`PretrainedTextExtractor`.
-        y : array-like of shape (n_samples,) or (n_samples, n_labels)
-            One label of any type per row, or an indicator matrix of 0 and 1.
-        sample_weight : array-like of shape (n_samples,), default=None
-            A weight of 2 is the row twice.
-        X_val, y_val : default=None
-            A validation part, like `X` and `y`, on which the best epoch is chosen.
-        groups : array-like of shape (n_samples,), default=None
-            Groups of rows (patients, tiles) that `early_stopping` keeps whole.
-
-        Returns
-        -------
-        self : FineTuningClassifier
-        """
-        return self._fit(X, y, sample_weight, X_val, y_val, groups)
-
-    @fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X, y, classes=None, sample_weight=None):
         """Train one more epoch, at constant learning rates.
 
@@ -471,6 +447,8 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
                     f"{type(self).__name__} needs at least two classes, but "
                     f"{'y' if given is None else '`classes`'} holds one class only: "
                     f"{shown(classes[0])}."
+                    if len(classes)
+                    else "`classes` is empty: it must hold all classes of later calls."
                 )
         self.classes_, self._kind = classes, "multilabel" if is_multilabel else "multiclass"
 

@@ -7,7 +7,7 @@ from sklearn.base import RegressorMixin
 
 from sktransfer._validation import StrOptions, fit_context
 from sktransfer.fine_tuning._base import BaseFineTuning
-from sktransfer.fine_tuning._targets import check_y_given, clip_far_out, read_numbers
+from sktransfer.fine_tuning._targets import check_y_given, clip_outliers, read_numbers
 
 # In standard deviations; the square of what is farther from the mean overflows float32.
 _FARTHEST = 1e18
@@ -261,29 +261,6 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         self.verbose = verbose
 
     @fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y, sample_weight=None, X_val=None, y_val=None, groups=None):
-        """Fine-tune the network.
-
-        Parameters
-        ----------
-        X : list, array, Series or data frame of n_samples images
-            As in :class:`PretrainedFeatureExtractor`; or texts, if `backbone` takes these, as in
-            :class:`PretrainedTextExtractor`.
-        y : array-like of shape (n_samples,) or (n_samples, n_targets)
-        sample_weight : array-like of shape (n_samples,), default=None
-            A weight of 2 is the row twice.
-        X_val, y_val : default=None
-            A validation part, like `X` and `y`, on which the best epoch is chosen.
-        groups : array-like of shape (n_samples,), default=None
-            Groups of rows (patients, tiles) that `early_stopping` keeps whole.
-
-        Returns
-        -------
-        self : FineTuningRegressor
-        """
-        return self._fit(X, y, sample_weight, X_val, y_val, groups)
-
-    @fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X, y, sample_weight=None):
         """Train one more epoch, at constant learning rates.
 
@@ -337,7 +314,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     def _prepare_target(self, target, weight, *, reset):
         if reset:
             # Another loss may be there for outliers' sake.
-            near = target if self.loss == "auto" else clip_far_out(target, weight)
+            near = target if self.loss == "auto" else clip_outliers(target, weight)
             # Scaled first: squares of large numbers are infinite.
             largest = np.abs(near).max(axis=0)
             largest = np.where(largest > 0, largest, 1.0)

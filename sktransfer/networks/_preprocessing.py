@@ -84,7 +84,7 @@ class Preprocessing:
             raise _refused("mean", self.mean, "give it, and 'std', for pixels in 0…1, not 0…255.")
         if min(self.std) <= 0:
             raise _refused("std", self.std, "it divides, so it must be positive.")
-        if self.interpolation not in _METHODS:
+        if self.interpolation not in list(_METHODS):  # it may be unhashable
             accepted = f"one of {sorted(_METHODS)} is accepted."
             raise _refused("interpolation", self.interpolation, accepted)
         if not isinstance(self.fast_decode, (bool, np.bool_)):
@@ -257,7 +257,10 @@ def _pixels(name: str, value: int | Sequence[int]) -> int | tuple[int, int]:
 
 def _channels(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
     """Return `value` as a tuple of 3 numbers, or 1 for a network of grey images."""
-    values = np.atleast_1d(np.asarray(value, dtype=float))
+    try:
+        values = np.atleast_1d(np.asarray(value, dtype=float))
+    except (TypeError, ValueError):  # not numbers
+        values = np.empty(0)
     if values.shape not in ((1,), (3,)) or not np.isfinite(values).all():
         accepted = "give 3 numbers (red, green, blue, for pixels in 0…1), or 1 for grey images."
         raise _refused(name, value, accepted)
