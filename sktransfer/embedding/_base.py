@@ -9,6 +9,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._progress import warn
+from sktransfer._threads import own_random_state
 from sktransfer._validation import column_names, is_empty_part, keep_index
 
 
@@ -46,6 +47,17 @@ class BaseEmbedding(TransformerMixin, BaseEstimator):
         out = [column for prefix in prefixes for column in backbone.column_names(prefix, n_layers)]
         return np.asarray(out, dtype=object)
 
+    def _load(self, **given):
+        """Load the network of the parameters, some of which `given` replaces."""
+        from sktransfer.networks._backbone import load_backbone, with_cached_layers
+
+        names = ("backbone", "weights", "pooling", "preprocessing")
+        parameters = {name: getattr(self, name) for name in names} | given
+        layer = with_cached_layers(self.layer, getattr(self, "cache_layers", None))
+        # A callable that makes a module may draw random weights.
+        with own_random_state():
+            return load_backbone(layer=layer, **parameters)
+
     def _asked_groups(self) -> range:
         """Return which of the backbone's groups are columns; the others are only stored."""
         width = self.n_features_out_ // self._n_image_columns
@@ -56,7 +68,7 @@ class BaseEmbedding(TransformerMixin, BaseEstimator):
 class Extractor(BaseEmbedding):
     """A transformer of cells to the rows of a frozen network.
 
-    A subclass checks X in `_check`, which returns its rows, and makes the backbone in `_load`.
+    A subclass checks X in `_check`, which returns its rows.
     """
 
     _kind = "images"  # what X holds

@@ -262,18 +262,11 @@ class PretrainedFeatureExtractor(Extractor):
     def _check(self, X, *, reset):
         return check_images(self, X, reset=reset)
 
-    def _load(self):
-        from sktransfer.networks._backbone import load_backbone, with_cached_layers
+    def _load(self, **given):
         from sktransfer.networks._huggingface import is_text_name
 
-        if is_text_name(self.backbone):
+        if is_text_name(given.get("backbone", self.backbone)):
             raise ValueError(
                 f"backbone={self.backbone!r} is a network of texts: use PretrainedTextExtractor."
             )
-        return load_backbone(
-            self.backbone,
-            weights=self.weights,
-            layer=with_cached_layers(self.layer, self.cache_layers),
-            pooling=self.pooling,
-            preprocessing=self.preprocessing,
-        )
+        return super()._load(**given)

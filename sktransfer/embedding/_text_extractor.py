@@ -212,11 +212,11 @@ class PretrainedTextExtractor(Extractor):
     def _check(self, X, *, reset):
         return check_texts(self, X, reset=reset)
 
-    def _load(self, source=None):
+    def _load(self, **given):
         from sktransfer.networks._backbone import load_text_backbone
 
         return load_text_backbone(
-            source or self.backbone,
+            given.get("backbone", self.backbone),
             weights=self.weights,
             layer=self.layer,
             pooling="mean" if self.pooling in _FITTED else self.pooling,

@@ -227,7 +227,7 @@ class BaseFineTuning(BaseEmbedding):
         given, split = target, None
         if self._has_splitter and validation is None and not is_partial:
             split = self._split(given, groups, rng)  # before a network is loaded
-        backbone = self._load_backbone() if old is None else old.backbone
+        backbone = self._load() if old is None else old.backbone
         stage_names = backbone.stage_names_to_layer
         first_epoch = 0 if old is None else self.n_iter_
         plan = UnfreezePlan(self.unfreeze, stage_names, self.max_epochs, first_epoch)
@@ -299,19 +299,6 @@ class BaseFineTuning(BaseEmbedding):
 
         weight = self._training_weight(target[rows], all_rows.weight[rows])
         return Part(all_rows, rows, target[rows], weight)
-
-    def _load_backbone(self) -> Backbone:
-        from sktransfer.networks._backbone import load_backbone
-
-        # A callable that makes a module may draw random weights.
-        with own_random_state():
-            return load_backbone(
-                self.backbone,
-                weights=self.weights,
-                layer=self.layer,
-                pooling=self.pooling,
-                preprocessing=self.preprocessing,
-            )
 
     @property
     def _has_splitter(self) -> bool:

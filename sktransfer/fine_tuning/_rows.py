@@ -212,8 +212,8 @@ def first_split(
             f"({error}).{hint if groups is None else ''}"
         ) from error
     raise ValueError(
-        f"early_stopping: {type(splitter).__name__} yields no split of these {len(flat)} rows. Give "
-        "one that yields rows to train on and rows to validate on."
+        f"early_stopping: {type(splitter).__name__} yields no split of these {len(flat)} rows. "
+        "Give a splitter that yields rows to train on and rows to validate on."
     )
 
 
