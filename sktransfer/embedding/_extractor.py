@@ -225,6 +225,7 @@ class PretrainedFeatureExtractor(Extractor):
         Returns
         -------
         self : PretrainedFeatureExtractor
+            The fitted extractor.
 
         Raises
         ------

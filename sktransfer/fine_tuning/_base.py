@@ -136,6 +136,7 @@ class BaseFineTuning(BaseEmbedding):
         Returns
         -------
         self : estimator
+            The fitted estimator.
 
         Raises
         ------
@@ -436,6 +437,7 @@ class BaseFineTuning(BaseEmbedding):
         Parameters
         ----------
         X : list, array, Series or data frame of n_samples images
+            The same columns as in `fit`.
 
         Returns
         -------

@@ -39,17 +39,17 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         How a feature map becomes a row. ``"auto"``: as in the network itself. Tokens of texts:
         ``"mean"``, ``"max"``, ``"cls"`` or ``"last"``.
     preprocessing : "auto", dict or callable, default="auto"
-        As in :class:`PretrainedFeatureExtractor`. With a network of texts leave it, `image_shape`,
-        `value_range` and `augment` out.
+        As in :class:`PretrainedFeatureExtractor`. Like `image_shape`, `value_range` and `augment`,
+        it is for images only.
     image_shape : tuple of int or None, default=None
         Shape of one image, ``(height, width)`` or ``(height, width, channels)``, for flat
         numeric rows. One entry may be -1.
     value_range : tuple of float or None, default=None
-        The numbers that are black and white, ``(low, high)``, in all images; ``None``: as their
-        types and values suggest. See :class:`PretrainedFeatureExtractor`.
+        The values of black and white, ``(low, high)``, in all images. ``None``: according to their
+        types and values, see :class:`PretrainedFeatureExtractor`.
     unfreeze : int, "all", "gradual" or mapping, default="all"
-        The stages that are trained beside the head: none (0), the last k, all, or more and
-        more until half of the epochs (``"gradual"``). A mapping has epochs, counted from 1, as
+        The stages that are trained with the head: none (0), the last k, all, or more and more
+        until half of the epochs (``"gradual"``). A mapping has epochs, counted from 1, as
         keys and numbers of stages or ``"all"`` as values. ``load_backbone(...).stages`` lists a
         network's stages. The parameters and buffers of frozen stages do not change; without
         augmentation their outputs are computed once. Batch norms of unfrozen stages keep the
@@ -68,13 +68,13 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         A callable takes scores (n, n_outputs) and targets, and returns one value per row (torch's
         losses with ``reduction="none"``), as equal images of the same target become one weighted
         row. A single number is accepted where all rows have the same weight. Targets are
-        numbers (n, n_targets), scaled to mean 0 and variance 1 in training. With any loss but
-        ``"auto"``, this scaling and the ridge regression of the start take targets farther than
-        three interquartile ranges from the quartiles as if they were there.
+        numbers (n, n_targets), scaled to mean 0 and variance 1. With any loss but ``"auto"``,
+        targets farther than three interquartile ranges from the quartiles are clipped for this
+        scaling and for the ridge regression of the start.
     max_epochs : int, default=8
-        With 0 the model is the linear probe.
+        Number of epochs; with 0 the model is the linear probe.
     batch_size : int, default=32
-        Rows of one training step.
+        Number of rows of a training step.
     lr : "auto" or float, default="auto"
         Learning rate of the head; ``"auto"``: 3e-4, or 1e-4 if trained stages take texts or
         contain no normalisation (AlexNet, VGG, SqueezeNet). It rises from 1/25 of this in the
@@ -105,9 +105,9 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         With early stopping, epochs without a better score after which training ends.
     random_state : int, RandomState instance or None, default=None
         Seed of shuffling, dropout, augmentation and the split. The global random states of
-        torch and, for an int, of NumPy are not changed.
+        torch and, with an int, of NumPy are not changed.
     callbacks : list or None, default=None
-        skorch callbacks, or (name, callback) pairs; copies of them are used.
+        Callbacks of skorch, or (name, callback) pairs; copies of them are used.
     device : str, default="auto"
         A torch device; ``"auto"``: the first of ``"cuda"``, ``"mps"`` and ``"cpu"`` that exists.
     precision : {"float32", "bfloat16"}, default="float32"
@@ -138,7 +138,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     n_iter_ : int
         Number of epochs trained.
     best_epoch_ : int
-        The epoch whose weights are kept; 0 is the start.
+        The epoch whose weights are kept; 0 is the start of the training.
     bad_images_ : list of BadRow
         The images that the last call could not read, with ``row``, ``where`` and ``reason``;
         after `fit` those of `X`.
@@ -162,11 +162,11 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
 
     If stages are trained from pre-trained weights and a linear probe, and no validation part
     chooses the epoch, then the final weights are interpolated between the start and the end of
-    training [3]_: half way up to 200 rows, three quarters of the way from 600 rows on. Its
-    probe is fitted on two enlarged corners of each image, too, if there are fewer than 1000 rows.
+    training [3]_: half way up to 200 rows, three quarters of the way from 600 rows on. With fewer
+    than 1000 rows, the probe is then fitted on two enlarged corners of each image, too.
 
     Ctrl-C ends the training; the weights of that moment, or of the best epoch, are kept. A pickle
-    holds what was trained and how to load the rest, see :func:`save`.
+    holds the trained weights, and how to load the others; see :func:`save`.
 
     References
     ----------
@@ -264,32 +264,39 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     def partial_fit(self, X, y, sample_weight=None):
         """Train one more epoch, at constant learning rates.
 
-        It trains a copy of the network and of the optimizer's state, which begins anew after
-        `fit` and is part of pickles from then on: if it fails, the model is as before. Nothing is
-        held out, averaged or stopped early. Changes of `backbone`, `weights`,
-        `layer`, `pooling` and `preprocessing` have no effect before the next `fit`.
-
-        Parameters
-        ----------
-        X, y, sample_weight
-            As in `fit`. Mean and scale of the targets are those of the first call.
-
-        Returns
-        -------
-        self : FineTuningRegressor
-        """
-        return self._fit(X, y, sample_weight, is_partial=True)
-
-    def predict(self, X):
-        """Return numbers.
+        The first call after `fit` starts with a new optimizer, later ones continue with its state,
+        also after pickling. A call that fails does not change the model. There is no validation
+        part, averaging or early stopping. Changes of `backbone`, `weights`, `layer`, `pooling` and
+        `preprocessing` have no effect until the next `fit`.
 
         Parameters
         ----------
         X : list, array, Series or data frame of n_samples images
+            As in `fit`.
+        y : array-like of shape (n_samples,) or (n_samples, n_targets)
+            As in `fit`. The mean and the scale of the targets are those of the first call.
+        sample_weight : array-like of shape (n_samples,), default=None
+            As in `fit`.
+
+        Returns
+        -------
+        self : FineTuningRegressor
+            The fitted estimator.
+        """
+        return self._fit(X, y, sample_weight, is_partial=True)
+
+    def predict(self, X):
+        """Return predicted targets.
+
+        Parameters
+        ----------
+        X : list, array, Series or data frame of n_samples images
+            The same columns as in `fit`.
 
         Returns
         -------
         y : ndarray of shape (n_samples,) or (n_samples, n_targets), float64
+            In the units of the targets of `fit`.
         """
         values = self._scores(X) * self._target_scale + self._target_mean
         return values[:, 0] if self._is_flat else values
@@ -313,7 +320,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
 
     def _prepare_target(self, target, weight, *, reset):
         if reset:
-            # Another loss may be there for outliers' sake.
+            # Another loss may have been chosen because of outliers.
             near = target if self.loss == "auto" else clip_outliers(target, weight)
             # Scaled first: squares of large numbers are infinite.
             largest = np.abs(near).max(axis=0)
@@ -341,6 +348,6 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
-        # The data of scikit-learn's tests are not images: a network sees little in 1×2 pixels.
+        # scikit-learn's estimator checks fit data that are not images but 1×2 pixels.
         tags.regressor_tags.poor_score = True
         return tags

@@ -83,6 +83,7 @@ def load_backbone(
     Returns
     -------
     backbone : Backbone
+        The network, cut at `layer`.
 
     Raises
     ------

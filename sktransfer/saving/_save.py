@@ -297,6 +297,7 @@ def load(
     Parameters
     ----------
     path : str or Path
+        The file.
     weights : str or Path, default=None
         The present place of the weights file that was the estimator's `weights`. Its digest is
         checked.

@@ -137,6 +137,10 @@ def embedding_store(memory: object = None, *, max_bytes: int | str | None = "def
         For a path that cannot be a local folder, a bound that is not a size, or a bound for
         ``memory=False``.
 
+    See Also
+    --------
+    PretrainedFeatureExtractor : Its parameter `memory` takes a store.
+
     Examples
     --------
     >>> from sklearn.datasets import load_digits
