@@ -87,7 +87,7 @@ SHARED_CONSTRAINTS: dict[str, list] = {
 
 
 def fit_context(*, prefer_skip_nested_validation: bool) -> Callable[[Callable], Callable]:
-    """scikit-learn's decorator of fit methods, whose errors name the nearest accepted string."""
+    """Apply scikit-learn's decorator of fit methods; errors suggest the nearest accepted string."""
 
     def decorator(method: Callable) -> Callable:
         checked = _fit_context(prefer_skip_nested_validation=prefer_skip_nested_validation)(method)

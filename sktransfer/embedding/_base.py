@@ -58,6 +58,9 @@ class BaseEmbedding(TransformerMixin, BaseEstimator):
         with own_random_state():
             return load_backbone(layer=layer, **parameters)
 
+    def __sklearn_is_fitted__(self):
+        return "backbone_" in vars(self)
+
     def _asked_groups(self) -> range:
         """Return which of the backbone's groups are columns; the others are only stored."""
         width = self.n_features_out_ // self._n_image_columns
@@ -72,9 +75,6 @@ class Extractor(BaseEmbedding):
     """
 
     _kind = "images"  # what X holds
-
-    def __sklearn_is_fitted__(self):
-        return "backbone_" in vars(self)
 
     def _fit(self, X):
         from sktransfer.embedding._embed import check_place

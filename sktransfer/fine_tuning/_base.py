@@ -471,9 +471,6 @@ class BaseFineTuning(BaseEmbedding):
             tuned.net = net
         return tuned.net
 
-    def __sklearn_is_fitted__(self) -> bool:
-        return "_tuned" in vars(self)
-
     def __sklearn_tags__(self):
         return set_image_tags(self, super().__sklearn_tags__())
 

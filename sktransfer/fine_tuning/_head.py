@@ -6,7 +6,6 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from numbers import Integral
 
 import numpy as np
@@ -208,11 +207,8 @@ class CornerViews(Backbone):
         ]
 
     def inference_module(self, device="cpu", precision="float32"):
-        return partial(_embed_corners, self._whole.inference_module(device, precision))
-
-
-def _embed_corners(network: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    return [part for corner in _CORNERS for part in network(_enlarged(x, *corner))]
+        network = self._whole.inference_module(device, precision)
+        return lambda x: [part for corner in _CORNERS for part in network(_enlarged(x, *corner))]
 
 
 def _enlarged(x: torch.Tensor, down: float, right: float) -> torch.Tensor:

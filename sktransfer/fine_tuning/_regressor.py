@@ -10,7 +10,7 @@ from sktransfer.fine_tuning._base import BaseFineTuning
 from sktransfer.fine_tuning._targets import check_y_given, clip_outliers, read_numbers
 
 # In standard deviations; the square of what is farther from the mean overflows float32.
-_FARTHEST = 1e18
+_MAX_DISTANCE = 1e18
 
 
 class FineTuningRegressor(RegressorMixin, BaseFineTuning):
@@ -20,7 +20,8 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     Then the head and the unfrozen stages are trained together, lower stages with smaller
     learning rates, by skorch: see `net_`. Targets are standardised inside.
 
-    Read more in the :ref:`User Guide <fine_tuning>`.
+    Most parameters are those of :class:`FineTuningClassifier`, which describes them in full. Read
+    more in the :ref:`User Guide <fine_tuning>`.
 
     Parameters
     ----------
@@ -50,10 +51,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     unfreeze : int, "all", "gradual" or mapping, default="all"
         The stages that are trained with the head: none (0), the last k, all, or more and more
         until half of the epochs (``"gradual"``). A mapping has epochs, counted from 1, as
-        keys and numbers of stages or ``"all"`` as values. ``load_backbone(...).stages`` lists a
-        network's stages. The parameters and buffers of frozen stages do not change; without
-        augmentation their outputs are computed once. Batch norms of unfrozen stages keep the
-        statistics of pre-training, except with ``weights=None``.
+        keys and numbers of stages or ``"all"`` as values.
     head : "linear", tuple of int or torch.nn.Module, default="linear"
         A linear layer; with a tuple, plus a perceptron of these hidden sizes; or a module that
         takes embeddings (n, n_features) and returns scores (n, n_targets).
@@ -76,28 +74,22 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     batch_size : int, default=32
         Number of rows of a training step.
     lr : "auto" or float, default="auto"
-        Learning rate of the head; ``"auto"``: 3e-4, or 1e-4 if trained stages take texts or
-        contain no normalisation (AlexNet, VGG, SqueezeNet). It rises from 1/25 of this in the
-        first quarter of the training and then falls to 1e-5 of it [2]_, unless `callbacks` holds
-        skorch's ``LRScheduler``.
+        Largest learning rate of the head; ``"auto"``: 3e-4, or 1e-4 if trained stages take texts
+        or contain no normalisation (AlexNet, VGG, SqueezeNet).
     layer_decay : float, default=0.7
         Learning rate of each stage, divided by that of the stage above it.
     optimizer : {"adamw", "sgd"} or callable, default="adamw"
-        ``"sgd"`` has a momentum of 0.9. A callable takes parameter groups and ``lr``, such as
-        ``functools.partial(torch.optim.SGD, momentum=0.5)`` or ``torch.optim.NAdam``.
+        ``"sgd"`` has a momentum of 0.9. A callable takes parameter groups and ``lr``.
     weight_decay : float, default=0.01
         Weight decay of the optimizer; none on biases and norms.
     augment : {"light", "strong"}, callable, list or None, default=None
         Random changes of training images, new in each epoch. ``"light"`` mirrors and crops,
         ``"strong"`` crops more and changes colours. A callable takes and returns one uint8 tensor
-        (channels, height, width) on the CPU, whatever `device` is, as the transforms of
-        ``torchvision.transforms.v2`` do; draw from torch's random state to be repeatable.
-        Mixing images (``v2.MixUp``) is for classes only. A list holds several of these. Where
-        `preprocessing` is a callable, its float images are changed, but not their colours.
+        (channels, height, width) on the CPU, as the transforms of ``torchvision.transforms.v2`` do,
+        except for MixUp and CutMix. A list holds several of these.
     early_stopping : "auto", bool or splitter, default="auto"
-        Whether the epoch with the best score on a validation part is kept. Epoch 0 counts: from
-        a linear probe, the model is never worse there than the probe. ``"auto"``: if `X_val` is
-        given or there are at least 1000 training rows. A splitter of scikit-learn such as
+        Whether the epoch with the best score on a validation part is kept. ``"auto"``: if `X_val`
+        is given or there are at least 1000 training rows. A splitter of scikit-learn such as
         ``GroupShuffleSplit()`` chooses the validation part, by its first split.
     validation_fraction : float, default=0.1
         Share of the rows that is held out for validation if no `X_val` is given.
@@ -156,26 +148,13 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
 
     Notes
     -----
-    Rows of the same images and target are merged into one of their joint weight, and sorted by
-    their content: a weight of 2 is exactly the row twice, the order of `X` has no effect, and no
-    row is on both sides of the validation split.
-
-    If stages are trained from pre-trained weights and a linear probe, and no validation part
-    chooses the epoch, then the final weights are interpolated between the start and the end of
-    training [3]_: half way up to 200 rows, three quarters of the way from 600 rows on. With fewer
-    than 1000 rows, the probe is then fitted on two enlarged corners of each image, too.
-
-    Ctrl-C ends the training; the weights of that moment, or of the best epoch, are kept. A pickle
-    holds the trained weights, and how to load the others; see :func:`save`.
+    The notes on :class:`FineTuningClassifier` apply: equal rows are merged, trained weights may be
+    interpolated with those of the start, and Ctrl-C ends the training.
 
     References
     ----------
     .. [1] A. Kumar et al. "Fine-tuning can distort pretrained features and underperform
        out-of-distribution." ICLR 2022. :doi:`10.48550/arXiv.2202.10054`
-    .. [2] L. N. Smith, N. Topin. "Super-convergence: very fast training of neural networks
-       using large learning rates." 2019. :doi:`10.1117/12.2520589`
-    .. [3] M. Wortsman et al. "Robust fine-tuning of zero-shot models." CVPR 2022.
-       :doi:`10.1109/CVPR52688.2022.00780`
 
     Examples
     --------
@@ -332,7 +311,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
             self._target_scale = np.where(scale > 1e-12, scale * largest, 1.0)
         with np.errstate(over="ignore"):
             standardised = (target - self._target_mean) / self._target_scale
-        is_near = np.abs(standardised) < _FARTHEST
+        is_near = np.abs(standardised) < _MAX_DISTANCE
         if not is_near.all():
             raise ValueError(
                 f"The target {target[~is_near][0]} is too far from the others: the "

@@ -225,7 +225,7 @@ def _explain_errors(batch_size: int) -> Iterator[None]:
         ) from error
 
 
-class _Halving:
+class _RetryInParts:
     """A method of skorch's net for one batch, which runs the batch in parts if memory runs out.
 
     It calls the class's method, so that a net can be pickled during training.
@@ -281,7 +281,7 @@ def _run(net: NeuralNet, phases: list[Phase], log: EpochLog, has_callbacks: bool
     module, first_set = net.module_, phases[0].train_set
     module.input_stage = phases[0].input_stage
     names = ("train_step_single", "validation_step")
-    methods: dict[str, Callable] = {name: _Halving(net, name) for name in names}
+    methods: dict[str, Callable] = {name: _RetryInParts(net, name) for name in names}
     if module.device.type != "cpu" and not has_callbacks:  # which may read each loss
         methods["run_single_epoch"] = partial(_run_single_epoch, net)
     try:

@@ -60,7 +60,8 @@ def _as_columns(X, image_shape: Shape) -> Columns:
     _refuse_single(X)
     if hasattr(X, "__dask_graph__"):
         X = X.compute()
-    if _is_frame(X):
+    is_pandas = hasattr(X, "iloc") and hasattr(X, "columns")
+    if is_pandas or hasattr(X, "get_columns") or hasattr(X, "column_names"):  # polars, pyarrow
         return _from_frame(X, image_shape)
     if is_tensor(X):  # one copy from the device instead of two of each image
         return _from_numbers(X.detach().cpu(), image_shape)
@@ -216,11 +217,6 @@ def _refuse_single(X) -> None:
 
 
 # -- data frames and Series ------------------------------------------------------------------
-def _is_frame(X) -> bool:
-    is_pandas = hasattr(X, "iloc") and hasattr(X, "columns")
-    return is_pandas or hasattr(X, "get_columns") or hasattr(X, "column_names")  # polars, pyarrow
-
-
 def _from_frame(X, image_shape: Shape) -> Columns:
     _check_size(X.shape)
     if image_shape is not None and all(map(is_number_dtype, getattr(X, "dtypes", [None]))):

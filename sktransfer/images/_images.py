@@ -146,7 +146,7 @@ class Images(Rows):
         self._notes.merge(notes)
 
     # -- within --------------------------------------------------------------------------
-    def _cell(self, i: int) -> object:
+    def _cell(self, i: int):
         container, row = self._container(i)
         try:
             if isinstance(container, Container):
@@ -163,9 +163,12 @@ class Images(Rows):
 
     def _cell_or_error(self, i: int) -> object:
         try:
-            return _without_base(self._cell(i))
+            cell = self._cell(i)
         except BadImage as error:
             return error
+        # The pickle of a view of a tensor would contain the whole tensor.
+        is_view = is_tensor(cell) and cell.untyped_storage().nbytes() > cell.nbytes
+        return cell.clone() if is_view else cell
 
     def __getstate__(self) -> dict:
         state = self.__dict__ | {"_notes": None}
@@ -181,13 +184,6 @@ class Images(Rows):
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state | {"_notes": _Notes()})
-
-
-def _without_base(cell):
-    """Copy a view of a tensor, whose pickle would contain the whole tensor."""
-    if is_tensor(cell) and cell.untyped_storage().nbytes() > cell.numel() * cell.element_size():
-        return cell.clone()
-    return cell
 
 
 class _Notes:

@@ -330,7 +330,7 @@ class Backbone:
         return [position[key] for key in self._keys]
 
     def column_names(self, prefix: str, n_layers: int | None = None) -> list[str]:
-        """Names of the columns of the first `n_layers` layers; ``prefix_layer_007`` if several."""
+        """Name the columns of the first `n_layers` layers; ``prefix_layer_007`` if several."""
         groups, names = self.feature_groups[:n_layers], list[str]()
         for layer, width in groups:
             digits = max(3, len(str(width - 1)))

@@ -146,7 +146,7 @@ def with_index(device: torch.device) -> torch.device:
 
 @contextlib.contextmanager
 def tensor_float_32(device: torch.device, is_allowed: bool) -> Iterator[None]:
-    """Let CUDA round float32 factors to TF32 (10 bits) or not, whatever the caller has set."""
+    """Set whether CUDA rounds float32 factors to TF32 (10 bits), and restore it at the end."""
     if device.type == "cpu":
         yield
         return
@@ -311,9 +311,6 @@ class Pooling(nn.Module):
     def __init__(self, kind: str, layout: str, token: int = 0, n_prefix: int = 0):
         super().__init__()
         self.kind, self.layout, self.token, self.n_prefix = kind, layout, token, n_prefix
-
-    def extra_repr(self) -> str:
-        return f"kind={self.kind!r}, layout={self.layout!r}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.layout == "texts":

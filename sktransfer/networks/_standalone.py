@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from sktransfer.networks._blocks import END, LAST_STATES, BlockExtractor, SplitModel
-from sktransfer.networks._inference import Normalisation, Pooling, inference_copy
+from sktransfer.networks._inference import Normalisation, inference_copy
 from sktransfer.networks._preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _network(backbone: Backbone, n_layers: int) -> nn.Module:
     """Copy the network; the copy returns the pooled values of its first `n_layers` layers."""
     module, plan = backbone.network.module, backbone.network.plan
     keys = backbone._keys[:n_layers]
-    poolings: list[nn.Module] = [Pooling(*settings) for settings in backbone._poolings[:n_layers]]
+    poolings: list[nn.Module] = [*backbone.make_poolings()[:n_layers]]
     device, dtype = torch.device("cpu"), torch.float32
     extractor = plan.extractor(keys, poolings)
     if isinstance(extractor, fx.GraphModule):

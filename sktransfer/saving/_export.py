@@ -127,7 +127,8 @@ def to_module(model: BaseEstimator) -> StandaloneModule:
         predictor, output, labels = _tuned_part(first)
     for step in others:
         if type(step) is StandardScaler:
-            predictor.append(_scaler(step))
+            mean = step.mean_ if step.with_mean else 0
+            predictor.append(_Affine(mean, 1 / step.scale_ if step.with_std else 1, 0))
         elif type(step) in _LINEAR:
             predictor += _linear_part(step)
             output, labels = _LINEAR[type(step)], getattr(step, "classes_", None)
@@ -262,10 +263,6 @@ def _tuned_part(step: BaseFineTuning) -> tuple[list[nn.Module], str, np.ndarray 
     assert isinstance(step, FineTuningRegressor)
     parts = [head, _Affine(0, step._target_scale, step._target_mean)]
     return [*parts, *_flat(step._is_flat)], "targets", None
-
-
-def _scaler(step: StandardScaler) -> nn.Module:
-    return _Affine(step.mean_ if step.with_mean else 0, 1 / step.scale_ if step.with_std else 1, 0)
 
 
 def _linear_part(step: BaseEstimator) -> list[nn.Module]:
