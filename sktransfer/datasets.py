@@ -54,7 +54,7 @@ def load_folder(path: str | Path, *, label: str | None = None) -> tuple[np.ndarr
 
     See Also
     --------
-    PretrainedFeatureExtractor : Compute feature columns for the images.
+    sktransfer.PretrainedFeatureExtractor : Compute feature columns for the images.
 
     Examples
     --------

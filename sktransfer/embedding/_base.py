@@ -34,7 +34,7 @@ class BaseEmbedding(TransformerMixin, BaseEstimator):
 
         Returns
         -------
-        names : ndarray of str objects of shape (n_features_out_,)
+        names : ndarray of str objects of shape (`n_features_out_`,)
             ``<column>_<backbone>_007``, or ``<column>_<backbone>_tuned_007`` for a fine-tuned
             network. If several layers are joined, the layer's name precedes the number.
         """

@@ -110,7 +110,7 @@ class PretrainedFeatureExtractor(Extractor):
     n_features_in_ : int
         Number of image columns, or of pixel columns where `image_shape` is given.
 
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the columns seen in `fit`, where `X` has names.
 
     n_features_out_ : int
@@ -246,7 +246,7 @@ class PretrainedFeatureExtractor(Extractor):
 
         Returns
         -------
-        columns : ndarray of shape (n_samples, n_features_out_), float32
+        columns : ndarray of shape (n_samples, `n_features_out_`), float32
             A data frame where ``set_output`` asks for one.
 
         Raises

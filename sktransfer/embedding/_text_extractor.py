@@ -87,7 +87,7 @@ class PretrainedTextExtractor(Extractor):
     n_features_in_ : int
         Number of text columns.
 
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the columns seen in `fit`, where `X` has names.
 
     n_features_out_ : int
@@ -195,7 +195,7 @@ class PretrainedTextExtractor(Extractor):
 
         Returns
         -------
-        columns : ndarray of shape (n_samples, n_features_out_), float32
+        columns : ndarray of shape (n_samples, `n_features_out_`), float32
             A data frame where ``set_output`` asks for one.
 
         Raises

@@ -441,7 +441,7 @@ class BaseFineTuning(BaseEmbedding):
 
         Returns
         -------
-        columns : ndarray of shape (n_samples, n_features_out_), float32
+        columns : ndarray of shape (n_samples, `n_features_out_`), float32
             The inputs of the head. With ``on_error="skip"`` the rows of unreadable images
             are NaN.
         """

@@ -136,7 +136,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         after `fit` those of `X`.
     n_features_in_ : int
         Number of image columns, or of pixel columns if `image_shape` is given.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the columns in `fit`, if `X` has names.
     n_features_out_ : int
         Number of columns that `transform` returns.
