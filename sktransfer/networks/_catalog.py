@@ -163,7 +163,9 @@ def _info(name: str, is_built: bool) -> BackboneInfo:
     if name == "builtin":
         version, names = VERSIONS[DEFAULT], sorted(VERSIONS, key=lambda other: other != DEFAULT)
         cost = version.parameters, version.multiply_adds
-        return BackboneInfo(name, version.size[0], version.n_features, *cost, tuple(names))
+        return BackboneInfo(
+            name, version.preprocessing.crop_size[0], version.n_features, *cost, tuple(names)
+        )
     n_features, parameters = _measure(name) if is_built else (None, None)
     if name.startswith("timm:"):
         config = import_timm().get_pretrained_cfg(name.removeprefix("timm:"))

@@ -107,9 +107,7 @@ class BuiltinSource(NamedSource):
             self.version = str(weights)
         version = builtin.VERSIONS[self.version]
         self.digest = f"sha256:{version.sha256}" if self.is_published else self.digest_weights()
-        self.preprocessing = Preprocessing(
-            version.size, version.crop, version.mean, version.std, version.interpolation
-        )
+        self.preprocessing = version.preprocessing
 
     def make(self) -> nn.Module:
         return BuiltinNet(builtin.VERSIONS[self.version].num_classes)

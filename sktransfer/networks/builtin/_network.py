@@ -8,25 +8,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-STAGES = ("stem", "stage1", "stage2", "stage3", "stage4", "pool", "flatten", "head")
+from sktransfer.networks._preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
 class Version:
-    """One set of weights, and the preprocessing of its images.
-
-    ``size`` is (height, width): the whole image is resized to it, and a ``crop`` of the same
-    size leaves nothing out. ``mean`` and ``std`` apply to RGB in 0...1. ``parameters``
-    are in millions, ``multiply_adds`` for one image in billions.
-    """
+    """One set of weights. ``parameters`` are millions, ``multiply_adds`` billions for one image."""
 
     file: str
     sha256: str
-    size: tuple[int, int]
-    crop: tuple[int, int]
-    interpolation: str = "bilinear"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    preprocessing: Preprocessing
     num_classes: int = 200
     n_features: int = 1408
     parameters: float = 2.845256
