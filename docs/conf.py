@@ -55,6 +55,7 @@ numpydoc_show_class_members = False
 autosummary_generate = True
 toc_object_entries_show_parents = "hide"
 autodoc_member_order = "groupwise"
+autodoc_typehints = "none"  # the docstrings have the types
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
@@ -90,7 +91,7 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_sidebars = {name: [] for name in ("index", "changelog", "coming_from", "by_the_book")}
+html_sidebars = {name: [] for name in ("index", "changelog", "coming_from", "by_the_book", "benchmarks/**")}
 
 # A heading goes before each of these parameters of the long classes.
 GROUPS = {

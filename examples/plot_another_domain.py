@@ -105,3 +105,8 @@ axes[0].scatter([], [], c="k", marker="o", label="old domain")
 axes[0].scatter([], [], c="k", marker="x", label="new domain")
 axes[0].legend()
 plt.show()
+
+# %%
+# From 2000 digits of USPS to 2000 of MNIST, accuracy rises from 0.58 to 0.76 with each domain
+# scaled by itself, and from 0.59 to 0.85 the other way round. On brain scans whose test folder is
+# of another source it does not help: 0.43 and 0.42.
