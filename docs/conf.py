@@ -91,7 +91,8 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_sidebars = {name: [] for name in ("index", "changelog", "coming_from", "by_the_book", "benchmarks/**")}
+PLAIN = ("index", "changelog", "coming_from", "by_the_book", "benchmarks/**")
+html_sidebars = {name: [] for name in PLAIN}
 
 # A heading goes before each of these parameters of the long classes.
 GROUPS = {

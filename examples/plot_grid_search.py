@@ -97,7 +97,9 @@ for task, (X, y) in tasks.items():
 # Lower layers see edges and their sharpness, higher layers see what is in the image and lose
 # details.
 size = (2.5 + 3.5 * len(tasks), 3.5)
-figure, axes = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False)
+figure, axes = plt.subplots(
+    1, len(tasks), figsize=size, sharey=True, squeeze=False, layout="constrained"
+)
 for ax, (task, search) in zip(axes.flat, searches.items(), strict=True):
     table = pd.DataFrame(search.cv_results_)
     is_random = table["param_network__weights"].isna()

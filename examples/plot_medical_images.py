@@ -67,7 +67,7 @@ print(f"{len(y)} images, {y.mean():.0%} of them positive")
 # Accuracy says little where seven of eight images are negative, so the precision at each recall
 # is drawn. With ``class_weight="balanced"`` a lesion counts as much as seven other scans.
 folds = StratifiedKFold(5, shuffle=True, random_state=0)
-figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+scores = {}
 for value_range in value_ranges:
     model = make_pipeline(
         PretrainedFeatureExtractor(value_range=value_range),
@@ -75,9 +75,8 @@ for value_range in value_ranges:
         LogisticRegression(C=0.01, class_weight="balanced", max_iter=1000),
     )
     score = cross_val_predict(model, images, y, cv=folds, method="predict_proba")[:, 1]
-    name = f"value_range={value_range}"
-    print(f"{name}: average precision {average_precision_score(y, score):.2f}")
-    PrecisionRecallDisplay.from_predictions(y, score, name=name, ax=axes[1])
+    scores[f"value_range={value_range}"] = score
+    print(f"{value_range}: average precision {average_precision_score(y, score):.2f}")
 
 # %%
 # Probabilities
@@ -87,6 +86,9 @@ for value_range in value_ranges:
 # such scans.
 calibrated = CalibratedClassifierCV(model, cv=3)
 probability = cross_val_predict(calibrated, images, y, cv=folds, method="predict_proba")[:, 1]
+figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+for name, values in scores.items():
+    PrecisionRecallDisplay.from_predictions(y, values, name=name, ax=axes[1])
 for name, values in {"balanced weights": score, "calibrated": probability}.items():
     print(f"{name:18} Brier score {brier_score_loss(y, values):.3f}")
     options = {"n_bins": 6, "strategy": "quantile", "name": name, "ax": axes[2]}
