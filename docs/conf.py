@@ -64,7 +64,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery",
     "filename_pattern": r"/(plot_|quickstart)",
     "ignore_pattern": r"__init__|/serve/|parquet_to_embeddings",
-    "within_subsection_order": "FileNameSortKey",
+    "within_subsection_order": lambda name: (name != "quickstart.py", name),
     "show_memory": False,
     "write_computation_times": False,
     "remove_config_comments": True,
