@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 DATA = Path(os.environ.get("SKTRANSFER_DATA", Path(__file__).parents[3] / "shared"))
+RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
@@ -34,7 +35,7 @@ def machine() -> dict[str, Any]:
 
 def save(name: str, figures: dict[str, Any]) -> None:
     """Write ``results/NAME.json`` beside the script."""
-    path = Path(__file__).parent / "results" / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     content = {"machine": machine(), "figures": figures}
     path.write_text(json.dumps(content, indent=1, default=_plain) + "\n")

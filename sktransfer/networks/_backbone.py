@@ -145,8 +145,15 @@ def _hidden_states(layer: object, stages: list[str]) -> str | None:
     """Return the name of the `layer`-th hidden states of a transformer."""
     if layer is None or isinstance(layer, str):
         return layer
-    n_states = max(1, len(stages) - 1)
+    n_states = len(stages) - 1
     k = operator.index(layer)  # type: ignore[arg-type]
+    if n_states == 0:
+        if k == -1:
+            return LAST_STATES
+        raise ValueError(
+            f"layer={layer} asks for hidden states within a network that is not divided into "
+            "blocks: None or -1 (the last ones) is accepted."
+        )
     if not -n_states <= k < n_states:
         raise ValueError(
             f"layer={layer} is not in the network, which has {n_states} hidden states: 0 (before "
@@ -377,6 +384,7 @@ class Backbone:
         root = copy.deepcopy(network.plan.root)
         if isinstance(root, SplitModel):
             root.ends_with_tokens = network.plan.last_map_key in self._keys
+            root.size = self.input_size
         return root, network.plan.stages(root)
 
     def with_weights(self, module: nn.Module, digest: str) -> Backbone:

@@ -140,7 +140,7 @@ class FolderSource(BuiltSource):
         """Make the model with its weights, or with random ones; see :func:`load_model`."""
         if self.is_random:
             with own_random_state(self.seed), quiet():
-                return import_transformers().AutoModel.from_config(self.config).float()
+                return _make_model(self.config)
         state = None if self.path is None else _weights.read_state_dict(self.path)
         return load_model(self.folder, self.name, self.config, state, unused=unused)
 
@@ -151,12 +151,27 @@ def make_skeleton(settings: Mapping) -> PreTrainedModel:
     kind = settings["model_type"]
     others = {key: value for key, value in settings.items() if key != "model_type"}
 
-    def make() -> PreTrainedModel:
-        config = transformers.AutoConfig.for_model(kind, **others)
-        return transformers.AutoModel.from_config(config, trust_remote_code=False).float()
-
     with quiet():
-        return skeleton(make)  # type: ignore[return-value]
+        config = transformers.AutoConfig.for_model(kind, **others)
+        return skeleton(lambda: _make_model(config))  # type: ignore[return-value]
+
+
+def has_projection(config: PretrainedConfig) -> bool:
+    """Whether a network was saved with a projection behind it, which AutoModel leaves out."""
+    return str((config.architectures or [""])[0]).endswith("WithProjection")
+
+
+def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """Return the class of a configuration's network, without heads."""
+    transformers = import_transformers()
+    if has_projection(config):
+        return getattr(transformers, config.architectures[0])
+    kind = transformers.MODEL_MAPPING[type(config)]
+    return kind[0] if isinstance(kind, (tuple, list)) else kind
+
+
+def _make_model(config: PretrainedConfig) -> PreTrainedModel:
+    return _model_class(config)(config).float()
 
 
 @contextlib.contextmanager
@@ -184,22 +199,17 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a model with its weights, or those of `state`, as float32, without heads.
 
-    Keys that begin with one of `unused` may be missing.
+    Weights whose names begin with one of `unused` may be missing.
     """
-    transformers = import_transformers()
     place = str(folder) if state is None else "the file given as weights"
     options = {"config": config, "local_files_only": True, "output_loading_info": True}
     options |= {"dtype": torch.float32}
     try:
         with quiet():
-            if state is None:
-                model, info = transformers.AutoModel.from_pretrained(
-                    str(folder), trust_remote_code=False, **options
-                )
-            else:  # which AutoModel itself does not take
-                with torch.device("meta"):
-                    kind = type(transformers.AutoModel.from_config(config))
-                model, info = kind.from_pretrained(None, state_dict=dict(state), **options)
+            source = {"state_dict": dict(state)} if state else {}
+            model, info = _model_class(config).from_pretrained(
+                None if state else str(folder), **source, **options
+            )
     except Exception as error:
         raise ValueError(
             f"backbone={name!r}: its weights in {place!r} cannot be loaded "
