@@ -287,8 +287,8 @@ def saved_text_source(name: str, state: Mapping[str, torch.Tensor]) -> SavedText
 
 def _text_part(model: PreTrainedModel) -> PreTrainedModel:
     """Return what of a model embeds texts."""
-    if model.config.is_encoder_decoder:
-        model = model.get_encoder()
+    if hasattr(model, "encoder") and hasattr(model, "decoder"):
+        model = model.encoder
     if getattr(model, "vision_model", None) is not None:
         model.vision_model = None
     if hasattr(model, "pooler"):  # some models call it whether they have one or not
