@@ -263,9 +263,11 @@ class Workers:
             if item is not None:
                 under_way.append(self._pool.submit(work, item))
             while under_way and (
-                item is None or len(under_way) >= self.depth or (is_eager and under_way[0].done())
+                item is None or len(under_way) >= self.depth or under_way[0].done()
             ):
                 yield under_way.popleft().result()
+                if item is not None and not is_eager:
+                    break
             if item is None:
                 yield None
         while under_way:

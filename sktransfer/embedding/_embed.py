@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sktransfer.networks._backbone import Backbone
 
 _CHUNK = 1024  # images whose files are looked up in the store at once
-_FIRST_PART = 64  # images read before an accelerator's threads decode the first
+_FIRST_PART = 32  # images read before an accelerator's threads decode the first
 _READ_TOGETHER = 8  # images read by one task
 _PART_BYTES = 128 << 20  # of content that is read before it is computed
 _POLL_SECONDS = 0.02
