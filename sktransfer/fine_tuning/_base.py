@@ -59,7 +59,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         **SHARED_CONSTRAINTS,
         "pooling": [*SHARED_CONSTRAINTS["pooling"], StrOptions({"mean", "last"})],
         "precision": [StrOptions({"float32", "bfloat16"})],
-        "layer": [str, "array-like", None],
+        "layer": [Integral, str, "array-like", None],
         "unfreeze": [
             Interval(Integral, 0, None, closed="left"),
             StrOptions({"all", "gradual"}),

@@ -7,6 +7,7 @@ import hashlib
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from sktransfer._progress import did_you_mean
 from sktransfer._threads import own_settings
-from sktransfer.networks._blocks import LAST_STATES, BlockPlan, SplitModel
+from sktransfer.networks._blocks import LAST_STATES, BlockPlan, EmbeddingModel
 from sktransfer.networks._graph import Stages
 from sktransfer.networks._inference import (
     POOLINGS,
@@ -45,7 +46,7 @@ def load_backbone(
     backbone: str | nn.Module | Callable[[], nn.Module] | Source = "builtin",
     *,
     weights: str | PathLike | None = "DEFAULT",
-    layer: str | Sequence[str | None] | None = None,
+    layer: int | str | Sequence[int | str | None] | None = None,
     pooling: str = "auto",
     preprocessing: str | dict | Callable = "auto",
 ) -> Backbone:
@@ -63,11 +64,13 @@ def load_backbone(
         Name of published weights (``"IMAGENET1K_V2"``); path of a local ``.pt``, ``.pth`` or
         ``.safetensors`` file with a state dict, whose head may have any width; or None for
         random weights, the same ones every time.
-    layer : str, list of str or None, default=None
+    layer : int, str, list of them or None, default=None
         None: what enters the classification head. Or the name of a stage, a sub-module or an
         operation (``"layer3"``, ``"layer3.0.conv1"``, ``"layer3.0.add"``), or a list of them,
         whose pooled outputs are joined in that order; None in a list is the embedding. Or
-        ``"all"``: every stage between the stem and the head, the last one as the embedding.
+        ``"all"``: every stage between the stem and the head, the last one as the embedding. Of a
+        network of transformers also the number of its hidden states: 0 before the first block, -1
+        the last ones.
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
         How a map becomes a vector. ``"auto"``: for the embedding, as the network itself does;
         for an inner layer, the mean over the map, or the class token where the network
@@ -115,9 +118,8 @@ def load_backbone(
         raise ValueError(
             f"pooling={pooling!r} is not accepted{of_texts}: one of {list(known)}.{hint}"
         )
-    loaded = Backbone(
-        source, layer, pooling, resolve_preprocessing(preprocessing, source.preprocessing)
-    )
+    how = resolve_preprocessing(preprocessing, source.preprocessing)
+    loaded = Backbone(source, _named_layers(layer, source), pooling, how)
     if source.is_user_file:
         _ = loaded.network.module  # find out now whether the file fits
     return loaded
@@ -133,23 +135,27 @@ def load_text_backbone(
 ) -> Backbone:
     """Load a network for texts; the parameters are those of `PretrainedTextExtractor`."""
     source = text_source(backbone, weights) if isinstance(backbone, str) else backbone
-    tokens = source.tokens(max_length)
-    plan = get_network(source, source.preprocessing.input_size).plan
+    kind = "avg" if pooling == "mean" else pooling
+    return Backbone(source, _named_layers(layer, source), kind, source.tokens(max_length))
+
+
+def _named_layers(layer, source: Source):  # type: ignore[no-untyped-def]
+    """Replace numbers of hidden states of a network of transformers by the layers' names."""
     is_list = isinstance(layer, Iterable) and not isinstance(layer, str)
-    names = [_hidden_states(k, plan.names) for k in (layer if is_list else [layer])]  # type: ignore[union-attr]
-    asked = names if is_list else names[0]
-    return Backbone(source, asked, "avg" if pooling == "mean" else pooling, tokens)
+    asked = list(layer) if is_list else [layer]
+    if any(isinstance(k, Integral) for k in asked):
+        plan = get_network(source, source.preprocessing.input_size).plan
+        if isinstance(plan, BlockPlan):
+            asked = [_hidden_states(k, plan.names) if isinstance(k, Integral) else k for k in asked]
+    return asked if is_list else asked[0]
 
 
-def _hidden_states(layer: object, stages: list[str]) -> str | None:
+def _hidden_states(layer: Integral, stages: list[str]) -> str:
     """Return the name of the `layer`-th hidden states of a transformer."""
-    if layer is None or isinstance(layer, str):
-        return layer
-    n_states = len(stages) - 1
-    k = operator.index(layer)  # type: ignore[arg-type]
+    n_states, k = len(stages) - 1, operator.index(layer)
+    if n_states == 0 and k == -1:
+        return LAST_STATES
     if n_states == 0:
-        if k == -1:
-            return LAST_STATES
         raise ValueError(
             f"layer={layer} asks for hidden states within a network that is not divided into "
             "blocks: None or -1 (the last ones) is accepted."
@@ -382,7 +388,7 @@ class Backbone:
         network = self.network
         _ = network.module  # the weights
         root = copy.deepcopy(network.plan.root)
-        if isinstance(root, SplitModel):
+        if isinstance(root, EmbeddingModel):
             root.ends_with_tokens = network.plan.last_map_key in self._keys
             root.size = self.input_size
         return root, network.plan.stages(root)

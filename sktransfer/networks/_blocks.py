@@ -78,32 +78,52 @@ class _Switch(nn.Module):
         return hidden if self._n_outputs is None else (hidden, *_pass.shared)
 
 
-class SplitModel(nn.Module, ABC):
-    """A model of transformers from one tensor of images or texts to one row each, in parts.
+class EmbeddingModel(nn.Module, ABC):
+    """A network from one tensor of images or texts to one row each, that `recipe` can build."""
 
-    A subclass says how inputs are given to the model, what goes from part to part, and what the
-    row is. `method` is the one of the model's that is called.
-    """
-
-    kind: str  # of its inputs, for messages
     recipe: torch.Tensor  # JSON, as bytes: what builds the network again, beside its weights
     n_prefix = 0  # tokens before those of the image, the first of which is the class token …
     class_token: int | None = None  # … if this is 0
     size: tuple[int, ...]  # of an input, for the stages
 
-    def __init__(self, model: nn.Module, recipe: dict) -> None:
+    def __init__(self, recipe: dict) -> None:
         super().__init__()
-        self.rest, self.method = model, recipe["method"]
         self.blocks = nn.ModuleList()
-        self.after = nn.Sequential()  # what follows the pooling
-        self.path = ""
-        self.runs_alone = False  # as a row depends on the padding
+        self.path = ""  # from where the blocks were taken
         self.ends_with_tokens = False  # instead of rows: a pooling of one's own follows
         self._set_recipe(recipe)
 
     def _set_recipe(self, recipe: dict) -> None:
         content = torch.frombuffer(bytearray(json.dumps(recipe).encode()), dtype=torch.uint8)
         self.register_buffer("recipe", content)
+
+    @abstractmethod
+    def example(self, n: int) -> torch.Tensor:
+        """Make inputs."""
+
+    @abstractmethod
+    def values(self, x: torch.Tensor, keys: list[str]) -> dict[str, torch.Tensor]:
+        """Return the values of some parts, each computed once."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        key = LAST_STATES if self.ends_with_tokens else END
+        return self.values(x, [key])[key]
+
+
+class SplitModel(EmbeddingModel):
+    """A model of transformers, in parts.
+
+    A subclass says how inputs are given to the model, what goes from part to part, and what the
+    row is. `method` is the one of the model's that is called.
+    """
+
+    kind: str  # of its inputs, for messages
+
+    def __init__(self, model: nn.Module, recipe: dict) -> None:
+        super().__init__(recipe)
+        self.rest, self.method = model, recipe["method"]
+        self.after = nn.Sequential()  # what follows the pooling
+        self.runs_alone = False  # as a row depends on the padding
 
     def ready(self, state: Mapping[str, torch.Tensor] | None = None) -> Self:
         """Freeze and split the network, with the weights of `state` if it is given.
@@ -147,10 +167,6 @@ class SplitModel(nn.Module, ABC):
             raise ValueError("its weights do not fit its network")
         self.recipe = state["recipe"]
         self.load_state_dict(state, assign=True)
-
-    @abstractmethod
-    def example(self, n: int) -> torch.Tensor:
-        """Make inputs."""
 
     @abstractmethod
     def alone(self, x: torch.Tensor) -> torch.Tensor:
@@ -238,10 +254,6 @@ class SplitModel(nn.Module, ABC):
         return _are_close(got, expected)
 
     # -- the parts --------------------------------------------------------------------------
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        key = LAST_STATES if self.ends_with_tokens else END
-        return self.values(x, [key])[key]
-
     def _whole(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the model with its blocks in it."""
         if self.runs_alone and len(x) > 1:
@@ -295,7 +307,6 @@ class SplitModel(nn.Module, ABC):
         return ends[LAST_STATES if self.ends_with_tokens else END]
 
     def values(self, x: torch.Tensor, keys: list[str]) -> dict[str, torch.Tensor]:
-        """Return the values of some parts, each computed once."""
         if not self.path:
             return self._whole(x)
         found: dict[str, torch.Tensor] = {}
@@ -327,12 +338,12 @@ def read_recipe(content: torch.Tensor) -> dict:
 
 
 class BlockPlan:
-    """The stages of a :class:`SplitModel`: ``"embeddings"``, ``"block0"`` …, ``"pool"``.
+    """The stages of an :class:`EmbeddingModel`: ``"embeddings"``, ``"block0"`` …, ``"pool"``.
 
     The last one holds what follows the blocks; of a model that cannot be split it is all.
     """
 
-    def __init__(self, module: SplitModel, input_size: tuple[int, ...], name: str) -> None:
+    def __init__(self, module: EmbeddingModel, input_size: tuple[int, ...], name: str) -> None:
         self.root, self.network_name = module, name
         blocks = [f"block{k}" for k in range(len(module.blocks))]
         self.names = [START, *blocks, END] if module.path else ["body"]
@@ -344,8 +355,7 @@ class BlockPlan:
     def stages(self, root: nn.Module | None = None) -> Stages:
         """Make the stages as modules of the layers of `root`: this module or a copy of it."""
         root = self.root if root is None else root
-        assert isinstance(root, SplitModel)
-        if not root.path:
+        if not isinstance(root, SplitModel) or not root.path:
             return Stages([Stage("body", root)])
         before, after = _around(root.rest, root.path)
         parts = [
@@ -394,7 +404,7 @@ class BlockPlan:
 class BlockExtractor(nn.Module):
     """Returns the values of the parts `keys`, each pooled."""
 
-    def __init__(self, module: SplitModel, keys: list[str], poolings: list[nn.Module]) -> None:
+    def __init__(self, module: EmbeddingModel, keys: list[str], poolings: list[nn.Module]) -> None:
         super().__init__()
         self.module, self.keys = module, list(keys)
         self.poolings = nn.ModuleList(poolings)

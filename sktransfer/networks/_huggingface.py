@@ -156,16 +156,17 @@ def make_skeleton(settings: Mapping) -> PreTrainedModel:
         return skeleton(lambda: _make_model(config))  # type: ignore[return-value]
 
 
-def has_projection(config: PretrainedConfig) -> bool:
-    """Whether a network was saved with a projection behind it, which AutoModel leaves out."""
-    return str((config.architectures or [""])[0]).endswith("WithProjection")
+def projected_class(config: PretrainedConfig) -> str:
+    """Return the class of a network with a projection, which AutoModel leaves out; or ``""``."""
+    names = config.architectures or []
+    return next((name for name in names if name.endswith("WithProjection")), "")
 
 
-def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+def _model_class(config: PretrainedConfig):
     """Return the class of a configuration's network, without heads."""
     transformers = import_transformers()
-    if has_projection(config):
-        return getattr(transformers, config.architectures[0])
+    if name := projected_class(config):
+        return getattr(transformers, name)
     kind = transformers.MODEL_MAPPING[type(config)]
     return kind[0] if isinstance(kind, (tuple, list)) else kind
 

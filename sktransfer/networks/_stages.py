@@ -17,7 +17,7 @@ from collections import Counter
 
 from torch import fx, nn
 
-from sktransfer.networks._blocks import BlockPlan, SplitModel
+from sktransfer.networks._blocks import BlockPlan, EmbeddingModel
 from sktransfer.networks._graph import (
     Stage,
     StageModule,
@@ -68,7 +68,7 @@ def plan_stages(
 
     With `is_foreign` two random images check that the graph computes what the module does.
     """
-    if isinstance(module, SplitModel):
+    if isinstance(module, EmbeddingModel):
         return BlockPlan(module, input_size, name)
     try:
         traced = trace(module)

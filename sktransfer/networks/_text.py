@@ -17,9 +17,9 @@ from sktransfer._threads import own_random_state
 from sktransfer.networks._blocks import SplitModel, random_ids, read_recipe
 from sktransfer.networks._huggingface import (
     FolderSource,
-    has_projection,
     import_transformers,
     make_skeleton,
+    projected_class,
     quiet,
     read_config,
 )
@@ -55,7 +55,7 @@ class TextModel(SplitModel):
         super().__init__(model, recipe)
         self.after = nn.Sequential(*map(_layer_after, recipe["after"]))
         self.pooling, self.padding = Pooling(recipe["pooling"], "texts"), recipe["padding"]
-        self.is_projected = has_projection(model.config)  # type: ignore[arg-type]
+        self.is_own_row = self.method != "forward" or projected_class(model.config) != ""  # type: ignore[arg-type]
         config = getattr(model.config, "text_config", model.config)
         self.n_words: int = config.vocab_size  # type: ignore[union-attr, assignment]
         # CLIP's row is that of the token that ends a text: the one of the largest number where
@@ -82,13 +82,13 @@ class TextModel(SplitModel):
         is_token = value[..., -1] > 0.5
         other = next(k for k in range(self.n_words) if k not in (self.padding, self.closing))
         ids = torch.where(is_token, other, PADDING)
-        if self.method != "forward" or self.is_projected:
+        if self.is_own_row:
             last = is_token.sum(-1, keepdim=True).clamp(min=1) - 1
             ids = ids.scatter(1, last, self.closing)
         return value[..., :-1], self.inputs(ids)
 
     def row(self, output, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        if self.method == "forward" and not self.is_projected:
+        if not self.is_own_row:
             return self.pooling(self.pack(output.last_hidden_state, inputs))
         if isinstance(output, torch.Tensor):
             return output.float()
@@ -206,7 +206,9 @@ class TextSource(FolderSource):
         """
         layers = self._layers()
         read = {path: self._read(f"{path}/config.json") for path in layers}
-        settings = next((read[path] for path, kind in layers.items() if kind == "Pooling"), {})
+        settings: dict = next(
+            (read[path] for path, kind in layers.items() if kind == "Pooling"), {}
+        )
         after = [
             path
             for path, kind in layers.items()
@@ -288,9 +290,9 @@ def saved_text_source(name: str, state: Mapping[str, torch.Tensor]) -> SavedText
 def _text_part(model: PreTrainedModel) -> PreTrainedModel:
     """Return what of a model embeds texts."""
     if hasattr(model, "encoder") and hasattr(model, "decoder"):
-        model = model.encoder
+        model = model.get_encoder()
     if getattr(model, "vision_model", None) is not None:
-        model.vision_model = None
+        model.vision_model = None  # type: ignore[assignment]
     if hasattr(model, "pooler"):  # some models call it whether they have one or not
         model.pooler = nn.Identity()
     model.config.use_cache = False
@@ -325,5 +327,5 @@ def _checked_length(asked: int | str, limits: Sequence[int], name: str) -> int:
 
 
 # Their positions begin behind the number of the padding.
-_SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text", "xmod")
-_SHIFTED += ("ibert", "roberta-prelayernorm", "xlm-roberta-xl", "luke", "markuplm", "esm")
+_SHIFTED = ["roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text", "xmod"]
+_SHIFTED += ["ibert", "roberta-prelayernorm", "xlm-roberta-xl", "luke", "markuplm", "esm"]
