@@ -105,9 +105,9 @@ def main():
                     score = model.score(X_test, y_test)
                     runs.append(which | {"score": score, "seconds": seconds, "cpu_seconds": busy})
                     print(runs[-1], flush=True)
+                    save(options.name, {"options": vars(options), "runs": runs})
         print(f"\nafter draw {seed}")
         summarise(runs, variants)
-        save(options.name, {"options": vars(options), "runs": runs})
 
 
 if __name__ == "__main__":

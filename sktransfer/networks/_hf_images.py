@@ -19,14 +19,9 @@ from sktransfer.networks._huggingface import (
     import_transformers,
     make_skeleton,
     quiet,
-    read_config,
 )
 from sktransfer.networks._preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from sktransfer.networks._sources import (
-    GivenSource,
-    random_seed,
-    weights_path,
-)
+from sktransfer.networks._sources import GivenSource
 from sktransfer.networks._weights import state_digest
 
 if TYPE_CHECKING:
@@ -49,7 +44,7 @@ class ImageModel(SplitModel):
     def __init__(self, model: PreTrainedModel, recipe: dict) -> None:
         super().__init__(model, recipe)
         self.size = tuple(recipe["input_size"])  # of what the stages get
-        self.takes_bgr = recipe["takes_bgr"]
+        self.takes_bgr = recipe.get("takes_bgr", False)
         names = [name.rpartition(".")[2] for name, _ in model.named_parameters()]
         if any(name in _CLASS_TOKENS for name in names):
             self.class_token = 0
@@ -94,15 +89,7 @@ class ImageSource(FolderSource):
     files = _PROCESSOR_FILES
 
     def __init__(self, name: str, weights: object) -> None:
-        self.name, self.is_random, self.seed = name, weights is None, random_seed.get()
-        self.path = weights_path(weights)
-        self.is_user_file = self.path is not None
-        if not (self.is_random or self.is_user_file or weights == "DEFAULT"):
-            raise ValueError(
-                f"weights={weights!r} is not accepted for {name!r}: 'DEFAULT' means those of its "
-                "folder, a path those of a file, None random ones."
-            )
-        self.config = read_config(name)
+        super().__init__(name, weights)
         if not any(hasattr(_vision(self.config), name) for name in ("num_channels", "image_size")):
             raise ValueError(
                 f"backbone={name!r} is a {self.config.model_type} network, which takes no images."

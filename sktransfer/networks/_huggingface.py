@@ -14,7 +14,7 @@ import torch
 
 from sktransfer._threads import own_random_state
 from sktransfer.networks import _weights
-from sktransfer.networks._sources import BuiltSource, skeleton
+from sktransfer.networks._sources import BuiltSource, random_seed, skeleton, weights_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # What a network and its inputs are made of; the digest is of these.
 _WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
 _WEIGHTS += ["pytorch_model.bin.index.json"]
+# Settings of networks for images and sounds, which may have a vocabulary, too.
+_OF_OTHERS = ["vision_config", "image_size", "patch_size", "num_channels"]
+_OF_OTHERS += ["conv_kernel", "num_mel_bins"]
 
 
 def import_transformers():
@@ -79,8 +82,7 @@ def read_config(name: str) -> PretrainedConfig:
 
 def is_text_config(config: PretrainedConfig) -> bool:
     """Whether a network takes texts and nothing else."""
-    is_visual = any(hasattr(config, name) for name in ("vision_config", "image_size", "patch_size"))
-    return hasattr(config, "vocab_size") and not is_visual and not hasattr(config, "num_channels")
+    return hasattr(config, "vocab_size") and not any(hasattr(config, k) for k in _OF_OTHERS)
 
 
 def is_text_name(backbone: object) -> bool:
@@ -115,15 +117,24 @@ class FolderSource(BuiltSource):
     """A network of transformers; beside its weights it depends on the `files` of its folder."""
 
     files: Sequence[str]
-    is_random: bool
-    seed: int
-    path: Path | None = None  # of other weights
-    config: PretrainedConfig
+
+    def __init__(self, name: str, weights: object) -> None:
+        self.name, self.is_random, self.seed = name, weights is None, random_seed.get()
+        self.path = weights_path(weights)
+        self.is_user_file = self.path is not None
+        if not (self.is_random or self.is_user_file or weights == "DEFAULT"):
+            raise ValueError(
+                f"weights={weights!r} is not accepted for {name!r}: 'DEFAULT' means those of its "
+                "folder, a path those of a file, None random ones."
+            )
+        self._place = hf_folder(name)
+        self.config = read_config(name)
 
     @property
     def folder(self) -> Path:
-        # Where it is now: a pickle may come from another machine.
-        return hf_folder(self.name)
+        # A name may be relative to another working folder, a pickle come from another machine.
+        is_there = (self._place / "config.json").is_file()
+        return self._place if is_there else hf_folder(self.name)
 
     def digest_files(self) -> str:
         folder = self.folder

@@ -21,19 +21,19 @@ from sktransfer.networks._huggingface import (
     make_skeleton,
     projected_class,
     quiet,
-    read_config,
 )
-from sktransfer.networks._inference import Pooling
-from sktransfer.networks._sources import GivenSource, random_seed
+from sktransfer.networks._inference import Pooling, get_network
+from sktransfer.networks._sources import GivenSource
 from sktransfer.networks._tokens import PADDING, Tokens
 from sktransfer.networks._weights import read_state_dict, state_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt"]
-_FILES += ["tokenizer.model", "special_tokens_map.json", "modules.json"]
-_FILES += ["sentence_bert_config.json", "config_sentence_transformers.json"]
+_VOCABULARIES = ["tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"]
+_VOCABULARIES += ["sentencepiece.bpe.model"]
+_FILES = [*_VOCABULARIES, "tokenizer_config.json", "merges.txt", "special_tokens_map.json"]
+_FILES += ["modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"]
 _LAYER_FILES = ["config.json", "model.safetensors", "pytorch_model.bin"]  # of one for sentences
 _MAX_LENGTH = 512  # where no file says what the network takes
 # sentence-transformers' names of poolings
@@ -53,7 +53,7 @@ class TextModel(SplitModel):
 
     def __init__(self, model: nn.Module, recipe: dict) -> None:
         super().__init__(model, recipe)
-        self.after = nn.Sequential(*map(_layer_after, recipe["after"]))
+        self.after = nn.Sequential(*map(_layer_after, recipe.get("after", [])))
         self.pooling, self.padding = Pooling(recipe["pooling"], "texts"), recipe["padding"]
         self.is_own_row = self.method != "forward" or projected_class(model.config) != ""  # type: ignore[arg-type]
         config = getattr(model.config, "text_config", model.config)
@@ -62,9 +62,20 @@ class TextModel(SplitModel):
         # an old configuration says 2.
         end = getattr(config, "eos_token_id", None)
         self.closing = end if isinstance(end, int) and end != 2 else self.n_words - 1
+        self.other = next(k for k in range(9) if k not in (self.padding, self.closing))
+        self.is_filled = recipe.get("filling") is not None
 
     def example(self, n: int) -> torch.Tensor:
-        return random_ids(n, 6, self.n_words)
+        ids = random_ids(n, 6, self.n_words)
+        return self._closed(ids.where(ids != PADDING, self.other) if self.is_filled else ids)
+
+    def _closed(self, ids: torch.Tensor) -> torch.Tensor:
+        """End texts by the token at which CLIP's row is."""
+        if not self.is_own_row:
+            return ids
+        ids = ids.where(ids != self.closing, self.other)
+        last = (ids != PADDING).sum(-1, keepdim=True).clamp(min=1) - 1
+        return ids.scatter(1, last, self.closing)
 
     def alone(self, x: torch.Tensor) -> torch.Tensor:
         return x[-1:, : max(1, int((x[-1] != PADDING).sum()))]
@@ -80,12 +91,8 @@ class TextModel(SplitModel):
 
     def unpack(self, value: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         is_token = value[..., -1] > 0.5
-        other = next(k for k in range(self.n_words) if k not in (self.padding, self.closing))
-        ids = torch.where(is_token, other, PADDING)
-        if self.is_own_row:
-            last = is_token.sum(-1, keepdim=True).clamp(min=1) - 1
-            ids = ids.scatter(1, last, self.closing)
-        return value[..., :-1], self.inputs(ids)
+        ids = torch.where(is_token, self.other, PADDING)
+        return value[..., :-1], self.inputs(self._closed(ids))
 
     def row(self, output, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if not self.is_own_row:
@@ -122,13 +129,11 @@ class TextSource(FolderSource):
         return [*_FILES, *(f"{part}/{file}" for part in self._layers() for file in _LAYER_FILES)]
 
     def __init__(self, name: str, weights: object) -> None:
-        self.name, self.is_random, self.seed = name, weights is None, random_seed.get()
-        if weights not in ("DEFAULT", None):
+        super().__init__(name, weights)
+        if not hasattr(getattr(self.config, "text_config", self.config), "vocab_size"):
             raise ValueError(
-                f"weights={weights!r} is not accepted for {name!r}: 'DEFAULT' means those of its "
-                "folder, None random ones."
+                f"backbone={name!r} is a {self.config.model_type} network, which takes no texts."
             )
-        self.config = read_config(name)
         self.digest = self.digest_files()
         self.preprocessing = self.tokens("auto")
 
@@ -138,7 +143,8 @@ class TextSource(FolderSource):
         return Tokens(self, _checked_length(max_length, self.limits(), self.name))
 
     def encoder(self, max_length: int) -> Callable[[str], Sequence[int]]:
-        return _encoder(self.tokenizing(), max_length)
+        network = get_network(self, self.preprocessing.input_size)
+        return _encoder(read_recipe(network.module.recipe), max_length)  # type: ignore[arg-type]
 
     def tokenizing(self) -> dict:
         """Return what turns texts into numbers."""
@@ -159,6 +165,8 @@ class TextSource(FolderSource):
         """Return the tokenizer in the format of the package tokenizers."""
         transformers = import_transformers()
         try:
+            if not any((self.folder / file).is_file() for file in _VOCABULARIES):
+                raise FileNotFoundError(f"none of {', '.join(_VOCABULARIES)}")
             with quiet():
                 made = transformers.AutoTokenizer.from_pretrained(
                     str(self.folder), local_files_only=True, trust_remote_code=False
@@ -241,7 +249,7 @@ class TextSource(FolderSource):
             "limits": self.limits(),
             "pooling": pooling,
             "after": after,
-            "padding": max(0, config.pad_token_id or 0),
+            "padding": max(0, getattr(config, "pad_token_id", None) or 0),
             "method": "get_text_features" if hasattr(model, "get_text_features") else "forward",
         }
         with own_random_state(self.seed):
