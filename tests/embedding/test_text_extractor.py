@@ -136,7 +136,11 @@ def test_the_folder_says_how_to_pool(sentences, pooled, tmp_path):
     [
         (["Transformer", "Pooling", "Dense"], {"pooling_mode": "cls"}, "Dense"),
         (["Transformer", "Pooling"], {"pooling_mode": "weightedmean"}, "weightedmean"),
-        (["Pooling"], {f"pooling_mode_{k}_token": True for k in ("cls", "max")}, "cls', 'max"),
+        (
+            ["Transformer", "Pooling"],
+            {f"pooling_mode_{k}_token": True for k in ("cls", "max")},
+            "cls', 'max",
+        ),
     ],
 )
 def test_what_the_folder_says_beyond_a_pooling(modules, pooling, named, tmp_path):
@@ -182,6 +186,7 @@ FORMS = {
     "pyarrow": lambda x: pl.DataFrame({"text": x}).to_arrow(),
     "rows": lambda x: [[text] for text in x],
     "column": lambda x: np.array(x, dtype=object)[:, None],
+    "masked": lambda x: np.ma.array(x),
 }
 
 
@@ -229,6 +234,9 @@ def test_what_holds_no_texts_is_refused(X, error, message, bert):
 
 def test_missing_texts(bert):
     X = ["a good film", None, np.nan, pd.NA, 3, b"\xff", "bad"]
+    masked = np.ma.array(["good", "bad"], mask=[False, True])
+    with pytest.raises(ValueError, match=r"1 of 2 texts could not be read:\n  row 1 \(None\)"):
+        PretrainedTextExtractor(bert).fit_transform(masked)
     extractor = PretrainedTextExtractor(bert).fit(X)
     with pytest.raises(
         ValueError, match=r"5 of 7 texts could not be read:\n  row 1 \(None\)"
