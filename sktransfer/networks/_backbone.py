@@ -153,17 +153,15 @@ def _named_layers(layer, source: Source):  # type: ignore[no-untyped-def]
 def _hidden_states(layer: Integral, stages: list[str]) -> str:
     """Return the name of the `layer`-th hidden states of a transformer."""
     n_states, k = len(stages) - 1, operator.index(layer)
-    if n_states == 0 and k == -1:
+    if k == -1:
         return LAST_STATES
-    if n_states == 0:
-        raise ValueError(
-            f"layer={layer} asks for hidden states within a network that is not divided into "
-            "blocks: None or -1 (the last ones) is accepted."
-        )
     if not -n_states <= k < n_states:
+        known = f"0 (before the first block) to {n_states - 1} or -1 (the last ones) are accepted."
         raise ValueError(
-            f"layer={layer} is not in the network, which has {n_states} hidden states: 0 (before "
-            f"the first block) to {n_states - 1} or -1 (the last ones) are accepted."
+            f"layer={layer} is not in the network, which has {n_states} hidden states: {known}"
+            if n_states
+            else f"layer={layer} asks for hidden states within a network that is not divided into "
+            "blocks: None or -1 (the last ones) is accepted."
         )
     return LAST_STATES if k % n_states == n_states - 1 else stages[k % n_states]
 

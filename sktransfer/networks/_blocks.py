@@ -25,7 +25,6 @@ from sktransfer.networks._sources import freeze
 
 START, END, LAST_STATES = "embeddings", "pool", "last_states"
 _Call = tuple[tuple, dict]
-_Outputs = tuple[int | None, bool]  # number of a block's outputs; whether others are tensors
 
 
 class _Pass(threading.local):
@@ -34,7 +33,7 @@ class _Pass(threading.local):
     given: torch.Tensor | None = None
     hidden: torch.Tensor
     calls: list[_Call]
-    shared: tuple  # what the first block returns beside the hidden states, for the others
+    shared: tuple | None  # what the first block returns beside the hidden states, for the others
 
 
 _pass = _Pass()
@@ -51,10 +50,10 @@ class _Switch(nn.Module):
     these, without hooks, so that several threads can run one model.
     """
 
-    def __init__(self, block: nn.Module, k: int, n_blocks: int, outputs: _Outputs) -> None:
+    def __init__(self, block: nn.Module, k: int, n_blocks: int, others: tuple | None) -> None:
         super().__init__()
         self._block, self._k, self._n_blocks = (block,), k, n_blocks
-        self._n_outputs, self._is_shared = outputs
+        self._others = others  # what it returns beside the hidden states, in a tuple
 
     def __getattr__(self, name: str):
         try:
@@ -66,16 +65,16 @@ class _Switch(nn.Module):
         is_last = self._k == self._n_blocks - 1
         if _pass.given is None:
             if self._k == 0:
-                _pass.hidden, _pass.calls = hidden, []
-                _pass.shared = (None,) * ((self._n_outputs or 1) - 1)
-                if self._is_shared:  # T5's first block makes the others' bias of positions
+                _pass.hidden, _pass.calls, _pass.shared = hidden, [], self._others
+                if any(other is not None for other in self._others or ()):
+                    # T5's first block makes the others' bias of positions.
                     _pass.shared = self._block[0](hidden, *args, **kwargs)[1:]
             _pass.calls.append((args, kwargs))
             if is_last:
                 raise _AllCalled
         elif is_last:
             hidden = _pass.given
-        return hidden if self._n_outputs is None else (hidden, *_pass.shared)
+        return hidden if self._others is None else (hidden, *(_pass.shared or ()))
 
 
 class EmbeddingModel(nn.Module, ABC):
@@ -224,15 +223,11 @@ class SplitModel(EmbeddingModel):
             whole.blocks, whole.path = nn.ModuleList(), ""
         return whole
 
-    def _outputs(self, blocks: nn.ModuleList, x: torch.Tensor) -> dict[int, _Outputs]:
-        found: dict[int, _Outputs] = {}
+    def _outputs(self, blocks: nn.ModuleList, x: torch.Tensor) -> dict[int, tuple | None]:
+        found: dict[int, tuple | None] = {}
 
         def note(k: int, out: object) -> None:
-            others = out[1:] if isinstance(out, tuple) else ()
-            found[k] = (
-                len(out) if isinstance(out, tuple) else None,
-                any(isinstance(other, torch.Tensor) for other in others),
-            )
+            found[k] = out[1:] if isinstance(out, tuple) else None
 
         hooks = [
             block.register_forward_hook(lambda _, args, out, k=k: note(k, out))

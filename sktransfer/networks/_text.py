@@ -21,6 +21,7 @@ from sktransfer.networks._huggingface import (
     make_skeleton,
     projected_class,
     quiet,
+    weights_files,
 )
 from sktransfer.networks._inference import Pooling, get_network
 from sktransfer.networks._sources import GivenSource
@@ -158,7 +159,6 @@ class TextSource(FolderSource):
             "tokenizer": self._tokenizer_json(),
             "filling": filling,
             "prompt": (prompts or {}).get(default, ""),
-            "is_lower": bool(self._read("sentence_bert_config.json").get("do_lower_case")),
         }
 
     def _tokenizer_json(self) -> str:
@@ -212,31 +212,31 @@ class TextSource(FolderSource):
 
         The latter are the settings of dense layers, and None for one that scales to length 1.
         """
-        layers = self._layers()
-        read = {path: self._read(f"{path}/config.json") for path in layers}
-        settings: dict = next(
-            (read[path] for path, kind in layers.items() if kind == "Pooling"), {}
-        )
-        after = [
-            path
-            for path, kind in layers.items()
-            if kind == "Normalize" or "in_features" in read[path]
-        ]
-        odd = [k for path, k in layers.items() if path not in after and k != "Pooling"]
+        settings: dict = {}
+        after: list[dict | None] = []
+        odd = []
+        for path, kind in self._layers().items():
+            read = self._read(f"{path}/config.json")
+            if kind == "Pooling":
+                settings = read
+            elif kind == "Normalize" or "in_features" in read:
+                after.append(None if kind == "Normalize" else read | {"path": path})
+            else:
+                odd.append(kind)
         # One name, or before sentence-transformers 6 a flag for each: pooling_mode_cls_token.
         flags = [k for k, v in settings.items() if v is True and k.startswith("pooling_mode_")]
         modes = [settings["pooling_mode"]] if "pooling_mode" in settings else flags
         modes = [re.sub("^pooling_mode_|_tokens?$", "", str(mode)) for mode in modes]
-        if after and layers[after[0]] == "Normalize":  # which makes these equal
+        if after and after[0] is None:  # which makes these equal
             modes = ["mean" if mode == "mean_sqrt_len" else mode for mode in modes]
-        kind = _POOLINGS.get("+".join(modes) or "mean")
-        if odd or kind is None:
+        pooling = _POOLINGS.get("+".join(modes) or "mean")
+        if odd or pooling is None:
             warn(
                 f"{self.name} has {odd or modes} for sentences, which is not applied: its rows are "
                 "the mean of its tokens."
             )
             return "avg", []
-        return kind, [None if layers[path] == "Normalize" else read[path] for path in after]
+        return pooling, after
 
     # -- the network ------------------------------------------------------------------------
     def build(self) -> nn.Module:
@@ -254,22 +254,11 @@ class TextSource(FolderSource):
         }
         with own_random_state(self.seed):
             made = TextModel(_text_part(model), recipe)
-        if not self.is_random:
-            self._load_layers(made.after)
+        for settings, layer in zip(after, made.after, strict=True):
+            if settings is not None and not self.is_random:
+                files = weights_files(self.folder / settings["path"], self.name)
+                layer.load_state_dict(read_state_dict(files[0]))
         return made.ready()
-
-    def _load_layers(self, layers: nn.Sequential) -> None:
-        """Load the weights of the layers for sentences."""
-        paths = [path for path, kind in self._layers().items() if kind != "Pooling"]
-        for path, layer in zip(paths[: len(layers)], layers, strict=True):
-            files = [self.folder / path / file for file in _LAYER_FILES[1:]]
-            if found := [file for file in files if file.is_file()]:
-                layer.load_state_dict(read_state_dict(found[0]))
-            elif list(layer.parameters()):
-                raise FileNotFoundError(
-                    f"backbone={self.name!r}: {str(self.folder / path)!r} holds none of "
-                    f"{_LAYER_FILES[1:]}."
-                )
 
 
 class SavedTextSource(GivenSource):
@@ -316,13 +305,7 @@ def _encoder(settings: Mapping, max_length: int) -> Callable[[str], Sequence[int
         number = tokenizer.token_to_id(filling)
         tokenizer.enable_padding(length=max_length, pad_id=number, pad_token=filling)
     tokenizer.enable_truncation(max_length)
-    prompt, is_lower = settings["prompt"], settings["is_lower"]
-
-    def encode(text: str) -> Sequence[int]:
-        text = prompt + text
-        return tokenizer.encode(text.lower() if is_lower else text).ids
-
-    return encode
+    return lambda text: tokenizer.encode(settings["prompt"] + text).ids
 
 
 def _checked_length(asked: int | str, limits: Sequence[int], name: str) -> int:

@@ -138,7 +138,7 @@ def test_missing_weights_of_a_dense_layer_are_named(tmp_path):
     make_text_folder(tmp_path, sentences=OF_SENTENCES | {"modules": kinds})
     write_dense(tmp_path / "2_Dense", 16, 8, "Tanh", 0)
     (tmp_path / "2_Dense" / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"2_Dense' holds none of \['model.safetensors'"):
+    with pytest.raises(FileNotFoundError, match=r"2_Dense.* holds none of model\.safetensors"):
         extract(tmp_path)
 
 
