@@ -80,15 +80,12 @@ def read_config(name: str) -> PretrainedConfig:
         ) from error
 
 
-def is_text_config(config: PretrainedConfig) -> bool:
-    """Whether a network takes texts and nothing else."""
-    return hasattr(config, "vocab_size") and not any(hasattr(config, k) for k in _OF_OTHERS)
-
-
 def is_text_name(backbone: object) -> bool:
-    """Whether `backbone` names a network of texts; nothing but its configuration is read."""
-    is_named = isinstance(backbone, str) and backbone.startswith("hf:")
-    return is_named and is_text_config(read_config(str(backbone)))
+    """Whether `backbone` names a network of texts alone; only its configuration is read."""
+    if not (isinstance(backbone, str) and backbone.startswith("hf:")):
+        return False
+    config = read_config(backbone)
+    return hasattr(config, "vocab_size") and not any(hasattr(config, k) for k in _OF_OTHERS)
 
 
 def weights_files(folder: Path, name: str) -> list[Path]:
