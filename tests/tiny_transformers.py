@@ -4,6 +4,8 @@ import json
 
 import torch
 
+from sktransfer.networks._inference import clear_networks  # noqa: F401, for the tests
+
 _WORDS = "a good bad film is very the not dull fine"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *_WORDS.split(" ")]
 SIZES = {

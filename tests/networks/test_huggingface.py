@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_transformers import clear_networks
 
 from sktransfer import (
     FineTuningClassifier,
@@ -17,7 +18,6 @@ from sktransfer import (
     load_backbone,
     save,
 )
-from sktransfer.networks._inference import clear_networks
 
 transformers = pytest.importorskip("transformers")
 

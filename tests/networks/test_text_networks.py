@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_transformers import make_text_folder
+from tiny_transformers import clear_networks, make_text_folder
 
 from sktransfer import FineTuningClassifier, PretrainedTextExtractor, load, load_backbone, save
-from sktransfer.networks._inference import clear_networks
 
 transformers = pytest.importorskip("transformers")
 
