@@ -90,7 +90,7 @@ class ImageSource(FolderSource):
 
     def __init__(self, name: str, weights: object) -> None:
         super().__init__(name, weights)
-        if not any(hasattr(_vision(self.config), name) for name in ("num_channels", "image_size")):
+        if not any(hasattr(_vision(self.config), key) for key in ("num_channels", "image_size")):
             raise ValueError(
                 f"backbone={name!r} is a {self.config.model_type} network, which takes no images."
             )

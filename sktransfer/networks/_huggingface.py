@@ -124,14 +124,14 @@ class FolderSource(BuiltSource):
                 f"weights={weights!r} is not accepted for {name!r}: 'DEFAULT' means those of its "
                 "folder, a path those of a file, None random ones."
             )
-        self._place = hf_folder(name)
+        self._place = str(hf_folder(name))
         self.config = read_config(name)
 
     @property
     def folder(self) -> Path:
         # A name may be relative to another working folder, a pickle come from another machine.
-        is_there = (self._place / "config.json").is_file()
-        return self._place if is_there else hf_folder(self.name)
+        is_there = Path(self._place, "config.json").is_file()
+        return Path(self._place) if is_there else hf_folder(self.name)
 
     def digest_files(self) -> str:
         folder = self.folder
@@ -175,7 +175,9 @@ def _model_class(config: PretrainedConfig):
     transformers = import_transformers()
     if name := projected_class(config):
         return getattr(transformers, name)
-    kind = transformers.MODEL_MAPPING[type(config)]
+    kind = transformers.MODEL_MAPPING.get(type(config), None)
+    if kind is None:
+        raise ValueError(f"transformers has no network for a {type(config).__name__} alone")
     return kind[0] if isinstance(kind, (tuple, list)) else kind
 
 
