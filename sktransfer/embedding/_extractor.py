@@ -39,11 +39,12 @@ class PretrainedFeatureExtractor(Extractor):
         or ``.safetensors`` file, or ``None`` for random ones, to compare
         transfer with.
 
-    layer : str, list of str or None, default=None
+    layer : int, str, list of them or None, default=None
         Which layer gives the columns. ``None``: the input of the classification head. The name
-        of a stage or module (``"layer3"``): its pooled output; lower stages give low-level
-        features. A list: their pooled outputs, joined. ``"all"``: those of all stages between the
-        stem and the head, joined; put a :class:`~sklearn.preprocessing.StandardScaler` behind.
+        of a stage or module (``"layer3"``), or of ``"hf:…"`` networks the number of the hidden
+        states: its pooled output; lower stages give low-level features. A list: their pooled
+        outputs, joined. ``"all"``: those of all stages between the stem and the head, joined; put
+        a :class:`~sklearn.preprocessing.StandardScaler` behind.
 
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
         How a feature map becomes a row. ``"auto"``: as the network itself does it.
@@ -168,7 +169,7 @@ class PretrainedFeatureExtractor(Extractor):
 
     _parameter_constraints: dict = {  # noqa: RUF012
         **SHARED_CONSTRAINTS,
-        "layer": [str, "array-like", None],
+        "layer": [Integral, str, "array-like", None],
         "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "cache_layers": ["array-like", None],
         "on_error": [StrOptions({"raise", "nan", "zero"})],

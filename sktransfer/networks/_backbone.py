@@ -429,7 +429,7 @@ class Backbone:
 
 def with_cached_layers(layer: str | list | None, cache_layers: list | None) -> str | list | None:
     """Join the layers asked for and those that are for the store alone."""
-    asked = [layer] if layer is None or isinstance(layer, str) else list(layer)
+    asked = list(layer) if isinstance(layer, Iterable) and not isinstance(layer, str) else [layer]
     extra = [name for name in cache_layers or [] if name not in asked]
     return [*asked, *extra] if extra else layer
 

@@ -188,6 +188,8 @@ FORMS = {
     "column": lambda x: np.array(x, dtype=object)[:, None],
     "masked": lambda x: np.ma.array(x),
 }
+if hasattr(np.dtypes, "StringDType"):  # NumPy 2
+    FORMS["StringDType"] = lambda x: np.array(x, dtype=np.dtypes.StringDType())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -269,6 +271,24 @@ def test_each_text_goes_through_the_network_once(bert, monkeypatch, tmp_path):
     model = make_pipeline(PretrainedTextExtractor(bert, memory=tmp_path), LogisticRegression())
     GridSearchCV(model, {"logisticregression__C": [0.1, 1]}, cv=3).fit(X, y)
     assert sum(seen) == len(set(TEXTS))
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"pooling": ["mean", "cls", "last", "max", "auto"]},
+        {"layer": [None, 0, [1, 2], "all", -1]},
+        {"backbone": ["Bert", "GPT2"], "weights": ["DEFAULT", None]},
+    ],
+)
+def test_parameters_may_be_searched(grid, folders, bert):
+    if "backbone" in grid:
+        grid = grid | {"backbone": [f"hf:{folders[kind]}" for kind in grid["backbone"]]}
+    model = make_pipeline(PretrainedTextExtractor(bert), LogisticRegression(max_iter=1000))
+    grid = {f"pretrainedtextextractor__{name}": values for name, values in grid.items()}
+    X, y = pd.Series(TEXTS[:4] * 3, name="text"), [0, 1, 0, 1] * 3
+    search = GridSearchCV(model, grid, cv=2).fit(X, y)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
 
 
 def test_pickles_hold_no_weights(bert):

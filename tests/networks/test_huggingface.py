@@ -162,6 +162,10 @@ def test_layers_are_the_hidden_states(vit):
     expected = torch.cat([hidden[1][:, 0], hidden[2][:, 0]], dim=1)
     np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-5)
     assert extract(vit, images, layer="all").shape == (5, 3 * 16)
+    np.testing.assert_allclose(extract(vit, images, layer=2), expected[:, 16:], atol=1e-5)
+    ends = extract(vit, images, layer=[0, -1], cache_layers=["block1"])
+    expected = torch.cat([hidden[0][:, 0], model(**pixels).last_hidden_state[:, 0]], dim=1)
+    np.testing.assert_allclose(ends, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_feature_names_have_the_last_part_of_the_name(vit):
