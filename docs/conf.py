@@ -5,7 +5,6 @@
 ``-D plot_gallery=0`` shows the examples without running them.
 """
 
-import re
 import urllib.request
 import warnings
 from pathlib import Path
@@ -110,8 +109,6 @@ LONG = ("FineTuningClassifier", "FineTuningRegressor", "PretrainedFeatureExtract
 
 def group_parameters(app, what, name, obj, options, lines):
     """Insert headings into the list of parameters that numpydoc has written."""
-    # A trailing underscore within a shape would be a link.
-    lines[:] = [re.sub(r"\b(n_features_\w+_)(?=[,)])", r"``\1``", line) for line in lines]
     if what != "class" or not name.endswith(LONG):
         return
     groups = dict(GROUPS)

@@ -1,4 +1,4 @@
-"""What a user sees: a progress bar, warnings at their own line, and the nearest known name."""
+"""Messages: progress bars, warnings at the user's line, and parts of error messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 
 @contextmanager
 def progress_bar(n_images: int) -> Iterator[Callable[[int], object]]:
-    """Show a bar; call what it gives with each number of finished images."""
+    """Show a progress bar; yield a function to call with each number of finished images."""
     from tqdm.auto import tqdm
 
     with tqdm(total=n_images, unit="image", unit_scale=n_images > 10_000) as bar:
@@ -24,7 +24,7 @@ def progress_bar(n_images: int) -> Iterator[Callable[[int], object]]:
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Issue a warning at the line of the user's code that called us, directly or not.
+    """Issue a warning at the line of the user's code that called us, directly or indirectly.
 
     Python 3.11 cannot skip frames: there the warning is at the line that called the caller.
     """
@@ -33,7 +33,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
         return
     specs = [find_spec(name) for name in ("sktransfer", "sklearn", "skorch", "joblib")]
     folders = (os.path.dirname(spec.origin) for spec in specs if spec and spec.origin)
-    # contextlib's decorators call some of our functions.
+    # Decorators made by contextlib call some of our functions.
     warnings.warn(message, category, skip_file_prefixes=(*folders, contextlib.__file__))
 
 
@@ -49,21 +49,21 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:30]}…{text[-49:]}"
 
 
-def words(error: BaseException) -> str:
-    """Return what a foreign error says, for a message of ours."""
-    # The message names the file already, and its path may be long.
+def error_text(error: BaseException) -> str:
+    """Return the message of another library's error, for a message of ours."""
+    # Ours names the file already, whose path may be long.
     is_of_file = isinstance(error, OSError) and error.filename is not None
     text = error.strerror if is_of_file else str(error).strip()  # type: ignore[attr-defined]
     text = (text or repr(error))[:300]
     return text if isinstance(error, (OSError, SyntaxError)) else f"{type(error).__name__}: {text}"
 
 
-# What other libraries call it.
+# Names in other libraries.
 _SYNONYMS = {"mean": "avg", "half": "float16", "fp16": "float16"}
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
-    """Name the values that are nearest to an unknown one, for an error; ``""`` if none is near."""
+    """Suggest the known values nearest to an unknown one, for an error; ``""`` if none is near."""
     lower = {name.lower(): name for name in known}
     wanted = _SYNONYMS.get(value.lower(), value.lower())
     close = [lower[name] for name in get_close_matches(wanted, lower, n=3, cutoff=0.6)]

@@ -1,4 +1,4 @@
-"""Rows of X: cells of one or several columns, in their order or a selection of them."""
+"""Rows of X: the cells of one or several columns, or a selection of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BadCell(ValueError):
 
 
 class Cell(Protocol):
-    """What a cell of X holds, read once."""
+    """The content of a cell of X, which was read once."""
 
     @property
     def n_bytes(self) -> int: ...
@@ -40,7 +40,7 @@ class BadRow:
     where : str
         The row and, where there is one, the column and the path.
     reason : str
-        What is wrong with it.
+        Why it could not be read.
     """
 
     row: int
@@ -52,7 +52,7 @@ class BadRow:
 
 
 def unreadable(first: str, bad: list[BadRow], last: str, where: str = "") -> ValueError:
-    """Make the error that lists ten bad rows; `where` says where all are."""
+    """Make the error that lists the first ten bad rows; `where` names the list of all."""
     lines = [first, *(f"  {row}" for row in bad[:_N_REPORTED])]
     if len(bad) > _N_REPORTED:
         lines.append(f"  … and {len(bad) - _N_REPORTED} more{where}")
@@ -77,8 +77,8 @@ class Rows(ABC):
     """
 
     kind = "cells"  # what messages call them
-    is_ordered = False  # whether cells that follow one another are best computed together
-    # What cells are read by, beside their content; cells with different ones have equal digests.
+    is_ordered = False  # whether a batch should hold cells that follow one another
+    # Changes what an encoded cell means, but is not part of its digest.
     value_range: tuple[float, float] | None = None
 
     def __init__(self, columns: list, names: list[str] | None = None) -> None:
@@ -125,7 +125,7 @@ class Rows(ABC):
         return f"<{type(self).__name__}: {self.n_rows} rows × {self.n_columns} columns>"
 
     def order(self) -> np.ndarray | None:
-        """Return the order in which cells are best computed; None: as they are."""
+        """Return the fastest order of computation; None: any order."""
         return None
 
     @abstractmethod
@@ -134,34 +134,34 @@ class Rows(ABC):
 
     @abstractmethod
     def where(self, i: int) -> str:
-        """Return the row, and the column, of cell `i` in X and what it is, for messages."""
+        """Describe the place of cell `i` in X and its content, for messages."""
 
     def stat(self, i: int) -> tuple[str, int, int, int] | None:
-        """Return what identifies the state of a local file; None if cell `i` is not one."""
+        """Return what changes with the file if cell `i` is a local one, else None."""
         return None
 
     def take_warnings(self) -> str | None:
-        """Return what was assumed since the last call as the text of one warning, or None."""
+        """Return the assumptions since the last call as the text of one warning, or None."""
         return None
 
     def take_notes(self) -> dict:
-        """Return and forget what was assumed, for the process that a worker works for."""
+        """Return and clear a worker's assumptions, to be merged in the main process."""
         return {}
 
     def merge_notes(self, notes: dict) -> None:  # noqa: B027
-        """Take over what a worker process noted about cells of the same X."""
+        """Add a worker's assumptions about cells of the same X."""
 
     def row(self, i: int) -> int:
         """Return the row of X that cell `i` came from."""
         return int(self._numbers[i]) // self._n_x_columns
 
     def _container(self, i: int) -> tuple[Sequence, int]:
-        """Return the column that cell `i` lies in, and its place there."""
+        """Return the column of cell `i`, and its position there."""
         row, column = divmod(int(self._positions[i]), len(self._columns))
         return self._columns[column], row
 
     def _place(self, number: int) -> str:
-        """Return the row, and the column, of a number in X."""
+        """Name the row, and the column, of a cell's number in X."""
         row, column = divmod(number, self._n_x_columns)
         if self._n_x_columns == 1:
             return f"row {row}"

@@ -1,4 +1,4 @@
-"""What a process shares: settings, which fits that change them take turns with, and memory."""
+"""Global state of a process: torch's settings, locks on them, and errors of memory."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _OUT_OF_MEMORY = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice, on the CPU or on a device."""
+    """Whether the CPU or a device ran out of memory."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
     )
 
 
 def process_lock() -> threading.RLock:  # type: ignore[valid-type]
-    """Make a re-entrant lock for globals, which is open in the child of a fork.
+    """Make a re-entrant lock for globals, which a fork leaves open in the child.
 
-    Another thread of the parent may hold it at the fork; in the child nobody would release it.
+    If another thread of the parent held it at the fork, no thread of the child could release it.
     """
     lock = threading.RLock()
     if hasattr(os, "register_at_fork"):  # as the standard library does for its own locks
@@ -41,8 +41,8 @@ def process_lock() -> threading.RLock:  # type: ignore[valid-type]
 
 
 # Held while torch's global random state, its kernels' settings or the warnings' filters differ
-# from the caller's: two threads that each put back what they found would leave the other's behind.
-one_at_a_time = process_lock()
+# from the caller's: otherwise one thread could restore the values that another has set.
+global_state_lock = process_lock()
 
 _dtype_lock = process_lock()
 
@@ -52,10 +52,10 @@ _dtype_before: torch.dtype | None = None  # the caller's, if it is another
 
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
-    """Compute in float32 on the CPU, with gradients, whatever torch's settings of the caller are.
+    """Reset torch's default dtype and device, autocast and gradient mode for this thread.
 
-    Those are the default dtype and device, autocast, inference mode and whether gradients are
-    recorded. Everything that builds, trains or runs a network is called within.
+    Every function that builds, trains or runs a network is called in this context, so that the
+    caller's settings have no effect.
     """
     import torch
 
@@ -73,7 +73,7 @@ def own_settings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _float32_by_default() -> Iterator[None]:
-    """Set the default dtype, which all threads share: the last call to end sets it back."""
+    """Set the default dtype of all threads; the last of several concurrent calls restores it."""
     import torch
 
     global _n_calls, _dtype_before
@@ -94,9 +94,9 @@ def _float32_by_default() -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_random_state(seed: int | None = None, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Use torch's global random state, of the CPU and of `device`, without changing the caller's.
+    """Use torch's global random states of the CPU and of `device`, and restore them at the end.
 
-    Without a `seed` it continues from the caller's state.
+    Without a `seed` they continue from the caller's.
     """
     import torch
 
@@ -104,7 +104,7 @@ def own_random_state(seed: int | None = None, device: torch.device | str = "cpu"
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     devices = [device] if device.type == "cuda" else []
-    with one_at_a_time, torch.random.fork_rng(devices=devices):
+    with global_state_lock, torch.random.fork_rng(devices=devices):
         if seed is not None:
             # torch.manual_seed would seed every other device, too.
             torch.default_generator.manual_seed(seed)
@@ -117,15 +117,15 @@ def own_random_state(seed: int | None = None, device: torch.device | str = "cpu"
 
 
 @contextlib.contextmanager
-def repeatable_kernels(device: torch.device) -> Iterator[None]:
-    """Let cuDNN choose the same algorithms in every run."""
+def deterministic_cudnn(device: torch.device) -> Iterator[None]:
+    """Make cuDNN choose the same algorithms in every run."""
     if device.type != "cuda":
         yield
         return
     import torch
 
     cudnn = torch.backends.cudnn
-    with one_at_a_time:
+    with global_state_lock:
         before = cudnn.benchmark, cudnn.deterministic
         cudnn.benchmark, cudnn.deterministic = False, True
         try:

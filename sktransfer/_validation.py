@@ -87,7 +87,7 @@ SHARED_CONSTRAINTS: dict[str, list] = {
 
 
 def fit_context(*, prefer_skip_nested_validation: bool) -> Callable[[Callable], Callable]:
-    """scikit-learn's decorator of fit methods, whose errors name the nearest accepted string."""
+    """Apply scikit-learn's decorator of fit methods; errors suggest the nearest accepted string."""
 
     def decorator(method: Callable) -> Callable:
         checked = _fit_context(prefer_skip_nested_validation=prefer_skip_nested_validation)(method)
@@ -135,7 +135,7 @@ def check_images(estimator: BaseEstimator, X, *, reset: bool, name: str = "X") -
 
 
 def check_texts(estimator: BaseEstimator, X, *, reset: bool, name: str = "X") -> Texts:
-    """Do for texts what `check_images` does for images."""
+    """Validate ``X`` of texts as `check_images` validates images."""
     with _beginning_with(name):
         texts = as_texts(X)
         _check_columns(estimator, X, texts, reset)
@@ -241,8 +241,8 @@ def keep_index(estimator: BaseEstimator, columns: np.ndarray, X):
 
 
 def _is_flat(X) -> bool:
-    """Whether ``X`` is a table of numbers, or what scikit-learn should refuse as one."""
-    if hasattr(X, "columns"):  # a data frame is flat unless it holds strings, bytes, images …
+    """Whether scikit-learn should validate ``X``, as a table of numbers."""
+    if hasattr(X, "columns"):
         return all(is_number_dtype(dtype) for dtype in X.dtypes)
     if hasattr(X, "toarray"):  # scipy sparse
         return True

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
 
 __all__ = ["load_folder"]
 
-# What the estimators read, by the endings that such files have.
-ENDINGS = (
+# Suffixes of the image files that the estimators read.
+_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff"),
     *(".jp2", ".avif", ".ppm", ".pgm", ".pbm", ".heic", ".heif"),
 )
-LAYOUTS = (
+_LAYOUTS = (
     "It takes a folder with one folder of images for each class (FOLDER/CLASS/image.jpg), a "
     "folder of images with one CSV file, or the path of a CSV file."
 )
+# A number as Python writes it, or NaN; not "007", "+1" or "1_0".
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?(e[-+]?[0-9]+)?|nan", re.IGNORECASE)
 
 
 def load_folder(path: str | Path, *, label: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """List the images of a folder and their labels.
 
-    No image is opened. Hidden files, and files that are not images by their ending, are passed
-    over. The order is that of the names, or of the rows of the CSV file.
+    No image is opened. Hidden files, and files whose suffix is not one of an image, are skipped.
+    Images are in the order of their names, or of the rows of the CSV file.
 
     Parameters
     ----------
@@ -44,8 +47,14 @@ def load_folder(path: str | Path, *, label: str | None = None) -> tuple[np.ndarr
 
     Raises
     ------
+    FileNotFoundError
+        If `path` does not exist.
     ValueError
-        If the layout is none of these or ambiguous, or a row names no file or has no label.
+        If the layout is ambiguous or none of these, or if a row names no file or has no label.
+
+    See Also
+    --------
+    sktransfer.PretrainedFeatureExtractor : Compute feature columns for the images.
 
     Examples
     --------
@@ -63,18 +72,18 @@ def load_folder(path: str | Path, *, label: str | None = None) -> tuple[np.ndarr
     """
     path = Path(path)
     if path.is_file():
-        return _of_table(path, label)
+        return _read_csv(path, label)
     if not path.is_dir():
-        raise FileNotFoundError(f"{str(path)!r} is neither a folder nor a file. {LAYOUTS}")
+        raise FileNotFoundError(f"{str(path)!r} is neither a folder nor a file. {_LAYOUTS}")
     entries = _visible(path)
     folders = [entry for entry in entries if entry.is_dir()]
     images = [entry for entry in entries if _is_image(entry)]
     tables = [entry for entry in entries if entry.suffix.lower() == ".csv"]
     if len(tables) == 1 and (images or label is not None or not folders):
-        return _of_table(tables[0], label)
+        return _read_csv(tables[0], label)
     if images or not folders:
         found = f"{len(images)} images, {len(folders)} folders and {len(tables)} CSV files"
-        raise ValueError(f"{str(path)!r} holds {found}, which gives no labels. {LAYOUTS}")
+        raise ValueError(f"{str(path)!r} holds {found}, which gives no labels. {_LAYOUTS}")
     if label is not None:
         raise ValueError(f"label={label!r} names a column, but {str(path)!r} has no CSV file.")
     of_class = {
@@ -85,7 +94,7 @@ def load_folder(path: str | Path, *, label: str | None = None) -> tuple[np.ndarr
             inner = next((entry for entry in _visible(folder) if entry.is_dir()), None)
             hint = f" Did you mean load_folder({str(folder)!r})?" if inner else ""
             raise ValueError(
-                f"{str(folder)!r}, a folder of a class, holds no image.{hint} {LAYOUTS}"
+                f"{str(folder)!r}, a folder of a class, holds no image.{hint} {_LAYOUTS}"
             )
     pairs = [(str(file), folder.name) for folder, files in of_class.items() for file in files]
     return np.array([file for file, _ in pairs], dtype=object), np.array(
@@ -93,10 +102,13 @@ def load_folder(path: str | Path, *, label: str | None = None) -> tuple[np.ndarr
     )
 
 
-def _of_table(table: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
+def _read_csv(table: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Read paths and labels from the rows of a CSV file."""
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(table)!r} is not in UTF-8 ({error}): save it in UTF-8.") from error
     if not rows:
         raise ValueError(f"{str(table)!r} has no rows below its header.")
     columns = [name for name in rows[0] if name is not None]
@@ -104,8 +116,8 @@ def _of_table(table: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
     image = next((c for c in columns if first[c] and (table.parent / first[c]).is_file()), None)
     if image is None:
         raise ValueError(
-            f"No column of {str(table)!r} names a file: its first row is {first}, and paths are "
-            f"relative to {str(table.parent)!r}."
+            f"No column of {str(table)!r} names a file: its first row is {first}. Columns are "
+            f"separated by commas, and paths are relative to {str(table.parent)!r}."
         )
     others = [column for column in columns if column != image]
     if label is None and len(others) != 1:
@@ -131,16 +143,14 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    return path.name.lower().endswith(ENDINGS) and path.is_file()
+    return path.name.lower().endswith(_SUFFIXES) and path.is_file()
 
 
 def _as_numbers(labels: list[str]) -> np.ndarray:
-    """Labels as integers or floats, unless that would change how one is written ("007")."""
-    if all(label.lstrip("-").isdecimal() and str(int(label)) == label for label in labels):
-        return np.array(labels, dtype=np.int64)
-    if any(label[0] == "0" and label[1:2].isdecimal() for label in labels):
-        return np.array(labels)
-    try:
-        return np.array(labels, dtype=np.float64)
-    except ValueError:
-        return np.array(labels)
+    """Convert labels to integers or floats, unless that would change the text of one ("007")."""
+    is_number = all(re.fullmatch(_NUMBER, label) for label in labels)
+    if is_number and all(label.lstrip("-").isdecimal() for label in labels):
+        integers = [int(label) for label in labels]
+        # Larger ones would be rounded as floats.
+        return np.array(integers if max(map(abs, integers)) < 2**63 else labels)
+    return np.array(labels, dtype=np.float64 if is_number else None)

@@ -40,6 +40,10 @@ def test_a_folder_for_each_class(tmp_path):
         (["3", "-5"], [3, -5]),
         (["3", "0.5"], [3.0, 0.5]),
         (["007", "010"], ["007", "010"]),
+        (["-007", "2"], ["-007", "2"]),
+        (["1_0", "2"], ["1_0", "2"]),
+        (["1", "9" * 20], ["1", "9" * 20]),
+        (["1", "-1.5e3"], [1.0, -1500.0]),
         (["3", "many"], ["3", "many"]),
     ],
 )
@@ -88,6 +92,13 @@ def test_other_layouts_are_errors(tmp_path, images, tables, message):
     for name, text in tables.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
+        load_folder(tmp_path)
+
+
+def test_a_table_in_another_encoding(tmp_path):
+    make_images(tmp_path, "a.png")
+    (tmp_path / "t.csv").write_bytes("file,y\na.png,müde\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"t\.csv' is not in UTF-8 .*: save it in UTF-8"):
         load_folder(tmp_path)
 
 

@@ -88,8 +88,8 @@ def hog(paths):
 
 
 def builtin_preprocessing():
-    version = VERSIONS["V1"]
-    return {name: getattr(version, name) for name in ("size", "crop", "mean", "std")}
+    settings = VERSIONS["V1"].preprocessing
+    return {name: getattr(settings, name) for name in ("size", "crop", "mean", "std")}
 
 
 def random_twin(paths, is_calibrated, memory):

@@ -44,7 +44,7 @@ from sktransfer import (  # noqa: E402
     load_backbone,
     save,
 )
-from sktransfer._threads import repeatable_kernels  # noqa: E402
+from sktransfer._threads import deterministic_cudnn  # noqa: E402
 from sktransfer.images._images import as_images  # noqa: E402
 from sktransfer.networks._inference import tensor_float_32  # noqa: E402
 
@@ -237,7 +237,7 @@ def busy_share(s, precision):
         F.cross_entropy(module(x), target).backward()
         optimizer.step()
 
-    with repeatable_kernels(s.device), tensor_float_32(s.device, False):  # as in a fit
+    with deterministic_cudnn(s.device), tensor_float_32(s.device, False):  # as in a fit
         step()
         s.synchronize()
         start = time.perf_counter()

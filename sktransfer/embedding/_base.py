@@ -1,4 +1,4 @@
-"""What the extractors of images and of texts have in common."""
+"""Base classes of the extractors, and of all estimators whose columns are embeddings."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._progress import warn
+from sktransfer._threads import own_random_state
 from sktransfer._validation import column_names, is_empty_part, keep_index
 
 
-class Extractor(TransformerMixin, BaseEstimator):
-    """A transformer of cells to the rows of a frozen network.
+class BaseEmbedding(TransformerMixin, BaseEstimator):
+    """A transformer whose columns are the layers of `backbone_`."""
 
-    A subclass checks X in `_check`, which returns its rows, and makes the backbone in `_load`.
-    """
-
-    _kind = "images"  # what X holds
+    _name_suffix = ""  # behind the backbone's name
 
     # The "?" of the HTML representation leads to the class's page.
     _doc_link_module = "sktransfer"
@@ -27,7 +25,7 @@ class Extractor(TransformerMixin, BaseEstimator):
     )
 
     def get_feature_names_out(self, input_features=None):
-        """Return the names of the columns: ``<column>_<backbone>_007``.
+        """Return the names of the columns of `transform`.
 
         Parameters
         ----------
@@ -36,20 +34,47 @@ class Extractor(TransformerMixin, BaseEstimator):
 
         Returns
         -------
-        names : ndarray of str objects of shape (n_features_out_,)
-            If several layers are joined, the layer's name precedes the number.
+        names : ndarray of str objects of shape (`n_features_out_`,)
+            ``<column>_<backbone>_007``, or ``<column>_<backbone>_tuned_007`` for a fine-tuned
+            network. If several layers are joined, the layer's name precedes the number.
         """
         check_is_fitted(self)
-        names = column_names(self, input_features)
         backbone, n_layers = self.backbone_, len(self._asked_groups())
+        stem = f"{backbone.short_name}{self._name_suffix}"
         prefixes = [
-            f"{name}_{backbone.short_name}" if name else backbone.short_name for name in names
+            f"{name}_{stem}" if name else stem for name in column_names(self, input_features)
         ]
         out = [column for prefix in prefixes for column in backbone.column_names(prefix, n_layers)]
         return np.asarray(out, dtype=object)
 
+    def _load(self, **given):
+        """Load the network of the parameters, some of which `given` replaces."""
+        from sktransfer.networks._backbone import load_backbone, with_cached_layers
+
+        names = ("backbone", "weights", "pooling", "preprocessing")
+        parameters = {name: getattr(self, name) for name in names} | given
+        layer = with_cached_layers(self.layer, getattr(self, "cache_layers", None))
+        # A callable that makes a module may draw random weights.
+        with own_random_state():
+            return load_backbone(layer=layer, **parameters)
+
     def __sklearn_is_fitted__(self):
         return "backbone_" in vars(self)
+
+    def _asked_groups(self) -> range:
+        """Return which of the backbone's groups are columns; the others are only stored."""
+        width = self.n_features_out_ // self._n_image_columns
+        widths = np.cumsum([width for _, width in self.backbone_.feature_groups])
+        return range(int(np.searchsorted(widths, width)) + 1)
+
+
+class Extractor(BaseEmbedding):
+    """A transformer of cells to the rows of a frozen network.
+
+    A subclass checks X in `_check`, which returns its rows.
+    """
+
+    _kind = "images"  # what X holds
 
     def _fit(self, X):
         from sktransfer.embedding._embed import check_place
@@ -72,12 +97,6 @@ class Extractor(TransformerMixin, BaseEstimator):
             return keep_index(self, np.empty((0, self.n_features_out_), dtype=np.float32), X)
         return keep_index(self, self._embed(self._check(X, reset=False)), X)
 
-    def _asked_groups(self) -> range:
-        """Return which of the backbone's groups are columns; the others are only kept."""
-        width = self.n_features_out_ // self._n_image_columns
-        widths = np.cumsum([width for _, width in self.backbone_.feature_groups])
-        return range(int(np.searchsorted(widths, width)) + 1)
-
     def _embed(self, rows):
         from sktransfer._rows import unreadable
 
@@ -86,7 +105,7 @@ class Extractor(TransformerMixin, BaseEstimator):
         bad = self._compute(rows, columns.reshape(len(rows), -1))
         if assumed := rows.take_warnings():
             warn(assumed)
-        # Not read back: another thread may be transforming with this object, too.
+        # This attribute is not read back, as another thread may call transform, too.
         setattr(self, f"bad_{kind}_", bad)
         if bad and self.on_error == "raise":
             kept = "The others are embedded and kept, so nothing is lost.\n"
@@ -100,7 +119,7 @@ class Extractor(TransformerMixin, BaseEstimator):
         return columns
 
     def _compute(self, rows, out):
-        """Fill in the rows of all cells, and return the bad ones."""
+        """Write the rows of all cells to `out`, and return the bad ones."""
         from sktransfer.embedding._embed import embed_images
 
         return embed_images(

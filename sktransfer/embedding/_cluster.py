@@ -1,8 +1,8 @@
-"""Deal the images of one call out to the workers of a joblib cluster backend.
+"""Distribute the images of one call over the workers of a joblib cluster backend.
 
 Under ``joblib.parallel_config(backend="dask")``, or ray's or spark's backend, one
-``transform`` becomes tasks of some hundred images. A worker loads the network once and keeps
-it; the engine runs the tasks of a worker that died again on another.
+``transform`` becomes tasks of some hundred images. A worker loads the network once. The engine
+runs the tasks of a worker that died on another one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def deal_out(
 ) -> Iterator[tuple[np.ndarray, _Result]]:
     """Yield the numbers of some images and what ``embed_part`` returned for them on a worker."""
     backend, configured = get_active_backend()
-    # Who chooses a cluster wants all of it, though joblib's own default is one job.
+    # joblib's default is one job; that of a cluster is all its workers.
     n_jobs = next((n for n in (n_jobs, configured) if n is not None), -1)
     n_tasks = max(1, backend.effective_n_jobs(n_jobs), -(-len(images) // _IMAGES_PER_TASK))
     parts = [part for part in np.array_split(np.arange(len(images)), n_tasks) if len(part)]

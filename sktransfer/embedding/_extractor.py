@@ -43,11 +43,12 @@ class PretrainedFeatureExtractor(Extractor):
         Which layer gives the columns. ``None``: the input of the classification head. The name
         of a stage or module (``"layer3"``), or of ``"hf:…"`` networks the number of the hidden
         states: its pooled output; lower stages give low-level features. A list: their pooled
-        outputs, joined. ``"all"``: those of all stages between the stem and the head, joined; put
-        a :class:`~sklearn.preprocessing.StandardScaler` behind.
+        outputs, joined. ``"all"``: those of all stages between the stem and the head, joined;
+        scale them by a :class:`~sklearn.preprocessing.StandardScaler`.
 
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
-        How a feature map becomes a row. ``"auto"``: as the network itself does it.
+        How a feature map becomes a row. ``"auto"``: as in the network itself; ``"gem"``: the
+        generalised mean; ``"cls"``: the class token of a vision transformer.
 
     preprocessing : "auto", dict or callable, default="auto"
         ``"auto"``: what the weights were trained with. A dict overrides parts of it
@@ -61,10 +62,10 @@ class PretrainedFeatureExtractor(Extractor):
         be -1.
 
     value_range : tuple of float or None, default=None
-        The numbers that are black and white, ``(low, high)``: ``(0, 4095)`` for 12 bits,
-        ``(-1, 1)`` for floats scaled so, the window of a radiologist. Values outside are clipped.
+        The values of black and white, ``(low, high)``: ``(0, 4095)`` for 12 bits, ``(-1, 1)`` for
+        floats of this range, or a window of intensities in radiology. Other values are clipped.
         It applies to every image, also to arrays and files of 8 bits, where ``(0, 255)`` changes
-        nothing; not to bool, nor to transparency. ``None``: see Notes.
+        nothing, but not to bool and not to transparency. ``None``: see Notes.
 
     batch_size : int or "auto", default="auto"
         Images sent through the network at once. It changes speed and memory, not results.
@@ -73,22 +74,22 @@ class PretrainedFeatureExtractor(Extractor):
 
     device : str, default="auto"
         ``"auto"``: ``"cuda"``, then ``"mps"``, then ``"cpu"``; or any torch device by its name.
-        With ``"auto"`` the worker processes of a machine share out its CUDA devices.
+        With ``"auto"`` the worker processes of a machine are spread over its CUDA devices.
 
     precision : {"float32", "tf32", "bfloat16", "float16"}, default="float32"
-        What the network computes in. The columns are float32 always. ``"tf32"``: float32, but
-        CUDA rounds the factors of products to 10 bits; ``"float32"`` never does that.
+        Number format of the network's computations; the columns are always float32. ``"tf32"``:
+        float32, but CUDA rounds the factors of products to 10 bits; with ``"float32"`` it does not.
 
     n_jobs : int or None, default=None
         Threads for decoding and, on a CPU, for the network. ``None`` and -1 mean as many
         as torch uses in this process. Under a joblib backend of a cluster (dask, ray,
-        spark) the images are dealt out to its workers.
+        spark) the images are distributed to its workers.
 
     memory : str, Path, joblib.Memory, store, False or None, default=None
         Where embeddings are kept, one row per image. ``None``: in this process, at most 512 MiB.
-        A folder: on disk, for other processes and later runs; a cluster's workers need one that
-        all of them see. ``False``: nowhere. :func:`embedding_store` shows what is kept, empties
-        it, or sets another bound.
+        A folder: on disk, for other processes and later runs; all workers of a cluster must have
+        access to it. ``False``: nowhere. :func:`embedding_store` shows what is kept, deletes it,
+        or sets another bound.
 
     cache_layers : list of str or None, default=None
         Further layers whose columns are computed in the same pass and kept in the store. Name
@@ -110,7 +111,7 @@ class PretrainedFeatureExtractor(Extractor):
     n_features_in_ : int
         Number of image columns, or of pixel columns where `image_shape` is given.
 
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the columns seen in `fit`, where `X` has names.
 
     n_features_out_ : int
@@ -122,8 +123,9 @@ class PretrainedFeatureExtractor(Extractor):
 
     See Also
     --------
-    list_backbones : What can be named as `backbone`.
-    load_backbone : The network behind a name.
+    list_backbones : Names that `backbone` accepts.
+    load_backbone : Load the network of a name.
+    FineTuningClassifier : Train the network as well.
 
     Notes
     -----
@@ -224,6 +226,14 @@ class PretrainedFeatureExtractor(Extractor):
         Returns
         -------
         self : PretrainedFeatureExtractor
+            The fitted extractor.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `X` cannot hold images or has two meanings, or if a parameter does not fit.
+        OSError
+            If the weights are not on this machine and cannot be downloaded.
         """
         return self._fit(X)
 
@@ -237,7 +247,7 @@ class PretrainedFeatureExtractor(Extractor):
 
         Returns
         -------
-        columns : ndarray of shape (n_samples, n_features_out_), float32
+        columns : ndarray of shape (n_samples, `n_features_out_`), float32
             A data frame where ``set_output`` asks for one.
 
         Raises
@@ -254,18 +264,11 @@ class PretrainedFeatureExtractor(Extractor):
     def _check(self, X, *, reset):
         return check_images(self, X, reset=reset)
 
-    def _load(self):
-        from sktransfer.networks._backbone import load_backbone, with_cached_layers
+    def _load(self, **given):
         from sktransfer.networks._huggingface import is_text_name
 
-        if is_text_name(self.backbone):
+        if is_text_name(given.get("backbone", self.backbone)):
             raise ValueError(
                 f"backbone={self.backbone!r} is a network of texts: use PretrainedTextExtractor."
             )
-        return load_backbone(
-            self.backbone,
-            weights=self.weights,
-            layer=with_cached_layers(self.layer, self.cache_layers),
-            pooling=self.pooling,
-            preprocessing=self.preprocessing,
-        )
+        return super()._load(**given)

@@ -87,7 +87,7 @@ class PretrainedTextExtractor(Extractor):
     n_features_in_ : int
         Number of text columns.
 
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the columns seen in `fit`, where `X` has names.
 
     n_features_out_ : int
@@ -195,7 +195,7 @@ class PretrainedTextExtractor(Extractor):
 
         Returns
         -------
-        columns : ndarray of shape (n_samples, n_features_out_), float32
+        columns : ndarray of shape (n_samples, `n_features_out_`), float32
             A data frame where ``set_output`` asks for one.
 
         Raises
@@ -212,11 +212,11 @@ class PretrainedTextExtractor(Extractor):
     def _check(self, X, *, reset):
         return check_texts(self, X, reset=reset)
 
-    def _load(self, source=None):
+    def _load(self, **given):
         from sktransfer.networks._backbone import load_text_backbone
 
         return load_text_backbone(
-            source or self.backbone,
+            given.get("backbone", self.backbone),
             weights=self.weights,
             layer=self.layer,
             pooling="mean" if self.pooling in _FITTED else self.pooling,

@@ -20,8 +20,8 @@ _STRENGTHS = {"light": (0.7, 1.15, 0.0), "strong": (0.35, 4 / 3, 0.3)}
 class RandomViews:
     """Mirror, crop and resize each image of a batch, and change its colours.
 
-    One affine map per image, so that a batch costs one bilinear sampling. The generator is on
-    the CPU, for the same draws on every device.
+    The maps of a batch's images are affine and need one bilinear sampling. The generator is on the
+    CPU, so that it draws the same numbers on every device.
     """
 
     def __init__(self, strength: str, generator: torch.Generator):
@@ -72,7 +72,7 @@ class BatchAugment:
     """Augment a batch's images and, with MixUp or CutMix, mix its targets and weights.
 
     ``"light"`` and ``"strong"`` draw from `generator`, all others from torch's global state. They
-    and the mixing run on `device`, functions of one image on the host, so that they may use NumPy.
+    and the mixing run on `device`; functions of one image run on the CPU, where they may use NumPy.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class BatchAugment:
 
 
 def _flattened(augment: str | Callable | Sequence) -> Iterator[str | Callable]:
-    """The steps of `augment`, also of lists and v2.Compose within it, one after another."""
+    """Yield the steps of `augment`, also those of lists and v2.Compose in it."""
     steps = augment.transforms if isinstance(augment, v2.Compose) else augment
     if isinstance(steps, Sequence) and not isinstance(steps, str):
         for step in steps:

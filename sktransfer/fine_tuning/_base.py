@@ -1,4 +1,4 @@
-"""What both fine-tuning estimators share: fit, transform, and scores."""
+"""Base class of the fine-tuning estimators: fit, transform, and scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
@@ -25,11 +24,12 @@ from sktransfer._validation import (
     check_images,
     check_texts,
     check_weight,
-    column_names,
+    fit_context,
     keep_index,
     set_image_tags,
 )
-from sktransfer.fine_tuning._targets import clip_far_out
+from sktransfer.embedding._base import BaseEmbedding
+from sktransfer.fine_tuning._targets import clip_outliers
 
 if TYPE_CHECKING:
     from skorch import NeuralNet
@@ -45,16 +45,17 @@ if TYPE_CHECKING:
 
 # With this many rows a tenth of them is held out to choose the best epoch.
 _N_ROWS_TO_SPLIT = 1000
-# Numbers of rows, and for each the share of the way from the start to the end of training at which
-# the weights are kept: the more rows, the farther (docs/benchmarks/fine_tuning.md).
+# Numbers of rows, and for each the weight of the trained network in its interpolation with the
+# start: it grows with the number of rows (docs/benchmarks/fine_tuning.md).
 _WISE_FT = (200, 600), (0.5, 0.75)
-# Parameters that have no meaning for texts, and their defaults.
+# Parameters that apply to images only, and their defaults.
 _OF_IMAGES = {"augment": None, "image_shape": None, "value_range": None, "preprocessing": "auto"}
 
 
-class BaseFineTuning(TransformerMixin, BaseEstimator):
+class BaseFineTuning(BaseEmbedding):
     """See the two estimators."""
 
+    _name_suffix = "_tuned"
     _parameter_constraints: dict = {  # noqa: RUF012
         **SHARED_CONSTRAINTS,
         "pooling": [*SHARED_CONSTRAINTS["pooling"], StrOptions({"mean", "last"})],
@@ -92,24 +93,18 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
     _kind: str
     _tuned: TunedNetwork
 
-    # The "?" of the HTML representation leads to the class's page.
-    _doc_link_module = "sktransfer"
-    _doc_link_template = (
-        "https://sktransfer.readthedocs.io/en/stable/api/sktransfer.{estimator_name}.html"
-    )
-
     # -- what the two do differently --------------------------------------------------------
     @abstractmethod
     def _read_target(self, y, n_rows: int, *, reset: bool, name: str = "y") -> np.ndarray:
-        """Read ``y`` as numbers; with `reset` set the classes, or the number of targets."""
+        """Convert ``y`` to numbers; with `reset` set the classes, or the number of targets."""
 
     @abstractmethod
     def _prepare_target(self, target: np.ndarray, weight: np.ndarray, *, reset: bool) -> np.ndarray:
-        """Turn merged rows' targets into the loss's; with `reset` set their statistics."""
+        """Convert targets of merged rows for the loss; with `reset` set their statistics."""
 
     @abstractmethod
     def _scores_without_image(self) -> np.ndarray:
-        """Scores predicted for an unreadable image."""
+        """Return the scores of an unreadable image."""
 
     @property
     @abstractmethod
@@ -119,11 +114,44 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return weight
 
     # -- fit --------------------------------------------------------------------------------
+    @fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y, sample_weight=None, X_val=None, y_val=None, groups=None):
+        """Fine-tune the network.
+
+        Parameters
+        ----------
+        X : list, array, Series or data frame of n_samples images
+            As in :class:`PretrainedFeatureExtractor`; or texts, if `backbone` takes these, as in
+            :class:`PretrainedTextExtractor`.
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+            For a classifier one label of any type per row, or an indicator matrix of 0 and 1; for
+            a regressor numbers.
+        sample_weight : array-like of shape (n_samples,), default=None
+            A weight of 2 is the row twice.
+        X_val, y_val : as `X` and `y`, default=None
+            A validation part, on which the best epoch is chosen.
+        groups : array-like of shape (n_samples,), default=None
+            Groups of rows (patients, tiles) that `early_stopping` keeps whole.
+
+        Returns
+        -------
+        self : estimator
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            If images cannot be read, or if `X`, `y` or a parameter does not fit.
+        OSError
+            If the weights are not on this machine and cannot be downloaded.
+        """
+        return self._fit(X, y, sample_weight, X_val, y_val, groups)
+
     @own_settings()
     def _fit(
         self, X, y, sample_weight=None, X_val=None, y_val=None, groups=None, *, is_partial=False
     ) -> Self:
-        """Fit a copy and take over its attributes, so that a failed fit changes nothing."""
+        """Fit a copy and take its attributes, so that a failed fit changes nothing."""
         fitted = copy.copy(self)
         old = vars(self).get("_tuned") if is_partial else None
         fitted._fit_in_place(X, y, sample_weight, X_val, y_val, groups, old, is_partial)
@@ -144,15 +172,15 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         if is_partial:
             max_epochs, first_epoch = 1, self.n_iter_ if old is not None else 0
 
-        # 1. Data: each image once, embedded where a probe is fitted.
+        # 1. Data: each image once, embedded if a probe is fitted.
         data = self._read_data(X, y, sample_weight, X_val, y_val, groups, old, is_partial, rng)
         plan, n_stages = data.plan, len(data.plan.stage_names)
 
-        # 2. Start: the head is the linear probe, or the network is that of the last epoch.
+        # 2. Start: from the linear probe, or from the network of the last epoch.
         first_stage = (
             plan.first_trained_stage if is_partial else plan.first_stage(max(1, max_epochs))
         )
-        # A probe trains pre-trained stages, and no validation part shows when they move too far.
+        # Pre-trained stages are trained from a probe, without a validation part to stop them early.
         uses_wise_ft = (
             self._starts_as_probe and first_stage < n_stages and max_epochs > 0 and not is_partial
         ) and not (self._has_random_weights or data.keeps_best)
@@ -190,7 +218,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
         if old is None:
             is_text = is_text_name(self.backbone)
-            self._check_of_images(is_text)
+            self._check_image_parameters(is_text)
         else:
             is_text = old.backbone.is_text
         images = self._as_rows(X, is_text, reset=old is None)
@@ -200,14 +228,14 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         given, split = target, None
         if self._has_splitter and validation is None and not is_partial:
             split = self._split(given, groups, rng)  # before a network is loaded
-        backbone = self._load_backbone() if old is None else old.backbone
+        backbone = self._load() if old is None else old.backbone
         stage_names = backbone.stage_names_to_layer
         first_epoch = 0 if old is None else self.n_iter_
         plan = UnfreezePlan(self.unfreeze, stage_names, self.max_epochs, first_epoch)
         begins_with_head = self.augment is None and plan.first_stage(1) == len(stage_names)
         if old is None:
             wants_embeddings = begins_with_head or self._starts_as_probe
-        else:  # trained stages embed otherwise than the backbone
+        else:  # the embeddings of trained stages differ from the backbone's
             wants_embeddings = begins_with_head and not old.has_own_stages
         settings = self._embedding_settings()
         rows = TrainingRows(images, target, weight, backbone, settings, wants_embeddings)
@@ -238,8 +266,8 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         check = check_texts if is_text else check_images
         return check(self, X, reset=reset, name=name)
 
-    def _check_of_images(self, is_text: bool) -> None:
-        """Raise ValueError if a parameter that only images have was given for texts."""
+    def _check_image_parameters(self, is_text: bool) -> None:
+        """Raise ValueError if a parameter for images was given with a network for texts."""
         for name, default in _OF_IMAGES.items():
             value = getattr(self, name)
             if is_text and not (value is default or (isinstance(value, str) and value == default)):
@@ -258,7 +286,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return images, self._read_target(y_val, images.n_rows, reset=False, name="y_val")
 
     def _split(self, target: np.ndarray, groups, rng) -> Split:
-        """Rows of `X` to train on and to validate on, by scikit-learn's splitter."""
+        """Split the rows of `X` for training and validation by scikit-learn's splitter."""
         from sklearn.model_selection import GroupShuffleSplit
 
         from sktransfer.fine_tuning._rows import first_split
@@ -272,19 +300,6 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
         weight = self._training_weight(target[rows], all_rows.weight[rows])
         return Part(all_rows, rows, target[rows], weight)
-
-    def _load_backbone(self) -> Backbone:
-        from sktransfer.networks._backbone import load_backbone
-
-        # A callable that makes a module may draw random weights before it sets others.
-        with own_random_state():
-            return load_backbone(
-                self.backbone,
-                weights=self.weights,
-                layer=self.layer,
-                pooling=self.pooling,
-                preprocessing=self.preprocessing,
-            )
 
     @property
     def _has_splitter(self) -> bool:
@@ -314,7 +329,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             self._new_head(data.backbone, n_columns, seed),
             n_columns,
             first_trained_stage,
-            # Batch statistics of pre-training are kept; those of random weights mean nothing.
+            # Batch norms keep the statistics of pre-training; random weights have none.
             moves_statistics=self._has_random_weights,
             precision=self.precision,
         )
@@ -327,12 +342,12 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             views = part.all_rows.with_corners(part.rows)
         target = part.target
         if self._kind == "regression" and self.loss != "auto":
-            target = clip_far_out(target, part.weight)
+            target = clip_outliers(target, part.weight)
         probe = fit_probe(views, target, part.weight, self._kind, self._n_outputs, rng)
         head.start_from(*probe)  # type: ignore[operator]
 
     def _phases(self, tuned: TunedNetwork, data: _Data, max_epochs: int) -> list[Phase]:
-        """The epochs of the head alone, trained on embeddings, and those of stages."""
+        """Return the epochs that train the head alone, on embeddings, and those of stages."""
         from sktransfer.fine_tuning._train import Phase
 
         n_stages, input_stage = len(tuned.stage_names), tuned.first_trained_stage
@@ -371,14 +386,14 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
         for part in (data.train, data.valid):
             if part is not None:
-                part.all_rows.report_lost()
+                part.all_rows.report_newly_bad()
         rows = data.train.all_rows
         self.backbone_, self._tuned, self.bad_images_ = data.backbone, tuned, rows.bad
         self._n_image_columns = rows.n_columns
         self.n_features_out_ = rows.n_columns * data.backbone.n_features
         self.history_ = [*(self.history_ if first_epoch else []), *log.history]
         self.n_iter_, self.best_epoch_ = log.epoch, log.kept_epoch
-        start = "linear probe" if self._starts_as_probe else "network as it was"
+        start = "linear probe" if self._starts_as_probe else "initial network"
         report(log, type(self).__name__, start, tuned.has_own_stages)
 
     # -- from images to scores --------------------------------------------------------------
@@ -393,7 +408,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
 
     @own_settings()
     def _embed(self, X) -> tuple[np.ndarray, list[BadRow]]:
-        """Tuned embeddings, NaN in rows of unreadable images, and these images."""
+        """Return tuned embeddings, with NaN for unreadable images, and a list of these."""
         from sktransfer.fine_tuning._inputs import embed_rows
         from sktransfer.fine_tuning._rows import report_bad
 
@@ -406,7 +421,7 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         return rows, bad
 
     def _scores(self, X) -> np.ndarray:
-        """The head's scores, float64 (n_rows, n_outputs)."""
+        """Return the head's scores, float64 (n_rows, n_outputs)."""
         from sktransfer.fine_tuning._rows import check_finite
 
         rows, bad = self._embed(X)
@@ -422,41 +437,21 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X : list, array, Series or data frame of n_samples images
+            The same columns as in `fit`.
 
         Returns
         -------
-        columns : ndarray of shape (n_samples, n_features_out_), float32
+        columns : ndarray of shape (n_samples, `n_features_out_`), float32
             The inputs of the head. With ``on_error="skip"`` the rows of unreadable images
             are NaN.
         """
         rows, _ = self._embed(X)
         return keep_index(self, rows, X)
 
-    def get_feature_names_out(self, input_features=None):
-        """Return the names of the columns of `transform`: ``<column>_<backbone>_tuned_007``.
-
-        If several layers are joined, the layer's name precedes the number.
-
-        Parameters
-        ----------
-        input_features : array-like of str or None, default=None
-            Names of the image columns; ``None``: `feature_names_in_`, if `X` had names.
-
-        Returns
-        -------
-        names : ndarray of str objects of shape (n_features_out_,)
-        """
-        check_is_fitted(self)
-        names = column_names(self, input_features)
-        stem = f"{self.backbone_.short_name}_tuned"
-        prefixes = [f"{name}_{stem}" if name else stem for name in names]
-        columns = [name for prefix in prefixes for name in self.backbone_.column_names(prefix)]
-        return np.asarray(columns, dtype=object)
-
     @property
     @own_settings()
     def net_(self) -> NeuralNet:
-        """The skorch net. It is made again when it is first needed after unpickling."""
+        """The skorch net, which is made again on first use after unpickling."""
         if "_tuned" not in vars(self):
             raise AttributeError(
                 f"This {type(self).__name__} is not fitted yet, so it has no net_."
@@ -476,16 +471,13 @@ class BaseFineTuning(TransformerMixin, BaseEstimator):
             tuned.net = net
         return tuned.net
 
-    def __sklearn_is_fitted__(self) -> bool:
-        return "_tuned" in vars(self)
-
     def __sklearn_tags__(self):
         return set_image_tags(self, super().__sklearn_tags__())
 
 
 @dataclass
 class _Data:
-    """What is trained on."""
+    """The data of a training, and the network that embedded them."""
 
     backbone: Backbone
     plan: UnfreezePlan

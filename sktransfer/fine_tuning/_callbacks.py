@@ -1,4 +1,4 @@
-"""skorch callbacks that make its loop fine-tune."""
+"""skorch callbacks for fine-tuning: unfreezing, learning rates, and the log of epochs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ State = dict[str, torch.Tensor]
 
 
 class Unfreezing(Callback):
-    """Unfreezes stages when their epoch comes.
+    """Unfreezes stages at the epochs of `first_stage`.
 
-    Before the first of them are trained, `start` becomes a copy of all weights that will ever be
-    trained, if they are given by `first_trained_stage`.
+    With `first_trained_stage`, `start` is a copy of all weights that the training will change, made
+    before the first stage is trained.
     """
 
     def __init__(self, first_stage: Callable[[int], int], first_trained_stage: int | None):
@@ -42,9 +42,9 @@ class Unfreezing(Callback):
 
 
 class OneCycle(Callback):
-    """Learning rates that rise from 1/25 to 1 in the first quarter and fall to 1e-5 [1]_.
+    """Multiplies learning rates by 1/25 to 1 in the first quarter, then by 1 to 1e-5 [1]_.
 
-    Both ways are half a cosine; the factors are of each group's own rate.
+    Rise and fall follow half a cosine.
 
     References
     ----------
@@ -101,7 +101,7 @@ class EpochLog(Callback):
         self.best_epoch: int | None = None
         self.best_state: State = {}
         self._best, self._n_without_gain, self._since = (-math.inf, -math.inf), 0, 0.0
-        # Of the validation part, where they were computed: scores, targets, weights and the loss.
+        # Scores, targets, weights and the loss of the validation part, on the network's device.
         self._batches: list[tuple[torch.Tensor, ...]] = []
 
     @property
@@ -129,7 +129,7 @@ class EpochLog(Callback):
             self._batches.append((scores.float(), batch[1], weight, loss.detach()))
 
     def _check_losses(self, net: NeuralNet, start: int) -> None:
-        """Check the losses that were read of this epoch's batches from `start` on."""
+        """Check the losses of this epoch's batches from `start` on."""
         for k, batch in enumerate(net.history[-1]["batches"][start:], start + 1):
             if not math.isfinite(value := batch.get("train_loss", 0.0)):
                 where = f"epoch {len(net.history)}, batch {k}"
@@ -155,7 +155,7 @@ class EpochLog(Callback):
             raise KeyboardInterrupt  # skorch's way to end a training
 
     def _close(self, net: NeuralNet, row: dict[str, float]) -> None:
-        """Add an epoch's row, with its validation score where there is one."""
+        """Add an epoch's row, with its validation score if there is a validation part."""
         self.history.append(row)
         if not self._batches:
             return
@@ -164,7 +164,7 @@ class EpochLog(Callback):
         n_rows = [len(target) for _, target, *_ in self._batches]
         row["valid_loss"] = float(np.average(torch.stack(losses).cpu().tolist(), weights=n_rows))
         row["valid_score"] = math.nan
-        if not weight.any():  # none of its images is readable any more
+        if not weight.any():  # all its images have become unreadable
             row["valid_loss"] = math.nan
             return
         score = row["valid_score"] = validation_score(self.kind, scores, target, weight)
@@ -176,7 +176,7 @@ class EpochLog(Callback):
 
 
 def not_finite(what: str, lr: float) -> ValueError:
-    """An error that names the likely causes."""
+    """Make an error that names the likely causes."""
     return ValueError(
         f"{what} The likely cause is a learning rate that is too large: lr={lr!r}; try a tenth of "
         "it, or callbacks=[skorch.callbacks.GradientNormClipping(1.0)]. Other causes: very large "
@@ -186,7 +186,7 @@ def not_finite(what: str, lr: float) -> ValueError:
 
 
 def snapshot(module: TunedModule, first_stage: int) -> State:
-    """Copies of the head's weights and of those of all stages from `first_stage` on."""
+    """Copy the weights of the head and of all stages from `first_stage` on."""
     state = {f"head.{name}": tensor for name, tensor in module.head.state_dict().items()}
     for i in range(first_stage, len(module.stages)):
         own = module.stages[i].state_dict()
@@ -196,7 +196,7 @@ def snapshot(module: TunedModule, first_stage: int) -> State:
 
 @torch.no_grad()
 def interpolate(module: TunedModule, start: State, share: float) -> None:
-    """Move the weights to `share` of the way from `start` to where they are (WiSE-FT) [1]_.
+    """Set the weights to (1 - share) · start + share · weights (WiSE-FT) [1]_.
 
     References
     ----------

@@ -48,17 +48,17 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         How a feature map becomes a row. ``"auto"``: as in the network itself. Tokens of texts:
         ``"mean"``, ``"max"``, ``"cls"`` or ``"last"``.
     preprocessing : "auto", dict or callable, default="auto"
-        As in :class:`PretrainedFeatureExtractor`. With a network of texts leave it, `image_shape`,
-        `value_range` and `augment` out.
+        As in :class:`PretrainedFeatureExtractor`. Like `image_shape`, `value_range` and `augment`,
+        it is for images only.
     image_shape : tuple of int or None, default=None
         Shape of one image, ``(height, width)`` or ``(height, width, channels)``, for flat
         numeric rows. One entry may be -1.
     value_range : tuple of float or None, default=None
-        The numbers that are black and white, ``(low, high)``, in all images; ``None``: as their
-        types and values suggest. See :class:`PretrainedFeatureExtractor`.
+        The values of black and white, ``(low, high)``, in all images. ``None``: according to their
+        types and values, see :class:`PretrainedFeatureExtractor`.
     unfreeze : int, "all", "gradual" or mapping, default="all"
-        The stages that are trained beside the head: none (0), the last k, all, or more and
-        more until half of the epochs (``"gradual"``). A mapping has epochs, counted from 1, as
+        The stages that are trained with the head: none (0), the last k, all, or more and more
+        until half of the epochs (``"gradual"``). A mapping has epochs, counted from 1, as
         keys and numbers of stages or ``"all"`` as values. ``load_backbone(...).stages`` lists a
         network's stages. The parameters and buffers of frozen stages do not change; without
         augmentation their outputs are computed once. Batch norms of unfrozen stages keep the
@@ -81,9 +81,9 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         0 and 1 for several labels (float32). Label smoothing:
         ``torch.nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")``.
     max_epochs : int, default=8
-        With 0 the model is the linear probe.
+        Number of epochs; with 0 the model is the linear probe.
     batch_size : int, default=32
-        Rows of one training step.
+        Number of rows of a training step.
     lr : "auto" or float, default="auto"
         Learning rate of the head; ``"auto"``: 3e-4, or 1e-4 if trained stages take texts or
         contain no normalisation (AlexNet, VGG, SqueezeNet). It rises from 1/25 of this in the
@@ -114,12 +114,12 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     n_iter_no_change : int, default=10
         With early stopping, epochs without a better score after which training ends.
     class_weight : dict, "balanced" or None, default=None
-        As in scikit-learn. For several labels per row ``"balanced"`` or None.
+        Weights of the classes, as in scikit-learn; for several labels per row only ``"balanced"``.
     random_state : int, RandomState instance or None, default=None
         Seed of shuffling, dropout, augmentation and the split. The global random states of
-        torch and, for an int, of NumPy are not changed.
+        torch and, with an int, of NumPy are not changed.
     callbacks : list or None, default=None
-        skorch callbacks, or (name, callback) pairs; copies of them are used.
+        Callbacks of skorch, or (name, callback) pairs; copies of them are used.
     device : str, default="auto"
         A torch device; ``"auto"``: the first of ``"cuda"``, ``"mps"`` and ``"cpu"`` that exists.
     precision : {"float32", "bfloat16"}, default="float32"
@@ -155,13 +155,13 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     n_iter_ : int
         Number of epochs trained.
     best_epoch_ : int
-        The epoch whose weights are kept; 0 is the start.
+        The epoch whose weights are kept; 0 is the start of the training.
     bad_images_ : list of BadRow
         The images that the last call could not read, with ``row``, ``where`` and ``reason``;
         after `fit` those of `X`.
     n_features_in_ : int
         Number of image columns, or of pixel columns if `image_shape` is given.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the columns in `fit`, if `X` has names.
     n_features_out_ : int
         Number of columns that `transform` returns.
@@ -179,11 +179,11 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
 
     If stages are trained from pre-trained weights and a linear probe, and no validation part
     chooses the epoch, then the final weights are interpolated between the start and the end of
-    training [3]_: half way up to 200 rows, three quarters of the way from 600 rows on. Its
-    probe is fitted on two enlarged corners of each image, too, if there are fewer than 1000 rows.
+    training [3]_: half way up to 200 rows, three quarters of the way from 600 rows on. With fewer
+    than 1000 rows, the probe is then fitted on two enlarged corners of each image, too.
 
     Ctrl-C ends the training; the weights of that moment, or of the best epoch, are kept. A pickle
-    holds what was trained and how to load the rest, see :func:`save`.
+    holds the trained weights, and how to load the others; see :func:`save`.
 
     References
     ----------
@@ -282,49 +282,30 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         self.verbose = verbose
 
     @fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y, sample_weight=None, X_val=None, y_val=None, groups=None):
-        """Fine-tune the network.
+    def partial_fit(self, X, y, classes=None, sample_weight=None):
+        """Train one more epoch, at constant learning rates.
+
+        The first call after `fit` starts with a new optimizer, later ones continue with its state,
+        also after pickling. A call that fails does not change the model. There is no validation
+        part, averaging or early stopping. Changes of `backbone`, `weights`, `layer`, `pooling` and
+        `preprocessing` have no effect until the next `fit`.
 
         Parameters
         ----------
         X : list, array, Series or data frame of n_samples images
-            As in :class:`PretrainedFeatureExtractor`; or texts, if `backbone` takes these, as in
-            :class:`PretrainedTextExtractor`.
+            As in `fit`.
         y : array-like of shape (n_samples,) or (n_samples, n_labels)
-            One label of any type per row, or an indicator matrix of 0 and 1.
-        sample_weight : array-like of shape (n_samples,), default=None
-            A weight of 2 is the row twice.
-        X_val, y_val : default=None
-            A validation part, like `X` and `y`, on which the best epoch is chosen.
-        groups : array-like of shape (n_samples,), default=None
-            Groups of rows (patients, tiles) that `early_stopping` keeps whole.
-
-        Returns
-        -------
-        self : FineTuningClassifier
-        """
-        return self._fit(X, y, sample_weight, X_val, y_val, groups)
-
-    @fit_context(prefer_skip_nested_validation=True)
-    def partial_fit(self, X, y, classes=None, sample_weight=None):
-        """Train one more epoch, at constant learning rates.
-
-        It trains a copy of the network and of the optimizer's state, which begins anew after
-        `fit` and is part of pickles from then on: if it fails, the model is as before. Nothing is
-        held out, averaged or stopped early. Changes of `backbone`, `weights`,
-        `layer`, `pooling` and `preprocessing` have no effect before the next `fit`.
-
-        Parameters
-        ----------
-        X, y, sample_weight
             As in `fit`.
         classes : array-like of shape (n_classes,), default=None
-            In the first call: all classes that later calls may have. For several labels per row
-            they can only be the names or numbers of the columns of `y`.
+            In the first call: all classes of later calls. For several labels per row they can only
+            be the names or numbers of the columns of `y`.
+        sample_weight : array-like of shape (n_samples,), default=None
+            As in `fit`.
 
         Returns
         -------
         self : FineTuningClassifier
+            The fitted estimator.
         """
         self._classes_given = None if classes is None else read_classes(classes)
         try:
@@ -338,10 +319,12 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         Parameters
         ----------
         X : list, array, Series or data frame of n_samples images
+            The same columns as in `fit`.
 
         Returns
         -------
         scores : ndarray of shape (n_samples,) for two classes, else (n_samples, n_classes)
+            For two classes, positive scores predict the second one.
         """
         scores = self._scores(X)
         if self._kind == "multiclass" and len(self.classes_) == 2:
@@ -354,10 +337,12 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         Parameters
         ----------
         X : list, array, Series or data frame of n_samples images
+            The same columns as in `fit`.
 
         Returns
         -------
         proba : ndarray of shape (n_samples, n_classes), float64
+            In the order of `classes_`. Those of classes sum to one.
         """
         return np.exp(self._log_proba(self._scores(X)))
 
@@ -367,10 +352,12 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         Parameters
         ----------
         X : list, array, Series or data frame of n_samples images
+            The same columns as in `fit`.
 
         Returns
         -------
         log_proba : ndarray of shape (n_samples, n_classes), float64
+            In the order of `classes_`.
         """
         return self._log_proba(self._scores(X))
 
@@ -386,6 +373,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         Parameters
         ----------
         X : list, array, Series or data frame of n_samples images
+            The same columns as in `fit`.
 
         Returns
         -------
@@ -403,12 +391,16 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         Parameters
         ----------
         X : list, array, Series or data frame of n_samples images
+            The same columns as in `fit`.
         y : array-like of shape (n_samples,) or (n_samples, n_labels)
+            The true labels.
         sample_weight : array-like of shape (n_samples,), default=None
+            Weights of the rows.
 
         Returns
         -------
         score : float
+            Between 0 and 1.
         """
         predicted = self.predict(X)
         labels, _ = read_labels(y, len(predicted))
@@ -471,6 +463,8 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
                     f"{type(self).__name__} needs at least two classes, but "
                     f"{'y' if given is None else '`classes`'} holds one class only: "
                     f"{shown(classes[0])}."
+                    if len(classes)
+                    else "`classes` is empty: it must hold all classes of later calls."
                 )
         self.classes_, self._kind = classes, "multilabel" if is_multilabel else "multiclass"
 
@@ -495,6 +489,6 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True
-        # The data of scikit-learn's tests are not images: a network sees little in 1×2 pixels.
+        # scikit-learn's estimator checks fit data that are not images but 1×2 pixels.
         tags.classifier_tags.poor_score = True
         return tags

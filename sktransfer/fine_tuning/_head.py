@@ -1,4 +1,4 @@
-"""The head: its scores, their loss, and the linear probe that it starts as."""
+"""The head, its loss, and the linear probe from which it starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from numbers import Integral
 
 import numpy as np
@@ -17,24 +16,24 @@ from torch import nn
 from torch.nn import functional as F
 
 from sktransfer._progress import shown
-from sktransfer._threads import one_at_a_time
+from sktransfer._threads import global_state_lock
 from sktransfer.networks._backbone import Backbone
 
 Loss = str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# Strengths that are tried on a held-out quarter; _C_FEW_ROWS where there are too few rows for one.
+# Values of C to be tried on a held-out quarter; _C_FEW_ROWS if there are too few rows for that.
 _C = (0.001, 0.01, 0.1, 1.0)
 _C_FEW_ROWS = 0.1
 _ALPHAS = tuple(10.0**p for p in range(-1, 6))
 _MAX_ITER = 300
-# Enlarged corners of an image: the share of its sides, and where they are, down and to the right.
-# Nothing is mirrored, as a "b" is not a "d".
+# Enlarged corners of an image: their share of its sides, and their positions (down, right). They
+# are not mirrored, because a mirrored "b" is a "d".
 _CORNER = 0.85
 _CORNERS = ((0.0, 0.0), (1.0, 1.0))
 
 
 class LinearHead(nn.Module):
-    """A linear layer and, where `hidden` is given, a perceptron whose output is added to it.
+    """A linear layer and, with `hidden`, a perceptron whose output is added to it.
 
     The perceptron's last layer starts at zero, so that the head starts as its linear layer.
     `dropout` is the share of the embedding, and of each hidden layer, that is dropped.
@@ -70,7 +69,7 @@ class LinearHead(nn.Module):
 def make_head(
     head: str | Sequence[int] | nn.Module, n_in: int, n_out: int, dropout: float
 ) -> nn.Module:
-    """Make the head that the parameter ``head`` asks for; a module is checked and copied."""
+    """Make the head of the parameter ``head``; a module is checked and copied."""
     if isinstance(head, str):
         return LinearHead(n_in, n_out, (), dropout)
     if isinstance(head, (tuple, list)):
@@ -85,17 +84,18 @@ def make_head(
 
 
 def _checked_copy(head: object, n_in: int, n_out: int) -> nn.Module:
-    """Copy a user's module to the CPU if it can be trained as the head."""
+    """Copy a user's module to the CPU; raise ValueError if it cannot be trained as the head."""
     takes = f"A head takes float32 embeddings (n, {n_in}) and returns float32 scores (n, {n_out})"
     if not isinstance(head, nn.Module):
-        what = "a class: give an instance of it" if isinstance(head, type) else "no torch module"
+        is_class = isinstance(head, type)
+        what = "a class: give an instance of it" if is_class else "not a torch.nn.Module"
         raise ValueError(f"head={shown(head)} is {what}. {takes}.")
     try:
         own = copy.deepcopy(head).cpu().eval()
         x = torch.zeros(2, n_in, device="cpu", requires_grad=True)
         with torch.enable_grad():
             scores = own(x)
-            copy.deepcopy(own).double()(x.double())  # as predictions are made
+            copy.deepcopy(own).double()(x.double())  # as in predictions
     except Exception as error:
         raise ValueError(
             f"head={shown(head)} fails on embeddings of shape (2, {n_in}) ({type(error).__name__}: "
@@ -114,7 +114,7 @@ def _checked_copy(head: object, n_in: int, n_out: int) -> nn.Module:
 
 
 class WeightedLoss(nn.Module):
-    """Mean over a batch of weight · loss; weights have a mean of 1 over the whole training set.
+    """Mean of weight · loss over a batch; the weights of the whole training set have a mean of 1.
 
     `loss` is ``"auto"`` (cross-entropy; binary cross-entropy, averaged over labels; squared
     error, averaged over targets), ``"huber"``, or takes scores and targets and returns a value
@@ -151,7 +151,7 @@ class WeightedLoss(nn.Module):
                 " Weights come from sample_weight, class_weight and equal images, which become one "
                 'row; losses of torch take reduction="none".'
             )
-        # A value for each score is averaged over a row; (n, n) comes of a wrong broadcast.
+        # A value for each score is averaged over a row; (n, n) is the result of a wrong broadcast.
         elif len(losses) != len(weight) or losses.numel() not in (len(weight), scores.numel()):
             got = _described(losses)
         if got:
@@ -180,7 +180,7 @@ def _described(tensor: torch.Tensor, noun: str = "values") -> str:
 def validation_score(
     kind: str, scores: np.ndarray, target: np.ndarray, weight: np.ndarray
 ) -> float:
-    """Accuracy (of whole rows of labels), or R² averaged over targets; larger is better."""
+    """Return the accuracy (of whole rows of labels), or R² averaged over targets."""
     if kind == "multiclass":
         return float(np.average(scores.argmax(1) == target, weights=weight))
     if kind == "multilabel":
@@ -207,11 +207,8 @@ class CornerViews(Backbone):
         ]
 
     def inference_module(self, device="cpu", precision="float32"):
-        return partial(_embed_corners, self._whole.inference_module(device, precision))
-
-
-def _embed_corners(network: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    return [part for corner in _CORNERS for part in network(_enlarged(x, *corner))]
+        network = self._whole.inference_module(device, precision)
+        return lambda x: [part for corner in _CORNERS for part in network(_enlarged(x, *corner))]
 
 
 def _enlarged(x: torch.Tensor, down: float, right: float) -> torch.Tensor:
@@ -264,20 +261,20 @@ def fit_probe(
 
 
 def _moments(rows: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted mean and standard deviation of each column, the latter never near zero."""
+    """Return the weighted mean and standard deviation, never near zero, of each column."""
     share = weight / weight.sum()
     mean = share @ rows
     scale = np.sqrt(share @ (rows - mean.astype(rows.dtype)) ** 2)
-    # Otherwise a nearly constant column would become huge once the network's weights change.
+    # Otherwise a nearly constant column would be scaled to huge values when stages are trained.
     positive = scale[scale > 1e-12]
     floor = 0.01 * np.median(positive) if len(positive) else 1.0
     return mean, np.maximum(scale, floor)
 
 
-def _spread(
+def _views_as_rows(
     z: np.ndarray, target: np.ndarray, weight: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All views as rows of their own, with their targets and their part of the weight."""
+    """Return each view as a row, with its target and its part of the weight."""
     n_views = z.shape[1]
     flat = z.reshape(-1, z.shape[2])
     return flat, np.repeat(target, n_views, axis=0), np.repeat(weight / n_views, n_views)
@@ -290,7 +287,7 @@ def _ridge(z: np.ndarray, target: np.ndarray, weight: np.ndarray) -> tuple[np.nd
     alphas = [alpha * weight.mean() for alpha in _ALPHAS]
     model = RidgeCV(alphas=alphas).fit(z[:, 0], target, sample_weight=weight)
     if z.shape[1] > 1:
-        z, target, weight = _spread(z, target, weight)
+        z, target, weight = _views_as_rows(z, target, weight)
         model = Ridge(alpha=model.alpha_).fit(z, target, sample_weight=weight)
     return np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
 
@@ -300,7 +297,7 @@ def _one_label(
 ) -> tuple[np.ndarray, float]:
     target = target.astype(int)
     if len(np.unique(target)) == 1:
-        # No row has this label, or all have it: odds of n + 1 to 1.
+        # If no row or all rows have this label, its odds are n + 1 to 1.
         odds = np.log(len(z) + 1.0)
         return np.zeros(z.shape[2]), float(odds if target[0] else -odds)
     coef, intercept = _logistic(z, target, weight, 2, rng)
@@ -319,7 +316,7 @@ def _logistic(
         return coef, intercept
     weight = weight / weight.mean()  # C weighs the losses' sum against the penalty
     strength = _choose_strength(z[:, 0], codes, weight, rng)
-    model = _solve(*_spread(z, codes, weight), strength)
+    model = _solve(*_views_as_rows(z, codes, weight), strength)
     if len(present) == 2:
         # softmax(-s/2, s/2) is the logistic function of s.
         coef[present] = np.array([[-0.5], [0.5]]) * model.coef_
@@ -332,8 +329,8 @@ def _logistic(
 def _choose_strength(
     z: np.ndarray, codes: np.ndarray, weight: np.ndarray, rng: np.random.RandomState
 ) -> float:
-    """The C whose model gives a held-out quarter the smallest log loss."""
-    held_out = stratified_part(codes, 0.25, rng)
+    """Return the C with the smallest log loss on a held-out quarter."""
+    held_out = stratified_sample(codes, 0.25, rng)
     is_in = np.ones(len(z), dtype=bool)
     is_in[held_out] = False
     if len(held_out) < 8 or len(np.unique(codes[is_in])) < len(np.unique(codes)):
@@ -359,19 +356,19 @@ def _solve(
     if start is not None:
         model.coef_, model.intercept_ = start.coef_.copy(), start.intercept_.copy()
         model.classes_ = start.classes_
-    # The warnings' filters are those of all threads.
-    with one_at_a_time, warnings.catch_warnings():
-        # Fine-tuning needs no better convergence than _MAX_ITER steps give.
+    # All threads share the filters of warnings.
+    with global_state_lock, warnings.catch_warnings():
+        # _MAX_ITER steps converge well enough for fine-tuning.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(z, codes, sample_weight=weight)
 
 
-def stratified_part(
+def stratified_sample(
     codes: np.ndarray | None, fraction: float, rng: np.random.RandomState, n: int = 0
 ) -> np.ndarray:
-    """Choose about `fraction` of the rows, ascending, of each class and never all of one.
+    """Choose about `fraction` of the rows of each class, never all of one; sorted.
 
-    Without `codes` there are `n` rows of no class.
+    Without `codes`, choose them from `n` rows without classes.
     """
     if codes is None:
         n_part = min(n - 1, max(1, round(fraction * n))) if n > 1 else 0
@@ -379,7 +376,7 @@ def stratified_part(
     part, carried = [], 0.0
     for code in np.unique(codes):
         members = np.flatnonzero(codes == code)
-        # What a class's part lost by rounding is added to that of the next class.
+        # The error of rounding is carried over to the next class.
         wanted = fraction * len(members) + carried
         n_part = min(len(members) - 1, round(wanted))
         carried = wanted - n_part

@@ -1,4 +1,4 @@
-"""The network's inputs in training: pixels or kept outputs of frozen stages, in batches."""
+"""Batches of the network's inputs in training: pixels, or stored outputs of frozen stages."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from sktransfer.networks._preprocessing import AnyPreprocessing
 from sktransfer.networks._tokens import Tokens
 from sktransfer.store._store import MAX_ACTIVATION_BYTES, activations, as_store
 
-# A training set's pixels, or its outputs of frozen stages, are kept in memory up to this size;
-# larger ones are computed again in each epoch.
+# Of the pixels of a training set, or its outputs of frozen stages, that are kept in memory; larger
+# ones are computed again in each epoch.
 MAX_KEPT_BYTES = 2 * 2**30
-# Outputs of frozen stages are kept on an accelerator up to this size.
-_MAX_BYTES_ON_DEVICE = 2**30
+_MAX_BYTES_ON_DEVICE = 2**30  # of outputs of frozen stages that are kept on an accelerator
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -44,7 +43,7 @@ class EmbeddingSettings:
 def embed_rows(
     images: Rows, backbone: Backbone, settings: EmbeddingSettings
 ) -> tuple[np.ndarray, list[BadRow]]:
-    """One embedding per image, in rows of all image columns, and the unreadable images."""
+    """Return the embeddings of each row's images, joined, and the unreadable images."""
     out = np.empty((len(images), backbone.n_features), dtype=np.float32)
     bad = embed_images(
         images,
@@ -62,7 +61,7 @@ def embed_rows(
 class Pixels:
     """Decoded, resized and cropped images, kept in memory if they are not too large.
 
-    The rows of images that cannot be read are marked in `is_bad` and listed in `bad`. With
+    Rows with unreadable images are marked in `is_bad`, and the images are listed in `bad`. With
     ``on_error="skip"`` :meth:`take` returns zeros for them.
     """
 
@@ -78,7 +77,7 @@ class Pixels:
         self.is_bad = np.zeros(len(self), dtype=bool)
         self.is_kept = True
         self._pixels: dict[int, np.ndarray] = {}
-        self._blank: np.ndarray | None = None  # of the other images' shape
+        self._blank: np.ndarray | None = None  # zeros of an image's shape
 
     def __len__(self) -> int:
         return len(self._images) // self._n_columns
@@ -90,7 +89,7 @@ class Pixels:
         return list(self.bad)
 
     def take(self, index: np.ndarray) -> torch.Tensor:
-        """The images of some rows: (n, n_columns, channels, height, width)."""
+        """Return the images of some rows: (n, n_columns, channels, height, width)."""
         found = self._read(index)
         if self._blank is None or (self._settings.on_error == "raise" and self.is_bad[index].any()):
             raise _no_longer_readable(self.bad[-1])
@@ -100,7 +99,7 @@ class Pixels:
         else:
             tensor = torch.from_numpy(np.stack(arrays))
         if tensor.dtype == torch.uint8:
-            tensor = tensor.permute(0, 3, 1, 2)  # channels-last in memory, as convolutions like it
+            tensor = tensor.permute(0, 3, 1, 2)  # channels-last in memory
         return tensor.unflatten(0, (-1, self._n_columns))
 
     def _read(self, index: np.ndarray) -> list[np.ndarray | None]:
@@ -132,7 +131,7 @@ class Pixels:
 
 
 class Precomputed:
-    """Inputs (n_rows, n_columns, …) that are computed already, except for rows that are bad."""
+    """Inputs (n_rows, n_columns, …) that were computed before, except for bad rows."""
 
     is_kept = True
 
@@ -155,10 +154,10 @@ class Precomputed:
 
 
 class FrozenStages(Backbone):
-    """The stages of a module before `stop`, unchanged, as a backbone for `embed`.
+    """The stages of a module before `stop`, frozen, as a backbone for `embed`.
 
-    An image's row is what :meth:`TunedModule.run_frozen` returns; `sample` is one image,
-    or a text padded to the length that all get.
+    The row of an image is that of :meth:`TunedModule.run_frozen`; `sample` is one image, or a text
+    padded to the length of all rows.
     """
 
     def __init__(self, backbone: Backbone, module: TunedModule, stop: int, sample: torch.Tensor):
@@ -183,14 +182,14 @@ class FrozenStages(Backbone):
 def frozen_outputs(
     images: Rows, n_columns: int, frozen: FrozenStages, settings: EmbeddingSettings
 ) -> Precomputed | None:
-    """Compute the outputs of frozen stages once, or find those that an earlier fit computed.
+    """Compute the outputs of frozen stages, or return those of an earlier fit.
 
     Unless `memory` keeps nothing, they are kept in this process. None if they are too large.
     """
     n_bytes = 4 * frozen.n_features * len(images)
     if n_bytes > MAX_KEPT_BYTES:
         return None
-    # More than the store holds would push out its own rows before they are used again.
+    # If they exceeded the store's bound, rows would be evicted before they are used again.
     is_shared = as_store(settings.memory).max_bytes != 0 and n_bytes <= MAX_ACTIVATION_BYTES
     out = np.empty((len(images), frozen.n_features), dtype=np.float32)
     bad = embed(
@@ -235,7 +234,7 @@ class TrainingSet(Dataset):
         self.weight = torch.from_numpy(weight / weight.mean()).float()
 
     def __getstate__(self) -> dict[str, object]:
-        return {}  # a net that is pickled during training does not contain its data
+        return {}  # a net that is pickled during training contains no data
 
     def __len__(self) -> int:
         return len(self.index)
@@ -245,10 +244,10 @@ class TrainingSet(Dataset):
         return {"x": x[0], "weight": weight[0]}, target[0]
 
     def take(self, rows: np.ndarray) -> Batch:
-        """Inputs, targets and weights of some rows."""
+        """Return inputs, targets and weights of some rows."""
         where, index = torch.from_numpy(rows), self.index[rows]
         x = self.source.take(index)
-        # An image that is no longer readable has no weight.
+        # An image that has become unreadable has no weight.
         is_read = torch.from_numpy(~self.source.is_bad[index])
         return x, self.target[where], self.weight[where] * is_read
 
@@ -256,8 +255,8 @@ class TrainingSet(Dataset):
 class Batches:
     """skorch's iterator over a :class:`TrainingSet`, shuffled if there is a `generator`.
 
-    Rows are divided evenly into batches of at most `batch_size`, so that none is a remainder of
-    one row. Data sets that a user gives to the net come in order.
+    Rows are divided evenly into batches of at most `batch_size`, so that none has a single row.
+    The data sets that a user gives to the net are not shuffled.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A fine-tuned network: a backbone with trained stages and a head, and the module to train."""
+"""Fine-tuned networks: the module to train, and a backbone with trained stages and a head."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _VALUE = -1
 
 
 class TunedModule(nn.Module):
-    """The stages below the head, the pooling of some stages' values, and a new head.
+    """The stages below the head, the pooling of some of their values, and a new head.
 
     The head takes the pooled values joined in the order of `poolings`: the first is that of the
     stage at the position ``pooled_stages[0]``. Without stages the module takes embeddings. Unless
@@ -62,10 +62,10 @@ class TunedModule(nn.Module):
         self.head = head
         self.moves_statistics, self.precision = moves_statistics, precision
         self.input_stage, self.n_frozen = 0, len(self.stages)
-        # Of what run_frozen returned last: the shape of an image's value, the widths before it.
+        # Of the last result of run_frozen: the shape of an image's value, the widths before it.
         self.frozen_shape: tuple[int, ...] = ()
         self.frozen_widths: tuple[int, ...] = ()
-        self.most_at_once: int | None = None  # images, once memory has not sufficed for a batch
+        self.max_at_once: int | None = None  # images, after memory did not suffice for a batch
         self.normalisation = Normalisation(preprocessing)
         self.is_text = isinstance(preprocessing, Tokens)
         self.freeze(self.n_frozen)
@@ -77,12 +77,12 @@ class TunedModule(nn.Module):
     def forward(
         self, x: torch.Tensor, weight: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Scores (n, n_outputs) of rows (n, n_columns, …); `weight` is passed on to the loss."""
+        """Return scores (n, n_outputs) of rows (n, n_columns, …), and `weight` for the loss."""
         scores = self.head(self.embed(x))
         return scores if weight is None else (scores, weight)
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
-        """Embeddings (n, n_columns · width), float32."""
+        """Return embeddings (n, n_columns · width), float32."""
         n_rows = len(x)
         x = x.flatten(0, 1)
         if self.input_stage < len(self.stages):
@@ -99,10 +99,10 @@ class TunedModule(nn.Module):
         return x.float().reshape(n_rows, -1)
 
     def run_frozen(self, x: torch.Tensor, stop: int, length: int | None = None) -> torch.Tensor:
-        """Send pixels, or texts, through the stages before `stop`.
+        """Apply the stages before `stop` to pixels or texts.
 
-        A row holds the pooled values of these stages, then all values of the last one, which are
-        padded to `length` tokens.
+        A row has the pooled values of these stages, then all values of the last one, padded to
+        `length` tokens.
         """
         found = self._run(x, 0, stop)
         value = found.pop(_VALUE)
@@ -114,13 +114,13 @@ class TunedModule(nn.Module):
         return torch.cat([*parts, value.flatten(1)], dim=1).float()
 
     def _run(self, x: torch.Tensor, start: int, stop: int) -> dict[int, torch.Tensor]:
-        """Send values (n, …) through the stages from `start` to before `stop`.
+        """Apply the stages from `start` to before `stop` to values (n, …).
 
-        Returned are the pooled values by their position in `poolings`, and under _VALUE the last
-        stage's value if other stages follow it.
+        Return the pooled values by their position in `poolings`, and under _VALUE the value of the
+        last stage if other stages follow it.
         """
         function = partial(self._run_part, start=start, stop=stop)
-        is_short = self.most_at_once is not None and torch.is_grad_enabled()
+        is_short = self.max_at_once is not None and torch.is_grad_enabled()
         if is_short and not self._has_moving_statistics():
             # One part after another is computed again for its gradients.
             function = partial(checkpoint, function, use_reentrant=False)
@@ -141,21 +141,21 @@ class TunedModule(nn.Module):
         return found if stop == len(self.stages) else found | {_VALUE: x}
 
     def halve(self, n_images: int) -> bool:
-        """Run half as many images at once from now on; False if that is impossible.
+        """Halve the number of images that run at once; return False if that is impossible.
 
-        Batch norms that use the statistics of a batch need it whole.
+        Batch norms that use the statistics of a batch cannot run it in parts.
         """
-        n_before = min(n_images, self.most_at_once or n_images)
+        n_before = min(n_images, self.max_at_once or n_images)
         if n_before < 2 or self.input_stage == len(self.stages) or self._has_moving_statistics():
             return False
-        self.most_at_once = -(-n_before // 2)
+        self.max_at_once = -(-n_before // 2)
         return True
 
     def _has_moving_statistics(self) -> bool:
         return any(part.training and _has_statistics(part) for part in self.stages.modules())
 
     def _n_at_once(self, x: torch.Tensor) -> int:
-        """How many images to run at once; the sum of the gradients is the same."""
+        """Return how many images to run at once, which does not change the sum of gradients."""
         n = max(1, len(x))
         if self._has_moving_statistics():
             return n
@@ -163,7 +163,7 @@ class TunedModule(nn.Module):
             n_trained = sum(p.numel() for p in self.stages.parameters() if p.requires_grad)
             if n_trained <= _MANY_PARAMETERS:
                 n = min(n, cpu_batch_size(x.shape[1:]))
-        return min(n, self.most_at_once or n)
+        return min(n, self.max_at_once or n)
 
     @property
     def device(self) -> torch.device:
@@ -175,7 +175,7 @@ class TunedModule(nn.Module):
         return sum(name != "pool" for name in self.stage_names[self.n_frozen :])
 
     def freeze(self, n_frozen: int) -> None:
-        """Freeze the first `n_frozen` stages, with what they share with others; train the rest."""
+        """Freeze the first `n_frozen` stages, also parameters that others share; train the rest."""
         self.n_frozen = n_frozen
         self.stages[n_frozen:].requires_grad_(True)
         self.stages[:n_frozen].requires_grad_(False)
@@ -195,7 +195,7 @@ class TunedModule(nn.Module):
         return self
 
     def auto_lr(self, first_trained_stage: int) -> float:
-        """The head's learning rate for ``lr="auto"``.
+        """Return the head's learning rate for ``lr="auto"``.
 
         Networks that normalise no activations (AlexNet, VGG, SqueezeNet) and those of texts need
         smaller steps.
@@ -206,10 +206,10 @@ class TunedModule(nn.Module):
         return 3e-4 if is_robust or first_trained_stage >= len(self.stages) else 1e-4
 
     def groups(self, start: int) -> list[tuple[str, int, list[nn.Parameter]]]:
-        """(stage, distance from the head, parameters) of the stages from `start` on, last first.
+        """Return (stage, distance from the head, parameters) of the stages from `start` on.
 
-        A stage that only pools has the distance of the one below it. Parameters that several
-        stages share belong to the lowest of them.
+        The last stage comes first. A stage that only pools has the distance of the one below it.
+        Parameters that several stages share belong to the lowest of them.
         """
         found: list[tuple[str, int, list[nn.Parameter]]] = []
         owner: dict[int, int] = {}
@@ -230,9 +230,10 @@ def _has_statistics(part: nn.Module) -> bool:
 
 
 class TunedNetwork:
-    """A backbone with a head of its own and, from some stage on, weights of its own.
+    """A backbone with a new head and, from some stage on, trained weights.
 
-    Its pickle holds what was trained, and how the backbone, which is not changed, loads the rest.
+    Its pickle contains the trained weights, and how the backbone, which is not changed, loads the
+    others.
     `n_columns` are the image columns of a row, `first_trained_stage` the position of the lowest
     trained stage; with ``len(stage_names)`` only the head is trained.
     """
@@ -265,7 +266,7 @@ class TunedNetwork:
         return self.first_trained_stage < len(self.stage_names)
 
     def module(self, *, whole: bool = False) -> TunedModule:
-        """The module to train. It has no stages if only the head is trained and not `whole`."""
+        """Return the module to train; only the head, if no stage is trained and not `whole`."""
         with self._lock:
             if self._module is None or (whole and not self._module.stages):
                 self._root, self._module = self._build(whole or self.has_own_stages)
@@ -273,9 +274,9 @@ class TunedNetwork:
             return self._module
 
     def copy(self, head: nn.Module, first_trained_stage: int, precision: str) -> TunedNetwork:
-        """An independent network with these weights, to be trained from another stage on.
+        """Return an independent network with these weights, to be trained from another stage on.
 
-        `head` takes the trained head's weights: ValueError if they do not fit.
+        The trained head's weights are loaded into `head`: ValueError if they do not fit.
         """
         try:
             head.load_state_dict(self.head.state_dict())
@@ -311,7 +312,7 @@ class TunedNetwork:
 
     # -- what was trained -------------------------------------------------------------------
     def trained_state(self) -> dict[str, np.ndarray]:
-        """Parameters and buffers of the trained stages, ``"<position>.<name>"`` -> array."""
+        """Return the trained stages' parameters and buffers by ``"<position>.<name>"``."""
         if self._module is None or not self._module.stages:
             return dict(self._loaded or {})
         return {
@@ -346,7 +347,7 @@ class TunedNetwork:
             module.stages[i].load_state_dict(own, strict=False)
 
     def expected_state(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what :meth:`trained_state` returns."""
+        """Return the names and shapes of :meth:`trained_state`."""
         if not self.has_own_stages:
             return {}
         stages = self.backbone.network.plan.stages()  # without weights
@@ -357,25 +358,25 @@ class TunedNetwork:
         }
 
     def training_state(self) -> TrainingState | None:
-        """What the next epoch of ``partial_fit`` continues from; None before any training."""
+        """Return the state for the next epoch of ``partial_fit``; None before any training."""
         if self.net is None:
             return self._training_state
         return training_state_of(self.net)
 
     def set_training_state(self, state: TrainingState) -> None:
-        """Set what :meth:`training_state` returned, of this network in another process."""
+        """Set the result of :meth:`training_state` in another process."""
         self.net, self._training_state = None, state
 
     # -- embedding and scores ---------------------------------------------------------------
     def tuned_backbone(self) -> Backbone:
-        """The backbone with the trained weights, for `embed` and the store."""
+        """Return the backbone with the trained weights, for `embed` and the store."""
         if not self.has_own_stages:
             return self.backbone
         with self._lock:
             if self._tuned is None:
                 self.module()
                 assert self._root is not None
-                # A copy: inference on another device leaves the trained module alone.
+                # A copy, so that inference on another device does not move the trained module.
                 root = copy.deepcopy(self.backbone.network.module).cpu()
                 root.load_state_dict(self._root.state_dict())
                 root.eval().requires_grad_(False)
@@ -385,7 +386,7 @@ class TunedNetwork:
 
     @own_settings()
     def scores(self, embeddings: np.ndarray) -> np.ndarray:
-        """The head's scores, in float64 so that they do not depend on the batch."""
+        """Return the head's scores, in float64 so that they do not depend on the batch."""
         head = copy.deepcopy(self.head).cpu().double().eval().requires_grad_(False)
         with torch.inference_mode():
             return head(torch.from_numpy(np.asarray(embeddings, dtype=np.float64))).numpy()
@@ -418,6 +419,6 @@ def _digest(fingerprint: str, state: dict[str, np.ndarray]) -> str:
 
 
 def _weights(stage: nn.Module) -> dict[str, torch.Tensor]:
-    """A stage's parameters and buffers, without constants that torch.fx numbered."""
+    """Return a stage's parameters and buffers, without torch.fx's numbered constants."""
     state = stage.state_dict()
     return {name: state[name] for name in state if "_tensor_constant" not in name}

@@ -7,10 +7,10 @@ from sklearn.base import RegressorMixin
 
 from sktransfer._validation import StrOptions, fit_context
 from sktransfer.fine_tuning._base import BaseFineTuning
-from sktransfer.fine_tuning._targets import check_y_given, clip_far_out, read_numbers
+from sktransfer.fine_tuning._targets import check_y_given, clip_outliers, read_numbers
 
 # In standard deviations; the square of what is farther from the mean overflows float32.
-_FARTHEST = 1e18
+_MAX_DISTANCE = 1e18
 
 
 class FineTuningRegressor(RegressorMixin, BaseFineTuning):
@@ -20,7 +20,8 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     Then the head and the unfrozen stages are trained together, lower stages with smaller
     learning rates, by skorch: see `net_`. Targets are standardised inside.
 
-    Read more in the :ref:`User Guide <fine_tuning>`.
+    Most parameters are those of :class:`FineTuningClassifier`, which describes them in full. Read
+    more in the :ref:`User Guide <fine_tuning>`.
 
     Parameters
     ----------
@@ -39,21 +40,18 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         How a feature map becomes a row. ``"auto"``: as in the network itself. Tokens of texts:
         ``"mean"``, ``"max"``, ``"cls"`` or ``"last"``.
     preprocessing : "auto", dict or callable, default="auto"
-        As in :class:`PretrainedFeatureExtractor`. With a network of texts leave it, `image_shape`,
-        `value_range` and `augment` out.
+        As in :class:`PretrainedFeatureExtractor`. Like `image_shape`, `value_range` and `augment`,
+        it is for images only.
     image_shape : tuple of int or None, default=None
         Shape of one image, ``(height, width)`` or ``(height, width, channels)``, for flat
         numeric rows. One entry may be -1.
     value_range : tuple of float or None, default=None
-        The numbers that are black and white, ``(low, high)``, in all images; ``None``: as their
-        types and values suggest. See :class:`PretrainedFeatureExtractor`.
+        The values of black and white, ``(low, high)``, in all images. ``None``: according to their
+        types and values, see :class:`PretrainedFeatureExtractor`.
     unfreeze : int, "all", "gradual" or mapping, default="all"
-        The stages that are trained beside the head: none (0), the last k, all, or more and
-        more until half of the epochs (``"gradual"``). A mapping has epochs, counted from 1, as
-        keys and numbers of stages or ``"all"`` as values. ``load_backbone(...).stages`` lists a
-        network's stages. The parameters and buffers of frozen stages do not change; without
-        augmentation their outputs are computed once. Batch norms of unfrozen stages keep the
-        statistics of pre-training, except with ``weights=None``.
+        The stages that are trained with the head: none (0), the last k, all, or more and more
+        until half of the epochs (``"gradual"``). A mapping has epochs, counted from 1, as
+        keys and numbers of stages or ``"all"`` as values.
     head : "linear", tuple of int or torch.nn.Module, default="linear"
         A linear layer; with a tuple, plus a perceptron of these hidden sizes; or a module that
         takes embeddings (n, n_features) and returns scores (n, n_targets).
@@ -68,36 +66,30 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         A callable takes scores (n, n_outputs) and targets, and returns one value per row (torch's
         losses with ``reduction="none"``), as equal images of the same target become one weighted
         row. A single number is accepted where all rows have the same weight. Targets are
-        numbers (n, n_targets), scaled to mean 0 and variance 1 in training. With any loss but
-        ``"auto"``, this scaling and the ridge regression of the start take targets farther than
-        three interquartile ranges from the quartiles as if they were there.
+        numbers (n, n_targets), scaled to mean 0 and variance 1. With any loss but ``"auto"``,
+        targets farther than three interquartile ranges from the quartiles are clipped for this
+        scaling and for the ridge regression of the start.
     max_epochs : int, default=8
-        With 0 the model is the linear probe.
+        Number of epochs; with 0 the model is the linear probe.
     batch_size : int, default=32
-        Rows of one training step.
+        Number of rows of a training step.
     lr : "auto" or float, default="auto"
-        Learning rate of the head; ``"auto"``: 3e-4, or 1e-4 if trained stages take texts or
-        contain no normalisation (AlexNet, VGG, SqueezeNet). It rises from 1/25 of this in the
-        first quarter of the training and then falls to 1e-5 of it [2]_, unless `callbacks` holds
-        skorch's ``LRScheduler``.
+        Largest learning rate of the head; ``"auto"``: 3e-4, or 1e-4 if trained stages take texts
+        or contain no normalisation (AlexNet, VGG, SqueezeNet).
     layer_decay : float, default=0.7
         Learning rate of each stage, divided by that of the stage above it.
     optimizer : {"adamw", "sgd"} or callable, default="adamw"
-        ``"sgd"`` has a momentum of 0.9. A callable takes parameter groups and ``lr``, such as
-        ``functools.partial(torch.optim.SGD, momentum=0.5)`` or ``torch.optim.NAdam``.
+        ``"sgd"`` has a momentum of 0.9. A callable takes parameter groups and ``lr``.
     weight_decay : float, default=0.01
         Weight decay of the optimizer; none on biases and norms.
     augment : {"light", "strong"}, callable, list or None, default=None
         Random changes of training images, new in each epoch. ``"light"`` mirrors and crops,
         ``"strong"`` crops more and changes colours. A callable takes and returns one uint8 tensor
-        (channels, height, width) on the CPU, whatever `device` is, as the transforms of
-        ``torchvision.transforms.v2`` do; draw from torch's random state to be repeatable.
-        Mixing images (``v2.MixUp``) is for classes only. A list holds several of these. Where
-        `preprocessing` is a callable, its float images are changed, but not their colours.
+        (channels, height, width) on the CPU, as the transforms of ``torchvision.transforms.v2`` do,
+        except for MixUp and CutMix. A list holds several of these.
     early_stopping : "auto", bool or splitter, default="auto"
-        Whether the epoch with the best score on a validation part is kept. Epoch 0 counts: from
-        a linear probe, the model is never worse there than the probe. ``"auto"``: if `X_val` is
-        given or there are at least 1000 training rows. A splitter of scikit-learn such as
+        Whether the epoch with the best score on a validation part is kept. ``"auto"``: if `X_val`
+        is given or there are at least 1000 training rows. A splitter of scikit-learn such as
         ``GroupShuffleSplit()`` chooses the validation part, by its first split.
     validation_fraction : float, default=0.1
         Share of the rows that is held out for validation if no `X_val` is given.
@@ -105,9 +97,9 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         With early stopping, epochs without a better score after which training ends.
     random_state : int, RandomState instance or None, default=None
         Seed of shuffling, dropout, augmentation and the split. The global random states of
-        torch and, for an int, of NumPy are not changed.
+        torch and, with an int, of NumPy are not changed.
     callbacks : list or None, default=None
-        skorch callbacks, or (name, callback) pairs; copies of them are used.
+        Callbacks of skorch, or (name, callback) pairs; copies of them are used.
     device : str, default="auto"
         A torch device; ``"auto"``: the first of ``"cuda"``, ``"mps"`` and ``"cpu"`` that exists.
     precision : {"float32", "bfloat16"}, default="float32"
@@ -138,13 +130,13 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     n_iter_ : int
         Number of epochs trained.
     best_epoch_ : int
-        The epoch whose weights are kept; 0 is the start.
+        The epoch whose weights are kept; 0 is the start of the training.
     bad_images_ : list of BadRow
         The images that the last call could not read, with ``row``, ``where`` and ``reason``;
         after `fit` those of `X`.
     n_features_in_ : int
         Number of image columns, or of pixel columns if `image_shape` is given.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the columns in `fit`, if `X` has names.
     n_features_out_ : int
         Number of columns that `transform` returns.
@@ -156,26 +148,13 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
 
     Notes
     -----
-    Rows of the same images and target are merged into one of their joint weight, and sorted by
-    their content: a weight of 2 is exactly the row twice, the order of `X` has no effect, and no
-    row is on both sides of the validation split.
-
-    If stages are trained from pre-trained weights and a linear probe, and no validation part
-    chooses the epoch, then the final weights are interpolated between the start and the end of
-    training [3]_: half way up to 200 rows, three quarters of the way from 600 rows on. Its
-    probe is fitted on two enlarged corners of each image, too, if there are fewer than 1000 rows.
-
-    Ctrl-C ends the training; the weights of that moment, or of the best epoch, are kept. A pickle
-    holds what was trained and how to load the rest, see :func:`save`.
+    The notes on :class:`FineTuningClassifier` apply: equal rows are merged, trained weights may be
+    interpolated with those of the start, and Ctrl-C ends the training.
 
     References
     ----------
     .. [1] A. Kumar et al. "Fine-tuning can distort pretrained features and underperform
        out-of-distribution." ICLR 2022. :doi:`10.48550/arXiv.2202.10054`
-    .. [2] L. N. Smith, N. Topin. "Super-convergence: very fast training of neural networks
-       using large learning rates." 2019. :doi:`10.1117/12.2520589`
-    .. [3] M. Wortsman et al. "Robust fine-tuning of zero-shot models." CVPR 2022.
-       :doi:`10.1109/CVPR52688.2022.00780`
 
     Examples
     --------
@@ -261,58 +240,42 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         self.verbose = verbose
 
     @fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y, sample_weight=None, X_val=None, y_val=None, groups=None):
-        """Fine-tune the network.
+    def partial_fit(self, X, y, sample_weight=None):
+        """Train one more epoch, at constant learning rates.
+
+        The first call after `fit` starts with a new optimizer, later ones continue with its state,
+        also after pickling. A call that fails does not change the model. There is no validation
+        part, averaging or early stopping. Changes of `backbone`, `weights`, `layer`, `pooling` and
+        `preprocessing` have no effect until the next `fit`.
 
         Parameters
         ----------
         X : list, array, Series or data frame of n_samples images
-            As in :class:`PretrainedFeatureExtractor`; or texts, if `backbone` takes these, as in
-            :class:`PretrainedTextExtractor`.
+            As in `fit`.
         y : array-like of shape (n_samples,) or (n_samples, n_targets)
+            As in `fit`. The mean and the scale of the targets are those of the first call.
         sample_weight : array-like of shape (n_samples,), default=None
-            A weight of 2 is the row twice.
-        X_val, y_val : default=None
-            A validation part, like `X` and `y`, on which the best epoch is chosen.
-        groups : array-like of shape (n_samples,), default=None
-            Groups of rows (patients, tiles) that `early_stopping` keeps whole.
+            As in `fit`.
 
         Returns
         -------
         self : FineTuningRegressor
-        """
-        return self._fit(X, y, sample_weight, X_val, y_val, groups)
-
-    @fit_context(prefer_skip_nested_validation=True)
-    def partial_fit(self, X, y, sample_weight=None):
-        """Train one more epoch, at constant learning rates.
-
-        It trains a copy of the network and of the optimizer's state, which begins anew after
-        `fit` and is part of pickles from then on: if it fails, the model is as before. Nothing is
-        held out, averaged or stopped early. Changes of `backbone`, `weights`,
-        `layer`, `pooling` and `preprocessing` have no effect before the next `fit`.
-
-        Parameters
-        ----------
-        X, y, sample_weight
-            As in `fit`. Mean and scale of the targets are those of the first call.
-
-        Returns
-        -------
-        self : FineTuningRegressor
+            The fitted estimator.
         """
         return self._fit(X, y, sample_weight, is_partial=True)
 
     def predict(self, X):
-        """Return numbers.
+        """Return predicted targets.
 
         Parameters
         ----------
         X : list, array, Series or data frame of n_samples images
+            The same columns as in `fit`.
 
         Returns
         -------
         y : ndarray of shape (n_samples,) or (n_samples, n_targets), float64
+            In the units of the targets of `fit`.
         """
         values = self._scores(X) * self._target_scale + self._target_mean
         return values[:, 0] if self._is_flat else values
@@ -336,8 +299,8 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
 
     def _prepare_target(self, target, weight, *, reset):
         if reset:
-            # Another loss may be there for outliers' sake.
-            near = target if self.loss == "auto" else clip_far_out(target, weight)
+            # Another loss may have been chosen because of outliers.
+            near = target if self.loss == "auto" else clip_outliers(target, weight)
             # Scaled first: squares of large numbers are infinite.
             largest = np.abs(near).max(axis=0)
             largest = np.where(largest > 0, largest, 1.0)
@@ -348,7 +311,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
             self._target_scale = np.where(scale > 1e-12, scale * largest, 1.0)
         with np.errstate(over="ignore"):
             standardised = (target - self._target_mean) / self._target_scale
-        is_near = np.abs(standardised) < _FARTHEST
+        is_near = np.abs(standardised) < _MAX_DISTANCE
         if not is_near.all():
             raise ValueError(
                 f"The target {target[~is_near][0]} is too far from the others: the "
@@ -364,6 +327,6 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
-        # The data of scikit-learn's tests are not images: a network sees little in 1×2 pixels.
+        # scikit-learn's estimator checks fit data that are not images but 1×2 pixels.
         tags.regressor_tags.poor_score = True
         return tags

@@ -1,4 +1,4 @@
-"""From images and targets to training rows: each once, checked, and embedded."""
+"""Training rows: images with their targets, each once, checked, and embedded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sklearn.model_selection import BaseCrossValidator
 from sktransfer._progress import warn
 from sktransfer._rows import BadCell, BadRow, Rows, unreadable
 from sktransfer.embedding._batches import n_decoding_threads
-from sktransfer.fine_tuning._head import CornerViews, stratified_part
+from sktransfer.fine_tuning._head import CornerViews, stratified_sample
 from sktransfer.fine_tuning._inputs import (
     EmbeddingSettings,
     FrozenStages,
@@ -35,8 +35,8 @@ Split = tuple[np.ndarray, np.ndarray]
 class TrainingRows:
     """Rows of `X` for training or validation, each image and target once.
 
-    `images`, `target`, `weight` and, where wanted, `embeddings` (n_rows, n_columns · n_features)
-    are of the rows that have a weight and can be read; `bad` lists the unreadable images.
+    `images`, `target`, `weight` and, if wanted, `embeddings` (n_rows, n_columns · n_features)
+    contain the rows that have a weight and can be read; `bad` lists the unreadable images.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class TrainingRows:
         return len(self._index)
 
     def positions(self, rows: np.ndarray) -> np.ndarray:
-        """Positions here of some rows of `X`, ascending."""
+        """Return the positions of some rows of `X`, sorted."""
         return np.setdiff1d(self._positions[rows], [-1])
 
     def with_corners(self, rows: np.ndarray) -> np.ndarray:
-        """Embeddings of some rows and their corners, (n, n_views, n_columns · n_features).
+        """Return embeddings of some rows and their corners, (n, n_views, n_columns · n_features).
 
-        A corner of an image that is no longer readable is replaced by the whole image.
+        A corner of an image that has become unreadable is replaced by the whole image.
         """
         assert self.embeddings is not None
         images = _rows_of(self.images, rows, self.n_columns)
@@ -105,13 +105,13 @@ class TrainingRows:
         return views.swapaxes(1, 2).reshape(len(rows), views.shape[2], -1)
 
     def embedded(self) -> Precomputed:
-        """The embeddings as inputs, (n_columns, n_features) each."""
+        """Return the embeddings as inputs, (n_columns, n_features) each."""
         assert self.embeddings is not None
         return Precomputed(self.embeddings.reshape(len(self), self.n_columns, -1))
 
     def keep_frozen_outputs(self, module: TunedModule, stop: int) -> bool:
         """Compute the outputs of the stages before `stop`; False if they are too large."""
-        # Of texts one of the longest batch, which is padded to the longest text.
+        # A text of the longest batch is padded to the length of the longest text.
         rows = np.arange(len(self) if self._backbone.is_text else 1)
         batches = map(self._new_pixels().take, np.array_split(rows, -(-len(rows) // 1000)))
         sample, self._pixels = max(batches, key=lambda batch: batch.shape[-1]), None
@@ -120,19 +120,19 @@ class TrainingRows:
         return self._outputs is not None
 
     def inputs(self, input_stage: int) -> Pixels | Precomputed:
-        """The inputs of a stage: pixels, or the outputs of the stages before it."""
+        """Return the inputs of a stage: pixels, or the outputs of the stages before it."""
         if input_stage > 0 and self._outputs is not None:
             return self._outputs
         self._pixels, self._outputs = self._pixels or self._new_pixels(), None
         return self._pixels
 
-    def report_lost(self) -> None:
-        """Warn of images that were readable at the start and not later on."""
+    def report_newly_bad(self) -> None:
+        """Warn of images that have become unreadable during the training."""
         sources = [source for source in (self._pixels, self._outputs) if source is not None]
         found = {bad.where: bad for source in sources for bad in source.bad}
-        if lost := [bad for bad in found.values() if bad not in self.bad]:
-            self.bad += lost
-            _report(lost, self._n_rows, "skip", f"the rest of {self._what}", self.images.kind)
+        if newly_bad := [bad for bad in found.values() if bad not in self.bad]:
+            self.bad += newly_bad
+            _report(newly_bad, self._n_rows, "skip", f"the rest of {self._what}", self.images.kind)
 
     def _new_pixels(self) -> Pixels:
         return Pixels(self.images, self.n_columns, self._backbone.preprocessing, self._settings)
@@ -158,14 +158,13 @@ class Part(NamedTuple):
 def merge_rows(
     keys: Sequence[bytes | None], target: np.ndarray, weight: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Merge rows of the same images and target into one of their joint weight.
+    """Merge rows of the same images and target into one with the sum of their weights.
 
     So a weight of two is the row twice, and no row is on both sides of a validation split. Rows
-    of no weight are left out. The rows are sorted by their digests: the order of `X` has no
-    effect.
+    without a weight are left out. The order of `X` has no effect, as rows are sorted by digest.
 
-    Returned are the first of each set of equal rows, the joint weights, and the position of each
-    row in these, or -1.
+    Return the first of each set of equal rows, the sums of weights, and the position of each row in
+    these, or -1.
     """
     joined = [
         b"" if key is None or weight[i] == 0 else key + target[i].tobytes()
@@ -191,7 +190,7 @@ def first_split(
     rng: np.random.RandomState,
     class_name: str,
 ) -> Split:
-    """Rows of `X` to train on and to validate on: the first split of a copy of `splitter`."""
+    """Split the rows of `X` for training and validation by the first split of `splitter`."""
     if isinstance(splitter, type):
         raise TypeError(f"early_stopping={splitter!r} is a class: give an instance of it.")
     splitter = copy.deepcopy(splitter)
@@ -199,7 +198,8 @@ def first_split(
         splitter.random_state = rng.randint(np.iinfo(np.int32).max)
     flat = target[:, 0] if target.ndim == 2 and target.shape[1] == 1 else target
     try:
-        return next(iter(splitter.split(np.empty((len(flat), 1)), flat, groups)))
+        for split in splitter.split(np.empty((len(flat), 1)), flat, groups):
+            return split
     except (TypeError, ValueError) as error:
         hint = (
             " Give fit(..., groups=...). cross_validate and searches pass groups on, given as "
@@ -211,6 +211,10 @@ def first_split(
             f"early_stopping: {type(splitter).__name__} cannot split these {len(flat)} rows "
             f"({error}).{hint if groups is None else ''}"
         ) from error
+    raise ValueError(
+        f"early_stopping: {type(splitter).__name__} yields no split of these {len(flat)} rows. "
+        "Give a splitter that yields rows to train on and rows to validate on."
+    )
 
 
 def held_out_rows(
@@ -220,13 +224,13 @@ def held_out_rows(
     fraction: float,
     rng: np.random.RandomState,
 ) -> Split:
-    """Positions in `rows` to train on and to validate on; none of the latter, with a warning.
+    """Return positions in `rows` for training and validation; warn if there are none of the latter.
 
-    A row that is equal to one on the validation side of `split` is there as well.
+    A row that is equal to a validation row of `split` is a validation row, too.
     """
     n = len(rows)
     if split is None:
-        held_out = stratified_part(target if target.ndim == 1 else None, fraction, rng, n)
+        held_out = stratified_sample(target if target.ndim == 1 else None, fraction, rng, n)
         index = np.setdiff1d(np.arange(n), held_out)
     else:
         held_out = rows.positions(split[1])
@@ -243,7 +247,7 @@ def held_out_rows(
 
 
 def _keys_of(images: Rows, settings: EmbeddingSettings) -> tuple[list[bytes | None], list[BadRow]]:
-    """The digests of each row's images, joined; None where one cannot be read."""
+    """Return the digests of each row's images, joined; None if one cannot be read."""
     store = as_store(settings.memory)
     taken_at = time.time_ns()
     stats = [images.stat(i) for i in range(len(images))]
@@ -270,13 +274,13 @@ def _keys_of(images: Rows, settings: EmbeddingSettings) -> tuple[list[bytes | No
 
 
 def _rows_of(images: Rows, index: np.ndarray, n_columns: int | None = None) -> Rows:
-    """A view of the images of some rows, row after row."""
+    """Return a view of the images of some rows, row by row."""
     n_columns = images.n_columns if n_columns is None else n_columns
     return images[(index[:, None] * n_columns + np.arange(n_columns)).reshape(-1)]
 
 
 def check_finite(rows: np.ndarray, index: np.ndarray) -> None:
-    """Raise ValueError for embeddings with NaN or infinity; `index` holds their rows in ``X``."""
+    """Raise ValueError for embeddings with NaN or infinity; `index` are their rows in ``X``."""
     is_finite = np.isfinite(rows).all(axis=1)
     if not is_finite.all():
         where = index[~is_finite]
@@ -289,7 +293,7 @@ def check_finite(rows: np.ndarray, index: np.ndarray) -> None:
 
 
 def report_bad(bad: list[BadRow], images: Rows, on_error: str, what: str) -> None:
-    """Raise or warn of unreadable images, and warn of what was assumed about the others."""
+    """Raise or warn of unreadable images, and warn of assumptions about the others."""
     if bad:
         _report(bad, images.n_rows, on_error, what, images.kind)
     if assumed := images.take_warnings():

@@ -1,4 +1,4 @@
-"""From ``y`` and ``class_weight`` to the numbers that a network is trained on."""
+"""Conversion of ``y`` and ``class_weight`` to the targets and weights of a training."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def check_y_given(y: object, class_name: str, name: str = "y") -> None:
         raise ValueError(
             f"This {class_name} estimator requires y to be passed, but the target y is None."
         )
-    _check_no_tags(y, name)
+    _check_not_label_lists(y, name)
     _check_has_rows(y, name)
 
 
 def read_labels(y: npt.ArrayLike, n_rows: int, name: str = "y") -> tuple[np.ndarray, bool]:
-    """Labels as an array, and whether they are an indicator matrix of several labels.
+    """Return labels as an array, and whether they are an indicator matrix of several labels.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def read_labels(y: npt.ArrayLike, n_rows: int, name: str = "y") -> tuple[np.ndar
 
 
 def read_classes(classes: npt.ArrayLike) -> np.ndarray:
-    """The parameter ``classes`` of partial_fit, sorted."""
+    """Return the parameter ``classes`` of partial_fit, sorted."""
     _check_has_rows(classes, "classes")
     labels = _as_array(classes).ravel()
     _check_finite(labels, "classes", "label")
@@ -61,7 +61,7 @@ def read_classes(classes: npt.ArrayLike) -> np.ndarray:
 
 
 def read_numbers(y: npt.ArrayLike, n_rows: int, name: str = "y") -> np.ndarray:
-    """Regression targets, float64: (n,) or (n, n_targets)."""
+    """Return regression targets, float64: (n,) or (n, n_targets)."""
     values = _as_array(y)
     cells = values.flat if values.dtype.kind in "USO" else ()
     text = next((i for i, value in enumerate(cells) if isinstance(value, (str, bytes))), None)
@@ -69,8 +69,8 @@ def read_numbers(y: npt.ArrayLike, n_rows: int, name: str = "y") -> np.ndarray:
         row = np.unravel_index(text, values.shape)[0]
         raise ValueError(
             f"{name} holds {shown(values.flat[text])} in row {row}, and FineTuningRegressor "
-            "predicts numbers: FineTuningClassifier takes labels. Text that stands for numbers is "
-            f"read by pandas.to_numeric({name})."
+            "predicts numbers: FineTuningClassifier takes labels. To convert text to numbers, give "
+            f"pandas.to_numeric({name})."
         )
     _check_finite(values, name, "number")
     target = check_array(y, ensure_2d=False, dtype="numeric", input_name=name)
@@ -80,10 +80,10 @@ def read_numbers(y: npt.ArrayLike, n_rows: int, name: str = "y") -> np.ndarray:
     return np.asarray(target, dtype=np.float64)
 
 
-def clip_far_out(target: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def clip_outliers(target: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Clip each column to three interquartile ranges beyond its quartiles, Tukey's outer fences.
 
-    Nothing is clipped where half of the weight is on one value.
+    Nothing is clipped if half of the weight is on one value.
     """
     columns = []
     for column in target.T:
@@ -97,7 +97,7 @@ def clip_far_out(target: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def sorted_classes(labels: np.ndarray, name: str = "y") -> np.ndarray:
-    """The different labels in order; all must be of one type that can be sorted."""
+    """Return the different labels, sorted; TypeError unless all are of one sortable type."""
     if labels.dtype.kind != "O":
         return np.unique(labels)
     try:
@@ -105,14 +105,14 @@ def sorted_classes(labels: np.ndarray, name: str = "y") -> np.ndarray:
     except TypeError as error:
         kinds = sorted({type(label).__name__ for label in labels})
         raise TypeError(
-            f"{name} holds labels of the types {kinds}, which cannot be brought into an order. "
+            f"{name} holds labels of the types {kinds}, which cannot be sorted. "
             f"Give all of one type that can be sorted and hashed, such as str: [str(label) for "
             f"label in {name}]."
         ) from error
 
 
 def codes_of(labels: np.ndarray, classes: np.ndarray, name: str = "y") -> np.ndarray:
-    """Position of each label in the sorted `classes`."""
+    """Return the position of each label in the sorted `classes`."""
     positions = {label: code for code, label in enumerate(_comparable(classes, labels))}
     codes = np.array([positions.get(label, -1) for label in _comparable(labels, classes)], int)
     if (codes < 0).any():
@@ -126,7 +126,7 @@ def codes_of(labels: np.ndarray, classes: np.ndarray, name: str = "y") -> np.nda
 
 
 def are_strings(labels: np.ndarray) -> bool:
-    """Whether an array of objects holds strings alone."""
+    """Whether an array of objects holds only strings."""
     return all(isinstance(label, str) for label in labels.flat)
 
 
@@ -144,7 +144,7 @@ def _check_has_rows(y: object, name: str) -> None:
 
 
 def _as_array(y: npt.ArrayLike) -> np.ndarray:
-    """The labels of `y` as an array, each of its own type."""
+    """Return the labels of `y` as an array, each of its own type."""
     if hasattr(y, "toarray"):  # scipy sparse indicator
         return y.toarray()
     labels = np.asarray(y)
@@ -155,7 +155,7 @@ def _as_array(y: npt.ArrayLike) -> np.ndarray:
     return labels
 
 
-def _check_no_tags(y: object, name: str) -> None:
+def _check_not_label_lists(y: object, name: str) -> None:
     """Raise ValueError for lists or sets of labels; in a Series, tuples are labels."""
     values = y if isinstance(y, (list, tuple)) else np.asarray(y)
     kinds: tuple[type, ...] = (list, set, frozenset, np.ndarray)
@@ -180,7 +180,7 @@ def _check_no_tags(y: object, name: str) -> None:
 
 
 def column_names(y: npt.ArrayLike) -> np.ndarray | None:
-    """Names of the columns of a data frame; None for anything else."""
+    """Return the names of the columns of a data frame; None for anything else."""
     return np.asarray(y.columns) if hasattr(y, "columns") else None
 
 
@@ -227,7 +227,7 @@ def _check_discrete(labels: np.ndarray, name: str) -> None:
 
 
 def _comparable(labels: np.ndarray, others: np.ndarray) -> list:
-    """Labels as Python objects; times of two arrays as numbers in one unit."""
+    """Return labels as Python objects; times of two arrays become numbers in one unit."""
     if labels.dtype.kind in "mM" and labels.dtype.kind == others.dtype.kind:
         return labels.astype(np.promote_types(labels.dtype, others.dtype)).astype(int).tolist()
     return labels.tolist()
@@ -247,7 +247,7 @@ def check_class_weight(class_weight: Mapping | str | None, classes, is_multilabe
 def class_factors(
     class_weight: Mapping | str | None, classes: np.ndarray, target: np.ndarray, weight: np.ndarray
 ) -> np.ndarray | float:
-    """What ``class_weight`` multiplies the rows' weights by."""
+    """Return the factors of the rows' weights for ``class_weight``."""
     if class_weight is None:
         return 1.0
     if target.ndim > 1:
@@ -268,9 +268,9 @@ def class_factors(
 
 
 def _class_weights(class_weight: Mapping, classes: np.ndarray) -> np.ndarray:
-    """The weight of each class, 1 where `class_weight` names none.
+    """Return the weight of each class, 1 if it is not in `class_weight`.
 
-    As scikit-learn's compute_class_weight, which accepts no objects as labels but strings.
+    As scikit-learn's compute_class_weight, which accepts no other objects than strings as labels.
     """
     missing = [label for label in classes if label not in class_weight]
     if missing and len(classes) - len(missing) != len(class_weight):
@@ -286,7 +286,7 @@ def _class_weights(class_weight: Mapping, classes: np.ndarray) -> np.ndarray:
 
 
 def _balanced_factors(codes: np.ndarray, weight: np.ndarray, n_classes: int) -> np.ndarray:
-    """Each row's factor for "balanced": n / (n_present_classes · n_of_its_class).
+    """Return each row's factor for "balanced": n / (n_present_classes · n_of_its_class).
 
     As in scikit-learn, with weights counted as rows.
     """

@@ -1,4 +1,4 @@
-"""One training: what is trained when, and skorch's loop around the tuned module."""
+"""Training: the epochs in which stages are trained, and skorch's loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from skorch.callbacks import Callback, LRScheduler
 from skorch.helper import predefined_split
 
 from sktransfer._progress import did_you_mean, warn
-from sktransfer._threads import is_out_of_memory, own_random_state, repeatable_kernels
+from sktransfer._threads import deterministic_cudnn, is_out_of_memory, own_random_state
 from sktransfer.fine_tuning._callbacks import (
     EpochLog,
     OneCycle,
@@ -35,7 +35,7 @@ Groups = list[dict]
 
 @dataclass
 class TrainingSettings:
-    """How to train: some of the estimator's parameters, and what was chosen for this training."""
+    """Some of the estimator's parameters, and settings of one training."""
 
     kind: str  # "multiclass", "multilabel", "regression"
     n_outputs: int
@@ -52,12 +52,12 @@ class TrainingSettings:
     callbacks: Sequence | None
     verbose: int
     keeps_best: bool = False  # the best epoch on the validation part
-    is_continued: bool = False  # an epoch of partial_fit: at constant learning rates
-    wise_ft_share: float | None = None  # of the way from the start to the end of the training
+    is_continued: bool = False  # an epoch of partial_fit, at constant learning rates
+    wise_ft_share: float | None = None  # the final weights' share in the interpolation
 
 
 class UnfreezePlan:
-    """The parameter ``unfreeze``, read for one network.
+    """The parameter ``unfreeze`` for one network.
 
     Stages are counted from the head downwards: 1 is the last stage below the head. A stage that
     only pools (``"pool"``) is not counted; it is trained with the one below it.
@@ -86,11 +86,11 @@ class UnfreezePlan:
 
     @property
     def first_trained_stage(self) -> int:
-        """Position of the lowest stage that is ever trained; ``len(stage_names)``: none."""
+        """Position of the lowest stage that is trained in any epoch; ``len(stage_names)``: none."""
         return min(self._position(k) for _, k in self._steps)
 
     def first_stage(self, epoch: int) -> int:
-        """Position of the lowest stage trained in this training's `epoch`, counted from 1."""
+        """Return the position of the lowest stage trained in `epoch` of this training, from 1."""
         k = [k for start, k in self._steps if epoch + self.first_epoch >= start][-1]
         return self._position(k)
 
@@ -98,10 +98,10 @@ class UnfreezePlan:
         return len(self.stage_names) if k == 0 else self._counted[-k]
 
     def _read(self, unfreeze: int | str | Mapping, max_epochs: int) -> list[tuple[int, int]]:
-        """Pairs of an epoch and the number of stages trained from it on."""
+        """Return pairs of an epoch and the number of stages trained from it on."""
         n = len(self._counted)
         if isinstance(unfreeze, str) and unfreeze == "gradual":
-            # The head alone, then more and more stages until all are trained at half time.
+            # Only the head, then more and more stages until all are trained at half time.
             half = max(1, max_epochs // 2)
             return [(1 + e, min(n, round(n * e / half))) for e in range(half + 1)]
         if not isinstance(unfreeze, Mapping):
@@ -139,7 +139,7 @@ class UnfreezePlan:
 
 
 class Phase(NamedTuple):
-    """Epochs whose rows hold the inputs of the stage at the position `input_stage`."""
+    """Epochs of which the rows are inputs of the stage at the position `input_stage`."""
 
     n_epochs: int
     input_stage: int
@@ -157,14 +157,14 @@ def train(
 ) -> EpochLog:
     """Train `tuned` in place.
 
-    `first_stage` gives the lowest stage trained in an epoch, counted from 1. `first_epoch` epochs
-    were trained before, which left `old_state`.
+    `first_stage` returns the lowest stage trained in an epoch, counted from 1. `first_epoch` is the
+    number of epochs trained before, and `old_state` the state after them.
     """
     module, first = tuned.module(), tuned.first_trained_stage
     with (
         own_random_state(settings.seed, settings.device),  # dropout draws from it
-        repeatable_kernels(settings.device),
-        _explained(settings.batch_size),
+        deterministic_cudnn(settings.device),
+        _explain_errors(settings.batch_size),
     ):
         module.to(settings.device)
         for parameter in module.stages.parameters():
@@ -205,8 +205,8 @@ def train(
 
 
 @contextmanager
-def _explained(batch_size: int) -> Iterator[None]:
-    """Say what to change where memory, or a batch's number of rows, does not suffice."""
+def _explain_errors(batch_size: int) -> Iterator[None]:
+    """Explain errors of a lack of memory, or of a batch with too few rows."""
     try:
         yield
     except (RuntimeError, MemoryError, ValueError) as error:
@@ -225,7 +225,7 @@ def _explained(batch_size: int) -> Iterator[None]:
         ) from error
 
 
-class _Halving:
+class _RetryInParts:
     """A method of skorch's net for one batch, which runs the batch in parts if memory runs out.
 
     It calls the class's method, so that a net can be pickled during training.
@@ -243,13 +243,13 @@ class _Halving:
                 n_images = batch[0]["x"].shape[:2].numel()
                 if not is_out_of_memory(error) or not self.net.module_.halve(n_images):
                     raise
-            # Outside the handler, which refers to the failed step's tensors.
+            # Outside the handler, whose error refers to the failed step's tensors.
             self.net.optimizer_.zero_grad()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
             warn(
                 f"Out of memory in training with {n_images} images: the network runs "
-                f"{self.net.module_.most_at_once} of them at once from now on, which is slower "
+                f"{self.net.module_.max_at_once} of them at once from now on, which is slower "
                 "and gives the same model. A smaller batch_size needs less memory."
             )
 
@@ -261,7 +261,7 @@ def _run_single_epoch(
     prefix: str,
     step_fn: Callable[[tuple], dict],
 ) -> None:
-    """Do what skorch's method does, but read the losses once: each read waits for the device."""
+    """Replace skorch's method to read all losses at once, as each read waits for the device."""
     losses = []
     for batch in iterator or ():
         net.notify("on_batch_begin", batch=batch, training=training)
@@ -281,8 +281,8 @@ def _run(net: NeuralNet, phases: list[Phase], log: EpochLog, has_callbacks: bool
     module, first_set = net.module_, phases[0].train_set
     module.input_stage = phases[0].input_stage
     names = ("train_step_single", "validation_step")
-    methods: dict[str, Callable] = {name: _Halving(net, name) for name in names}
-    if module.device.type != "cpu" and not has_callbacks:  # which may look at each loss
+    methods: dict[str, Callable] = {name: _RetryInParts(net, name) for name in names}
+    if module.device.type != "cpu" and not has_callbacks:  # which may read each loss
         methods["run_single_epoch"] = partial(_run_single_epoch, net)
     try:
         vars(net).update(methods)
@@ -292,7 +292,7 @@ def _run(net: NeuralNet, phases: list[Phase], log: EpochLog, has_callbacks: bool
             net.train_split = None if valid_set is None else predefined_split(valid_set)
             net.fit_loop(train_set, epochs=n_epochs)
     except KeyboardInterrupt:
-        # Callbacks raise it, too, to end a training; by custom after an epoch.
+        # skorch's callbacks raise it after an epoch to end a training.
         log.is_interrupted = log.is_within_epoch
     except Exception as error:
         if log.valid is None and "valid_" in str(error):
@@ -305,7 +305,7 @@ def _run(net: NeuralNet, phases: list[Phase], log: EpochLog, has_callbacks: bool
         net.notify("on_train_end", X=first_set, y=None)
         module.eval()
         module.input_stage = 0
-        net.train_split, log.valid = None, None  # the net does not keep the rows
+        net.train_split, log.valid = None, None  # so that the net does not keep the rows
         for name in methods:
             del vars(net)[name]
 
@@ -316,7 +316,7 @@ def make_net(
     settings: TrainingSettings,
     callbacks: Sequence[Callback] = (),
 ) -> NeuralNet:
-    """Make skorch's net around the module, initialised."""
+    """Make and initialise skorch's net for the module."""
     augment = None
     if settings.augment is not None:
         from sktransfer.fine_tuning._augment import BatchAugment
@@ -339,7 +339,7 @@ def make_net(
         "iterator_valid": Batches,
         "iterator_valid__device": settings.device,
         "train_split": None,
-        "callbacks": [*callbacks, *_own_callbacks(settings.callbacks or [])],
+        "callbacks": [*callbacks, *_copied_callbacks(settings.callbacks or [])],
         "verbose": settings.verbose,
         "device": str(settings.device),
     }
@@ -353,7 +353,7 @@ def make_net(
 
 
 def _groups(module: TunedModule, first_stage: int, settings: TrainingSettings) -> Groups:
-    """Parameter groups of the head and of the stages from `first_stage` on, the head first.
+    """Return parameter groups of the head, then of the stages from `first_stage` on.
 
     A stage's rate is ``lr · layer_decay ** distance``, distance 1 for the stage below the head.
     Biases and the parameters of norms have a single dimension and do not decay.
@@ -402,8 +402,8 @@ def has_scheduler(callbacks: Sequence | None) -> bool:
     return any(part is LRScheduler or isinstance(part, LRScheduler) for part in parts)
 
 
-def _own_callbacks(callbacks: Sequence) -> list:
-    """Copies of the user's callbacks, so that the estimator can be cloned."""
+def _copied_callbacks(callbacks: Sequence) -> list:
+    """Copy the user's callbacks, so that the estimator can be cloned."""
     own, memo = [], dict[int, object]()  # one memo, as callbacks may refer to each other
     for callback in callbacks:
         *name, kept = callback if isinstance(callback, tuple) and callback else (callback,)

@@ -1,4 +1,4 @@
-"""What the next epoch of partial_fit continues from: the optimizer's state and the history."""
+"""The state for the next epoch of partial_fit: that of the optimizer, and the history."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from skorch.history import History
 class TrainingState(NamedTuple):
     """The state of a training, on the CPU and independent of its net.
 
-    The optimizer's state is in `numbers` and `tensors`, ``"<position of the parameter>.<name>"``
-    -> value; empty after ``fit``, which may keep other weights than those of its last step.
+    The optimizer's state is in `numbers` and `tensors` by ``"<position of the parameter>.<name>"``.
+    It is empty after ``fit``, which may keep other weights than those of its last step.
     """
 
     optimizer: str  # its class
@@ -45,13 +45,13 @@ def training_state_of(net: NeuralNet) -> TrainingState:
 
 
 def continue_from(net: NeuralNet, state: TrainingState, has_scheduler: bool) -> None:
-    """Give a new net the history and the optimizer's state of the epochs before."""
+    """Set a new net's history and optimizer's state to those of the previous epochs."""
     net.history_ = History({**epoch, "batches": []} for epoch in state.history)
     optimizer = net.optimizer_
     if state.optimizer == _name_of(optimizer):
         fresh = optimizer.state_dict()
         n_parameters = sum(len(group["params"]) for group in optimizer.param_groups)
-        # The head comes first and lower stages last: more or fewer of these change no number.
+        # The head is first and lower stages are last, so that their number changes no position.
         for key, value in {**state.tensors, **state.numbers}.items():
             i, _, name = key.partition(".")
             if int(i) < n_parameters:

@@ -1,4 +1,4 @@
-"""One cell of X, read once: its digest and its pixels are from the same bytes."""
+"""Read a cell of X once, so that its digest and its pixels come from the same bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hashlib import sha256
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from sktransfer._progress import shown, words
+from sktransfer._progress import error_text, shown
 from sktransfer.images._containers import (
     MASKED,
     describe,
@@ -25,10 +25,10 @@ from sktransfer.images._files import (
     Urls,
     is_url,
     local_path,
-    one_reader,
     read_data_url,
     read_path,
     read_stream,
+    reader_lock,
 )
 from sktransfer.images._pixels import BadImage, Note, Range, Samples
 
@@ -40,7 +40,7 @@ _STRIPPED = (
 
 
 class Cell:
-    """The content of one cell, read once: an encoded image, or pixels (H, W, 3), uint8."""
+    """The content of one cell: an encoded image, or pixels (H, W, 3), uint8."""
 
     def __init__(self, content: bytes | Samples, note: Note, value_range: Range | None) -> None:
         if not content:
@@ -52,7 +52,7 @@ class Cell:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes that the content takes."""
+        """Size of the content in bytes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.nbytes
 
     @property
@@ -62,7 +62,7 @@ class Cell:
         A file has the same digest as a path, a URL, a data URL and bytes; so have equal pixels
         as an array, a tensor, a PIL image and a flat row.
         """
-        # Processors have instructions for SHA-256: twice as fast as BLAKE2 there.
+        # Twice as fast as BLAKE2 on processors with instructions for SHA-256.
         if isinstance(self.content, bytes):
             digest = sha256(b"file\0")
             digest.update(self.content)
@@ -72,11 +72,11 @@ class Cell:
         return digest.digest()[:16]
 
     def decode(self, min_size: Size = None) -> Image.Image | np.ndarray:
-        """Decode the image: upright, the first frame, in RGB, what is transparent over white.
+        """Decode the first frame in RGB, upright, with transparency over white.
 
-        A JPEG file may be decoded at 1/2, 1/4 or 1/8 as long as it stays at least as large as
-        `min_size`, (height, width). The image is one of PIL or an array (H, W, 3), uint8,
-        whichever needs no further copy. The array is read-only: it may be the user's own.
+        A JPEG file may be decoded at 1/2, 1/4 or 1/8 if the result is at least as large as
+        `min_size`, (height, width). The result is a PIL image or an array (H, W, 3), uint8,
+        whichever needs no further copy. The array is read-only: it may be the user's.
         """
         with self.decoded(min_size) as image:
             return image
@@ -139,7 +139,7 @@ def read_cell(cell, urls: Urls) -> bytes | Samples:
         raise BadImage(f"it is a {describe(cell)}; {_GIVE_IMAGES}")
     if is_tuple or isinstance(cell, list) or hasattr(cell, "__array__"):
         try:
-            with one_reader:  # what a lazy array reads from may be shared
+            with reader_lock:  # lazy arrays may share a source
                 array = np.asarray(cell).copy()
         except (ValueError, TypeError) as error:
             hint = "" if hasattr(cell, "__array__") else f"; {_GIVE_IMAGES}"
@@ -151,8 +151,8 @@ def read_cell(cell, urls: Urls) -> bytes | Samples:
     )
 
 
-def own_copy(cell) -> object:
-    """Copy what a container may change when the next cell is asked for."""
+def copy_cell(cell) -> object:
+    """Copy a cell, which its container may overwrite when it returns the next one."""
     if isinstance(cell, Image.Image):
         return _read_pil(cell)
     if is_stream(cell):
@@ -162,13 +162,13 @@ def own_copy(cell) -> object:
     if isinstance(cell, (bytearray, memoryview)):
         return bytes(cell)
     if isinstance(cell, dict):
-        return {key: own_copy(value) for key, value in cell.items()}
+        return {key: copy_cell(value) for key, value in cell.items()}
     if isinstance(cell, (list, tuple)):
-        copies = [own_copy(value) for value in cell]
+        copies = [copy_cell(value) for value in cell]
         return copies if isinstance(cell, list) else tuple(copies)
     if not hasattr(cell, "__array__"):
         return cell
-    array = np.asanyarray(cell)  # with its mask; np.array(cell) leaves it to the cell to copy
+    array = np.asanyarray(cell)  # keeps the mask; np.array(cell) may return a view
     return deepcopy(array) if array.dtype == object else array.copy()
 
 
@@ -181,12 +181,12 @@ def _read_text(text: str, urls: Urls) -> bytes:
 
 
 def _read_pil(image: Image.Image) -> bytes | Samples:
-    """Return the file behind an image that is not loaded yet, else its pixels, upright."""
+    """Return the file of an image that is not loaded yet, or the upright pixels of a loaded one."""
     if 0 in image.size:
         raise BadImage(f"it has no pixels: its size is {image.width} × {image.height}")
     try:
-        with one_reader:
-            if _is_unread_file(image):  # a list of Image.open(path) does not fill the memory
+        with reader_lock:
+            if _is_unread_file(image):  # so that a list of Image.open(path) takes no memory
                 return read_stream(vars(image)["fp"])
             correct_tiff(image)
             image.load()
@@ -205,23 +205,23 @@ def _read_pil(image: Image.Image) -> bytes | Samples:
                 "the PIL image is closed, by the end of its with block or by close(), and its "
                 "pixels were not read before: call its load() within the block, or give the path"
             ) from error
-        raise BadImage(f"the PIL image cannot be loaded: {words(error)}") from error
+        raise BadImage(f"the PIL image cannot be loaded: {error_text(error)}") from error
 
 
 def _is_unread_file(image: Image.Image) -> bool:
     if not isinstance(image, ImageFile.ImageFile) or image.fp is None or image.tell() != 0:
         return False
-    # tile: what is still to be read; decoderconfig: draft() was called.
+    # An unread image has tiles to read; after draft() it has a decoderconfig.
     return bool(image.tile) and not image.decoderconfig
 
 
 def _read_array(array: np.ndarray, urls: Urls) -> bytes | Samples:
     if np.ma.is_masked(array):
         raise BadImage(f"it is a masked array; {MASKED}")
-    array = np.asarray(array)  # a matrix has two dimensions always
-    if array.dtype == object and array.ndim:  # pandas nests arrays where parquet nests lists
+    array = np.asarray(array)  # an np.matrix cannot have one dimension
+    if array.dtype == object and array.ndim:  # nested lists of parquet, as pandas reads them
         is_python = array.ndim > 1 and isinstance(array.flat[0], int)
-        array = _stack_nested(array)
+        array = _stacked(array)
         array = typed_integers(array) if is_python else array
     if array.ndim == 0:
         item = array.item()
@@ -235,11 +235,11 @@ def _read_array(array: np.ndarray, urls: Urls) -> bytes | Samples:
     return Samples(array)
 
 
-def _stack_nested(array: np.ndarray) -> np.ndarray:
+def _stacked(array: np.ndarray) -> np.ndarray:
     if array.dtype != object:
         return array
     try:
-        return np.stack([_stack_nested(np.asarray(part)) for part in array])
+        return np.stack([_stacked(np.asarray(part)) for part in array])
     except (ValueError, TypeError) as error:
         raise BadImage(f"its rows do not form an array: {error}") from error
 

@@ -1,4 +1,4 @@
-"""The containers that images come in: X taken apart into columns of cells."""
+"""Split X, in any container, into columns of cells."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ MASKED = "pixels cannot be masked: give .filled(value), with the value for the m
 
 
 class Container:
-    """A container of the user's own class, which may have a state: read one cell at a time.
+    """A container of a user's class, which only one thread may read at a time.
 
-    Its ``__getitem__`` may fill the same buffer for each row, or read through one open file.
+    Its ``__getitem__`` may fill the same buffer for each row, or read from one open file.
     """
 
     def __init__(self, cells) -> None:
@@ -45,9 +45,9 @@ class Container:
 
 
 def as_columns(X, image_shape: Shape = None) -> Columns:
-    """Take X apart: columns of cells, their names, and the shape of a flat cell.
+    """Return the columns of X, their names, and the shape of a flat cell.
 
-    Only the container is looked at, and its first cells; none is read or copied.
+    Only the container and its first cells are inspected; no cell is read or copied.
     """
     columns, names, shape = _as_columns(X, image_shape)
     if len(columns) > 1:
@@ -60,9 +60,10 @@ def _as_columns(X, image_shape: Shape) -> Columns:
     _refuse_single(X)
     if hasattr(X, "__dask_graph__"):
         X = X.compute()
-    if _is_frame(X):
+    is_pandas = hasattr(X, "iloc") and hasattr(X, "columns")
+    if is_pandas or hasattr(X, "get_columns") or hasattr(X, "column_names"):  # polars, pyarrow
         return _from_frame(X, image_shape)
-    if is_tensor(X):  # from a device all images at once, rather than twice one by one
+    if is_tensor(X):  # one copy from the device instead of two of each image
         return _from_numbers(X.detach().cpu(), image_shape)
     if hasattr(X, "to_pylist"):
         X = _cells_of_arrow(X)
@@ -81,7 +82,7 @@ def _as_columns(X, image_shape: Shape) -> Columns:
         raise ValueError(f"X is a masked array; {MASKED}")
     if hasattr(X, "__array__"):
         return _from_array(np.asarray(X), image_shape)
-    # A subclass that computes its items, too, is a container of the user's own.
+    # A subclass with its own __getitem__ is read as a container of a user's class.
     if isinstance(X, (list, tuple)) and type(X).__getitem__ in _PLAIN_ITEMS:
         return _from_sequence(X, image_shape)
     if is_sequence:
@@ -149,10 +150,8 @@ def is_stream(x) -> bool:
 def describe(cell) -> str:
     """Describe a cell for messages."""
     if isinstance(cell, dict):
-        keys = f"dict with the keys {shown(list(cell)[:5])}"
-        cell = next((cell[key] for key in ("path", "bytes") if cell.get(key) is not None), keys)
-        if cell is keys:
-            return keys
+        held = [cell[key] for key in ("path", "bytes") if cell.get(key) is not None]
+        return describe(held[0]) if held else f"dict with the keys {shown(list(cell)[:5])}"
     if isinstance(cell, Samples):
         cell = cell.array
     if isinstance(cell, (list, tuple)) and cell and not isinstance(cell[0], (Number, list)):
@@ -179,7 +178,7 @@ def _refuse_data_set(X) -> None:
 
 
 def _images_of(X, name: str) -> str:
-    """Return how to get the images alone out of `name`; "" where the items are the user's code."""
+    """Return code that gives the images of a data set `name`; "" for a class of the user's."""
     package = type(X).__module__.partition(".")[0]
     if package == "datasets" and hasattr(X, "column_names") and not isinstance(X, Mapping):
         return f'{name}["image"]'
@@ -218,15 +217,10 @@ def _refuse_single(X) -> None:
 
 
 # -- data frames and Series ------------------------------------------------------------------
-def _is_frame(X) -> bool:
-    is_pandas = hasattr(X, "iloc") and hasattr(X, "columns")
-    return is_pandas or hasattr(X, "get_columns") or hasattr(X, "column_names")  # polars, pyarrow
-
-
 def _from_frame(X, image_shape: Shape) -> Columns:
     _check_size(X.shape)
     if image_shape is not None and all(map(is_number_dtype, getattr(X, "dtypes", [None]))):
-        rows = X.to_numpy()  # pixels, perhaps thousands of columns of them
+        rows = X.to_numpy()  # there may be thousands of columns of pixels
         if rows.dtype != object:
             return _from_array(rows, image_shape)
     names = list(X.column_names if hasattr(X, "column_names") else X.columns)
@@ -260,7 +254,7 @@ def is_number_dtype(dtype) -> bool:
 
 
 def _cells_of_series(series) -> tuple[Sequence, bool]:
-    """Return a sequence of the cells of a Series, without a copy, and whether it is numeric."""
+    """Return the cells of a Series, not copied, and whether it is numeric."""
     dtype = series.dtype
     if hasattr(dtype, "is_numeric"):  # polars
         if is_number_dtype(dtype) and series.null_count() < len(series):
@@ -276,11 +270,11 @@ def _cells_of_series(series) -> tuple[Sequence, bool]:
         return series.to_numpy(), False
     if "list<" in str(dtype):  # of pyarrow in pandas
         return _cells_of_arrow(series.array.__arrow_array__()), False
-    return getattr(series, "array", series), False  # cells become Python objects one by one
+    return getattr(series, "array", series), False  # converts a cell when it is read
 
 
 def _cells_of_arrow(column):
-    """Return the cells of a column of pyarrow; numbers keep their type, which Python's lack."""
+    """Return the cells of a column of pyarrow; numbers keep their dtype."""
     leaf = column.type
     if hasattr(leaf, "shape"):  # fixed-shape tensors
         is_chunked = hasattr(column, "combine_chunks")
@@ -311,22 +305,22 @@ def _from_array(X: np.ndarray, image_shape: Shape) -> Columns:
     has_images = any(isinstance(cell, (str, bytes, os.PathLike, Image.Image)) for cell in X[0])
     if X.ndim == 2 and (has_images or kind != "O" or not _has_number(X[0])):
         return [X[:, j] for j in range(X.shape[1])], None, image_shape
-    # Numbers in an array of objects: scikit-learn takes those, too.
+    # scikit-learn, too, accepts numbers in an array of objects.
     numbers = _numbers_of(X.tolist())
     columns, names, shape = _from_array(numbers, image_shape)
-    if isinstance(X.flat[0], int):  # of no type
+    if isinstance(X.flat[0], int):  # without a dtype
         columns = [[typed_integers(image) for image in numbers]]
     return columns, names, shape
 
 
 def typed_integers(image: np.ndarray) -> np.ndarray:
-    """Take Python's integers as uint16, of which ``np.array(images, object)`` makes them."""
+    """Restore uint16 from Python's integers, which ``np.array(images, object)`` makes of it."""
     is_uint16 = image.dtype.kind == "i" and image.min() >= 0 and 255 < image.max() < 2**16
     return image.astype(np.uint16) if is_uint16 else image
 
 
 def _from_sequence(X, image_shape: Shape) -> Columns:
-    """Take a 1-D sequence: of cells, or of rows of cells or numbers."""
+    """Split a 1-D sequence of cells, or of rows of cells or numbers."""
     _check_size((len(X),))
     first = _first_cell(X)
     if isinstance(first, (Number, np.number)):
@@ -368,7 +362,7 @@ def _numbers_of(X) -> np.ndarray:
 
 
 def _from_numbers(X, image_shape: Shape) -> Columns:
-    """Take a numeric array or tensor: flat rows, or a stack of images."""
+    """Split a numeric array or tensor: flat rows, or a stack of images."""
     shape, channels_first = tuple(X.shape), is_tensor(X)
     what = f"{'a tensor' if channels_first else 'an array'} of numbers of shape {shape}"
     if len(shape) < 2:
@@ -391,9 +385,9 @@ def _from_numbers(X, image_shape: Shape) -> Columns:
 
 
 def _check_stack(shape: tuple[int, ...], is_first: bool, what: str) -> None:
-    """Raise where a stack of images may mean, or can only mean, something else.
+    """Raise ValueError if the shape of a stack of images is ambiguous or not accepted.
 
-    `is_first`: the channels come first, as in tensors, and not last, as in arrays.
+    `is_first`: the channels come first, as in tensors, rather than last, as in arrays.
     """
     if len(shape) == 3:
         height, width, c = (*shape[1:], shape[0]) if is_first else shape
@@ -448,7 +442,7 @@ def _flat_message(what: str) -> str:
 
 
 def _check_size(shape: tuple[int, ...]) -> None:
-    # scikit-learn's words, which its own checks look for.
+    # scikit-learn's estimator checks expect this wording.
     for n, what in zip(shape[:2], ("sample", "feature"), strict=False):
         if n == 0 and (what == "sample" or len(shape) == 2):
             raise ValueError(
@@ -457,7 +451,7 @@ def _check_size(shape: tuple[int, ...]) -> None:
 
 
 def _refuse_labels(columns: list, names: list[str] | None) -> None:
-    """Raise where one of several columns holds labels instead of images."""
+    """Raise ValueError if one of several columns holds labels instead of images."""
     for name, column in zip(names or range(len(columns)), columns, strict=True):
         cells = [column[row] for row in range(min(len(column), 8))]
         cells = [cell for cell in cells if not is_missing(cell)]
@@ -471,7 +465,7 @@ def _refuse_labels(columns: list, names: list[str] | None) -> None:
 def _is_label(cell) -> bool:
     if not isinstance(cell, str):
         return isinstance(cell, (Number, date, np.number, np.datetime64, np.timedelta64))
-    is_path = re.search(r"[/\\:]|\.\w+$", cell)  # "St. Bernard" is none
+    is_path = re.search(r"[/\\:]|\.\w+$", cell)  # not "St. Bernard"
     return bool(cell.strip()) and not is_path and not os.path.exists(cell)
 
 

@@ -1,4 +1,4 @@
-"""An encoded image becomes pixels: in which formats, with how much memory, with which numbers."""
+"""Decode encoded images: accepted formats, bounds on memory, and the values of pixels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from sktransfer._progress import words
+from sktransfer._progress import error_text
 from sktransfer._threads import process_lock
 from sktransfer.images._files import BASE64
 from sktransfer.images._pixels import BadImage, Samples
@@ -47,10 +47,10 @@ _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 
 
 def decode(data: bytes, min_size: Size, turn: ExitStack) -> Image.Image | Samples:
-    """Decode the first frame, upright: a PIL image in RGB, or numbers.
+    """Decode the first frame, upright, to a PIL image in RGB or to raw values.
 
-    A JPEG file is decoded at 1/2, 1/4 or 1/8 where it stays larger than `min_size`. Until `turn`
-    is closed, other large images wait.
+    A JPEG file is decoded at 1/2, 1/4 or 1/8 if the result is larger than `min_size`. Other large
+    images wait until `turn` is closed.
     """
     # Pillow's plugins raise nearly everything at damaged bytes: OSError, SyntaxError,
     # struct.error, KeyError, zlib.error, MemoryError …
@@ -68,25 +68,25 @@ def decode(data: bytes, min_size: Size, turn: ExitStack) -> Image.Image | Sample
     except BadImage:
         raise
     except UnidentifiedImageError as error:
-        raise BadImage(_why_unknown(data)) from error
+        raise BadImage(_unknown_format(data)) from error
     except Image.DecompressionBombError as error:
         message = f"{error} Raise PIL.Image.MAX_IMAGE_PIXELS if the file can be trusted"
         raise BadImage(message) from error
     except Exception as error:
         failed = "decoded" if is_open else "opened"
-        raise BadImage(f"the image file cannot be {failed}: {words(error)}") from error
+        raise BadImage(f"the image file cannot be {failed}: {error_text(error)}") from error
 
 
 def _open(data: bytes, min_size: Size) -> tuple[ImageFile.ImageFile, AbstractContextManager]:
-    """Read the header; return the image, and what to hold while it is decoded."""
+    """Read the header; return the image, and the lock to hold while it is decoded."""
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     image = Image.open(io.BytesIO(data), formats=formats)
-    # However small a progressive file is decoded, all its coefficients are kept.
+    # All coefficients of a progressive file are kept, however small it is decoded.
     is_progressive = "progressive" in image.info or "progression" in image.info
     n_bytes = _IF_PROGRESSIVE * image.width * image.height if is_progressive else 0
     if min_size is not None and isinstance(image, JpegImageFile):
-        height, width = min_size[::-1] if _is_on_its_side(image) else min_size
+        height, width = min_size[::-1] if _swaps_sides(image) else min_size
         image.draft(None, (width, height))
     n_bytes += _decoded_bytes(image)
     if n_bytes > _MAX_BYTES:
@@ -114,14 +114,14 @@ def _decoded_bytes(image: ImageFile.ImageFile) -> int:
     return n_bytes
 
 
-def _is_on_its_side(image: Image.Image) -> bool:
+def _swaps_sides(image: Image.Image) -> bool:
     try:
         return image.getexif().get(_ORIENTATION, 1) >= 5
     except Exception:  # damaged EXIF
         return False
 
 
-def _why_unknown(data: bytes) -> str:
+def _unknown_format(data: bytes) -> str:
     prefix = data[:16]
     if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIC_BRANDS:
         return (
@@ -143,11 +143,11 @@ def _why_unknown(data: bytes) -> str:
     return f"Pillow does not know its file format; it begins with {data[:12]!r}"
 
 
-# -- the numbers in files where Pillow loads others ------------------------------------------
+# -- files of which Pillow loads other values than they hold ---------------------------------
 def _prepare(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile | None:
     """Correct how Pillow will load an opened file.
 
-    Of 16-bit colours Pillow keeps the upper bytes; returned is an image of the lower ones.
+    Pillow keeps the upper bytes of 16-bit colours; the image that is returned has the lower ones.
     """
     if image.format == "PPM" and image.mode in ("L", "I", "RGB"):
         maximum = _args(image.tile[0])[-1]
@@ -177,9 +177,9 @@ def _prepare(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile | N
 def pixels_of(
     image: Image.Image, upright: Image.Image, lower: Image.Image | None = None
 ) -> Image.Image | Samples:
-    """Return a loaded image in RGB, or its numbers.
+    """Return a loaded image in RGB, or its raw values.
 
-    `image` is as opened, `upright` has its pixels, and `lower` is what `_prepare` returned.
+    `image` is the opened file, `upright` has its pixels, and `lower` is what `_prepare` returned.
     """
     is_deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
     scaled = 65535 if image.mode == "I" else 255  # to which Pillow scales PNM
@@ -188,7 +188,7 @@ def pixels_of(
     kind = tags.get(_BITS), tags.get(_SAMPLE_FORMAT, (1,))
     is_deep |= kind == ((8,), (2,)) or (image.mode in ("RGB", "RGBA") and 16 in (kind[0] or ()))
     if lower is None and not is_deep and maximum in (None, 255):
-        return _of_eight_bits(upright)
+        return _eight_bit_pixels(upright)
     array, value_range = np.asarray(upright), None
     if lower is not None:
         low = np.asarray(lower)
@@ -197,7 +197,7 @@ def pixels_of(
         array = np.rint(array * (maximum / scaled)).astype(np.uint16)
         value_range = None if maximum == 65535 else (0.0, float(maximum))
     elif kind == ((8,), (2,)):
-        array = array.view(np.int8)  # Pillow takes signed numbers as unsigned …
+        array = array.view(np.int8)  # Pillow reads signed values as unsigned …
     elif kind == ((32,), (1,)):
         array = array.view(np.uint32)  # … and unsigned ones as signed
     elif kind[0] == (12,):
@@ -211,7 +211,7 @@ def pixels_of(
     return Samples(array, value_range, tags.get(_PHOTOMETRIC) == 0)
 
 
-def _of_eight_bits(image: Image.Image) -> Image.Image | Samples:
+def _eight_bit_pixels(image: Image.Image) -> Image.Image | Samples:
     palette = image.palette.mode if image.mode == "P" and image.palette else ""
     if "transparency" in image.info or image.mode in _WITH_ALPHA or palette.endswith("A"):
         image = image.convert("LA") if image.mode == "La" else image
@@ -228,10 +228,10 @@ def correct_tiff(image: Image.Image) -> None:
     is_planar = image.tag_v2.get(_PLANAR) == 2
     if is_planar and image.mode == "LA":
         raise BadImage("it is a TIFF of grey and transparency whose PlanarConfiguration is not 1")
-    if image.tile[0].codec_name == "libtiff":  # gives numbers in this machine's byte order
+    if image.tile[0].codec_name == "libtiff":  # returns values in this machine's byte order
         native = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
         _replace_raw_modes(image, lambda mode: native.get(mode, mode))
-    elif is_planar:  # of a plane's mode Pillow takes one letter
+    elif is_planar:  # Pillow keeps one letter of a plane's mode
         bits, order = image.tag_v2.get(_BITS, (1,)), "BL"[image.tag_v2.prefix == b"II"]
         if len(bits) > 1 and bits[0] == 16:
             _replace_raw_modes(image, lambda mode: f"{mode};16{order}")

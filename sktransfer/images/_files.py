@@ -1,4 +1,4 @@
-"""Encoded images, from local files, URLs and open files: at most 256 MB of each."""
+"""Read encoded images from local files, URLs and open files, at most 256 MB each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import weakref
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, unquote_to_bytes
 
-from sktransfer._progress import words
+from sktransfer._progress import error_text
 from sktransfer._threads import process_lock
 from sktransfer.images._pixels import BadImage
 
@@ -30,9 +30,9 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+(::[A-Za-z0-9+.\-]+)*://")
 # JPEG, PNG, GIF, WebP, TIFF, BMP, and JPEG 2000, AVIF and HEIC
 BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkq", "TU0A", "Qk", "AAAA")
 
-# Open files, PIL images and containers of the user's have a state (a position, a buffer), and
-# several rows may share one: one thread at a time uses them.
-one_reader = process_lock()
+# Several rows may share an open file, a PIL image or a container of a user's class. These have a
+# state (a position, a buffer), so that only one thread may read them at a time.
+reader_lock = process_lock()
 
 
 def is_url(text: str) -> bool:
@@ -41,7 +41,7 @@ def is_url(text: str) -> bool:
 
 
 def local_path(text: str) -> str:
-    """Return the local path a string names: ``~`` expanded, ``file://`` taken off."""
+    """Return the local path that a string names, with ``~`` expanded, without ``file://``."""
     if text.startswith(("file://", "local://")):
         text = text.split("://", 1)[1].removeprefix("localhost")
         if "%" in text and not os.path.lexists(text):  # Path.as_uri() quotes
@@ -70,7 +70,7 @@ def read_path(path: str) -> bytes:
         if path.startswith(BASE64) and len(path) > 80:
             reason = "it is base64 rather than a path; give base64.b64decode(text)"
         elif not isinstance(error, FileNotFoundError):
-            reason = f"the file cannot be read: {words(error)}"
+            reason = f"the file cannot be read: {error_text(error)}"
         else:
             where = f" in {os.getcwd()!r}, where relative paths start"
             reason = "there is no such file" + ("" if os.path.isabs(path) else where)
@@ -82,7 +82,7 @@ def read_path(path: str) -> bytes:
 def read_stream(stream) -> bytes:
     """Read an open file from its beginning and put it back where it was."""
     try:
-        with one_reader:
+        with reader_lock:
             position = stream.tell()
             stream.seek(0)
             data = stream.read(_MAX_BYTES + 1)
@@ -90,7 +90,7 @@ def read_stream(stream) -> bytes:
     except Exception as error:
         is_closed = getattr(stream, "closed", False)
         hint = "; read it before its with block ends, or give the path" if is_closed else ""
-        raise BadImage(f"the open file cannot be read: {words(error)}{hint}") from error
+        raise BadImage(f"the open file cannot be read: {error_text(error)}{hint}") from error
     if not isinstance(data, bytes):
         raise BadImage("the file is open in text mode; open it in mode 'rb'")
     _check_size(len(data))
@@ -119,7 +119,7 @@ def read_data_url(url: str) -> bytes:
 
 
 class Urls:
-    """Reads URLs; an archive that several of them lead into is opened, and listed, once."""
+    """Reads URLs; an archive with several of the images is opened, and listed, once."""
 
     def __init__(self) -> None:
         self._archives: dict[tuple[str, ...], AbstractFileSystem] = {}
@@ -129,8 +129,8 @@ class Urls:
         return Urls, ()
 
     def read(self, url: str) -> bytes:
-        # File systems raise errors of many libraries (aiohttp, botocore …); a missing one of these
-        # is an ImportError.
+        # File systems raise errors of many libraries (aiohttp, botocore …), and ImportError if one
+        # of these is missing.
         try:
             data = self._read(url)
         except BadImage:
@@ -141,7 +141,7 @@ class Urls:
             times = f"for {_SILENT_SECONDS} s, or not all within {_ALL_SECONDS} s"
             raise BadImage(f"the server sent nothing {times}") from error
         except Exception as error:
-            raise BadImage(f"the URL cannot be read: {words(error)}") from error
+            raise BadImage(f"the URL cannot be read: {error_text(error)}") from error
         _check_size(len(data))
         return data
 
@@ -153,7 +153,7 @@ class Urls:
         k = next(k for k, link in enumerate(links) if "://" in link)
         if k == len(links) - 1:
             filesystem, path = fsspec.core.url_to_fs(url, **_options(links, is_image=True))
-            # A range would be one more request over HTTP, which bounds what it reads itself.
+            # A range would need one more request over HTTP, whose responses are bounded below.
             return filesystem.cat_file(path, **({} if links[0].startswith("http") else at_most))
         # "zip://member::https://archive": the members share one position in the archive.
         archive = (*links[:k], links[k].partition("://")[0], *links[k + 1 :])
@@ -167,7 +167,7 @@ class Urls:
             return self._archives[archive].cat_file(links[k], **at_most)
 
     def _unpacked(self, url: str, options: dict) -> AbstractFileSystem:
-        # Each step back in a compressed archive would unpack it from its beginning.
+        # Seeking backwards in a compressed archive unpacks it from its beginning.
         import fsspec
 
         file = tempfile.NamedTemporaryFile(suffix=".tar")  # noqa: SIM115
@@ -191,7 +191,7 @@ def _options(links: list[str], is_image: bool) -> dict[str, dict]:
         client: dict[str, object] = {"timeout": aiohttp.ClientTimeout(_ALL_SECONDS, **silent)}
         if is_image:
             client["response_class"] = _bounded_response()
-        for name in ("http", "https"):  # what the user has configured comes first
+        for name in ("http", "https"):  # the user's configuration takes precedence
             client |= fsspec.config.conf.get(name, {}).get("client_kwargs", {})
         options[protocol] = {"client_kwargs": client}
     return options
@@ -202,7 +202,7 @@ def _bounded_response() -> type:
     import aiohttp
 
     class BoundedResponse(aiohttp.ClientResponse):
-        """A response that is read no further than an image may be large."""
+        """A response of which at most the bytes of the largest accepted image are read."""
 
         async def start(self, connection):  # type: ignore[no-untyped-def]
             await super().start(connection)

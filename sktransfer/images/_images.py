@@ -1,4 +1,4 @@
-"""as_images(X): a sequence of images, none of which is read before it is asked for."""
+"""``as_images``: view X as a sequence of images, which are read on demand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from sktransfer._rows import Rows
-from sktransfer.images._cells import Cell, own_copy, read_cell, unflatten
+from sktransfer.images._cells import Cell, copy_cell, read_cell, unflatten
 from sktransfer.images._containers import (
     Container,
     as_columns,
@@ -21,12 +21,12 @@ from sktransfer.images._containers import (
     read_image_shape,
     read_value_range,
 )
-from sktransfer.images._files import Urls, is_url, local_path, one_reader
+from sktransfer.images._files import Urls, is_url, local_path, reader_lock
 from sktransfer.images._pixels import BadImage
 
 __all__ = ["BadImage", "Images", "as_images"]
 
-# Keeps neighbouring inodes apart in a stat, whatever the time in ns.
+# Multiplies inodes, so that neighbouring ones differ when a time in ns is added.
 _FAR_APART = 0x9E3779B97F4A7C15
 
 
@@ -52,7 +52,7 @@ def as_images(
     image_shape : (H, W) or (H, W, C), default=None
         Shape of one image where X holds flat rows; one of the numbers may be -1.
     value_range : (low, high), default=None
-        The numbers that are black and white in all images; what lies outside is clipped.
+        The values that are black and white in all images; other values are clipped to them.
 
     An X that cannot be a collection of images, or could be two different ones, raises a TypeError
     or a ValueError; a single cell that is not an image raises BadImage when it is read.
@@ -86,7 +86,6 @@ class Images(Rows):
 
     # -- one image -----------------------------------------------------------------------
     def where(self, i: int) -> str:
-        """Return the row, and the column, of image `i` in X and what it is, for messages."""
         place = self._place(int(self._numbers[i]))
         try:
             return f"{place} ({describe(self._cell(i))})"
@@ -107,34 +106,24 @@ class Images(Rows):
         except Exception as error:  # of the user's classes, or memory that does not suffice
             raise BadImage(f"reading it raises {type(error).__name__}: {error!s:.300}") from error
 
-    def digest(self, i: int) -> bytes:
-        """Return ``read(i).digest``."""
-        return self.read(i).digest
-
     def decode(self, i: int, min_size: tuple[int, int] | None = None) -> Image.Image | np.ndarray:
         """Return ``read(i).decode(min_size)``."""
         return self.read(i).decode(min_size)
 
     def stat(self, i: int) -> tuple[str, int, int, int] | None:
-        """Return what identifies the state of a local file; None if image `i` is not one.
-
-        Path, size, modification time in ns, and inode and time of the last change as a number.
-        """
+        """Return path, size, modification time in ns, and inode and last change as one number."""
         container, row = self._container(i)
-        if isinstance(container, Container):  # a cell of these is asked for once
+        if isinstance(container, Container):  # each of its cells is read once
             return None
         try:
             cell = container[row]
-            if type(cell) is not str:
-                if isinstance(cell, dict):
-                    if not is_missing(cell.get("bytes")):
-                        return None
-                    cell = cell.get("path")
-                if isinstance(cell, os.PathLike):
-                    cell = os.fsdecode(cell)
-            if not isinstance(cell, str) or not cell:
+            if isinstance(cell, dict):
+                cell = cell.get("path") if is_missing(cell.get("bytes")) else None
+            if not isinstance(cell, str):
+                cell = os.fsdecode(cell) if isinstance(cell, os.PathLike) else ""
+            if not cell:
                 return None
-            is_plain = cell[0] == os.sep == "/"  # absolute: the most frequent, and the quickest
+            is_plain = cell[0] == os.sep == "/"  # an absolute path, the fastest case
             if not is_plain and (cell[:5].lower() == "data:" or is_url(cell)):
                 return None
             path = cell if is_plain else local_path(cell)
@@ -142,48 +131,48 @@ class Images(Rows):
         except Exception:  # `read` gives the reason
             return None
         full = os.path.normpath(path) if is_plain else os.path.abspath(path)
-        # What copies with an old modification time (cp -p) cannot set is when that was done.
+        # A copy may have the old modification time (cp -p), but not the old time of last change.
         inode = status.st_ino * _FAR_APART + status.st_ctime_ns
         return full, status.st_size, status.st_mtime_ns, inode & (2**63 - 1)
 
-    # -- what was assumed, by all views of the same X -------------------------------------
+    # -- assumptions about values, shared by all views of X ------------------------------
     def take_warnings(self) -> str | None:
-        """Return what was assumed since the last call as the text of one warning, or None."""
         return _warning(self._notes.take(), self._place)
 
     def take_notes(self) -> dict:
-        """Return and forget what was assumed, for the process that a worker works for."""
         return self._notes.take()
 
     def merge_notes(self, notes: dict) -> None:
-        """Take over what a worker process noted about images of the same X."""
         self._notes.merge(notes)
 
     # -- within --------------------------------------------------------------------------
-    def _cell(self, i: int) -> object:
+    def _cell(self, i: int):
         container, row = self._container(i)
         try:
             if isinstance(container, Container):
-                with one_reader:
-                    return own_copy(container[row])
+                with reader_lock:
+                    return copy_cell(container[row])
             cell = container[row]
         except BadImage:
             raise
         except Exception as error:
             raise BadImage(f"X[{row}] raises {type(error).__name__}: {error!s:.300}") from error
-        if isinstance(cell, BadImage):  # of the process that this view came from
+        if isinstance(cell, BadImage):  # raised when this view was pickled
             raise cell
         return cell
 
     def _cell_or_error(self, i: int) -> object:
         try:
-            return _alone(self._cell(i))
+            cell = self._cell(i)
         except BadImage as error:
             return error
+        # The pickle of a view of a tensor would contain the whole tensor.
+        is_view = is_tensor(cell) and cell.untyped_storage().nbytes() > cell.nbytes
+        return cell.clone() if is_view else cell
 
     def __getstate__(self) -> dict:
         state = self.__dict__ | {"_notes": None}
-        if self._is_view:  # to another process a view takes only its own images along
+        if self._is_view:  # it is pickled with its own images only
             positions = np.asarray(self._positions, dtype=np.intp)
             first = self._columns[0]
             if len(self._columns) == 1 and (isinstance(first, np.ndarray) or is_tensor(first)):
@@ -197,19 +186,12 @@ class Images(Rows):
         self.__dict__.update(state | {"_notes": _Notes()})
 
 
-def _alone(cell):
-    """Return a cell that pickles without the rest of the tensor that it is a view of."""
-    if is_tensor(cell) and cell.untyped_storage().nbytes() > cell.numel() * cell.element_size():
-        return cell.clone()
-    return cell
-
-
 class _Notes:
-    """What was assumed about which images; filled from several threads at once."""
+    """Assumptions about the values of images, collected from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # kind -> number of an image, which may be read more than once -> its low, its high
+        # kind -> number of an image, which may be read more than once -> its extreme values
         self._seen: dict[str, dict[int, tuple[float, float]]] = {}
 
     def add(self, number: int, kind: str, low: float, high: float) -> None:

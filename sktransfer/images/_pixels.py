@@ -22,12 +22,15 @@ _FEW_LEVELS = 16
 _QUARTER = 2**14  # of 16 bits; images of 10, 12 and 14 bits are below it
 
 
+def _no_note(kind: str, low: float, high: float) -> None: ...
+
+
 class BadImage(BadCell):
     """An image cannot be read."""
 
 
 class Samples(NamedTuple):
-    """Numbers, and what their file says: those that are black and white, or that low is white."""
+    """Raw values with what their file says: the values of black and white, or inverted ones."""
 
     array: np.ndarray
     value_range: Range | None = None
@@ -48,7 +51,7 @@ def to_rgb(
     Without `value_range`, what a number means follows from its type and from this image alone,
     never from the other images:
 
-    - bool: black and white; uint8: as it is;
+    - bool: black and white; uint8: unchanged;
     - uint16: 16 bits, of which the upper eight are kept; noted below a quarter of the range;
     - floats within 0…1: ``rint(255 * x)``, so that ``x / 255.`` is the image ``x``;
     - other integers within 0…255: unchanged;
@@ -66,7 +69,7 @@ def to_rgb(
         if n_channels in (2, 4):  # the range of the colours says nothing about that of alpha
             alpha = array[..., -1:]
             if _is_uint16(alpha) and alpha.max() >= _QUARTER:
-                note = _ignore  # the colours are dark, but of 16 bits as alpha is
+                note = _no_note  # alpha shows that the dark colours use 16 bits
             color = _to_uint8(array[..., :-1], note, value_range)
             array = np.concatenate([color, _alpha_to_uint8(alpha, value_range)], axis=2)
         else:
@@ -81,10 +84,6 @@ def to_rgb(
     array = np.ascontiguousarray(array).view()
     array.flags.writeable = False  # of the view: it may show the user's own data
     return array
-
-
-def _ignore(kind: str, low: float, high: float) -> None:
-    """Note nothing."""
 
 
 def _over_white(array: np.ndarray) -> np.ndarray:
@@ -149,7 +148,7 @@ def _to_uint8(array: np.ndarray, note: Note, value_range: Range | None) -> np.nd
 
 
 def _assume(array: np.ndarray, low: float, high: float, note: Note) -> np.ndarray:
-    """Read numbers of an unknown range in the first way that fits them and keeps them apart."""
+    """Scale values of an unknown range in the first way that fits and keeps them distinct."""
     ways = []
     if array.dtype.kind == "f":
         if low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT:
@@ -177,7 +176,7 @@ def _loses_values(array: np.ndarray, pixels: np.ndarray) -> bool:
 def _alpha_to_uint8(alpha: np.ndarray, value_range: Range | None) -> np.ndarray:
     """Scale by the value that is opaque: the largest of the type, or of the image."""
     if alpha.dtype.kind not in "uif":
-        return _to_uint8(alpha, _ignore, None)
+        return _to_uint8(alpha, _no_note, None)
     _, high = _range(alpha)
     if alpha.dtype.kind == "f":
         return _between(alpha, 0, 1 if high <= 1 + _HALF_LEVEL else max(255, high))
@@ -190,7 +189,7 @@ def _is_uint16(array: np.ndarray) -> bool:
 
 
 def _between(array: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Map low…high to 0…255, and clip what lies outside."""
+    """Map low…high to 0…255, and clip other values."""
     if array.dtype == np.uint8:
         table = _between(np.arange(256.0), low, high).tobytes()
         return np.frombuffer(array.tobytes().translate(table), np.uint8).reshape(array.shape)

@@ -36,7 +36,7 @@ from sktransfer.networks._sources import GivenSource, Source
 from sktransfer.networks._text import SavedTextSource, TextSource
 from sktransfer.networks._word_vectors import Lookup, WordVectors
 
-# Part of every fingerprint; a change of how embeddings are computed changes it.
+# Part of every fingerprint, to be changed when the computation of embeddings changes.
 _FORMAT = "sktransfer-embedding-2"
 _EMBEDDING = "embedding"
 
@@ -58,8 +58,8 @@ def load_backbone(
         Name of a torchvision classification builder (``"resnet50"``), ``"timm:NAME"`` (extra
         ``timm``), ``"hf:NAME_OR_FOLDER"`` (a network of transformers for images, extra ``hf``),
         ``"builtin"`` (its weights ship in the package), a module, or a callable without arguments
-        that returns one. A module is copied in its present state. Its
-        ``forward`` takes one batch of images and returns one tensor.
+        that returns one. A module is copied; its ``forward`` takes one batch of images and
+        returns one tensor.
     weights : str, path-like or None, default="DEFAULT"
         Name of published weights (``"IMAGENET1K_V2"``); path of a local ``.pt``, ``.pth`` or
         ``.safetensors`` file with a state dict, whose head may have any width; or None for
@@ -72,9 +72,9 @@ def load_backbone(
         network of transformers also the number of its hidden states: 0 before the first block, -1
         the last ones.
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
-        How a map becomes a vector. ``"auto"``: for the embedding, as the network itself does;
-        for an inner layer, the mean over the map, or the class token where the network
-        classifies from one. With ``layer=None`` any other kind is applied to the last map.
+        How a feature map becomes a row. ``"auto"``: as in the network itself for the embedding;
+        for an inner layer, the mean over the map, or the class token if the network classifies
+        from one. With ``layer=None`` any other kind is applied to the last map.
         ``"gem"`` is the generalised mean with p = 3.
     preprocessing : "auto", dict or callable, default="auto"
         ``"auto"``: what the weights were trained with; for a module 256 pixels, cropped to
@@ -86,6 +86,7 @@ def load_backbone(
     Returns
     -------
     backbone : Backbone
+        The network, cut at `layer`.
 
     Raises
     ------
@@ -97,7 +98,7 @@ def load_backbone(
     See Also
     --------
     list_backbones : Names that are accepted.
-    PretrainedFeatureExtractor : A transformer that uses a backbone.
+    PretrainedFeatureExtractor : Use a backbone as a transformer.
 
     Examples
     --------
@@ -121,7 +122,7 @@ def load_backbone(
     how = resolve_preprocessing(preprocessing, source.preprocessing)
     loaded = Backbone(source, _named_layers(layer, source), pooling, how)
     if source.is_user_file:
-        _ = loaded.network.module  # find out now whether the file fits
+        _ = loaded.network.module  # raises if the file does not fit
     return loaded
 
 
@@ -189,11 +190,11 @@ def resolve_source(backbone: object, weights: object) -> Source:
 
 
 class Backbone:
-    """A pre-trained network, cut at the asked layers and pooled to one row per image.
+    """A pre-trained network, cut at the chosen layers and pooled to one row per image.
 
-    Made by :func:`load_backbone`. It holds no weights: each process loads a network once, when
-    it is first needed, and all backbones share it. A pickle holds the name of the weights and
-    their digest, or the module itself if the user gave one.
+    Made by :func:`load_backbone`. It holds no weights: each process loads a network once, on
+    first use, and all backbones share it. A pickle holds the name of the weights and their
+    digest, or the module itself if the user gave one.
 
     Attributes
     ----------
@@ -204,7 +205,7 @@ class Backbone:
     feature_groups : list of (str, int)
         Each layer with its number of columns, in order.
     n_features : int
-        Number of columns in all.
+        Total number of columns.
     preprocessing : Preprocessing or CallablePreprocessing
         Its ``resize_crop`` and ``min_size`` prepare the images.
     input_size : tuple of 3 ints
@@ -216,7 +217,7 @@ class Backbone:
         The fingerprint of each layer alone, so that its rows serve other combinations.
     """
 
-    # Whether the weights come from a saved file that no name brings back.
+    # Whether the weights come from a file of `save`, so that their name cannot load them again.
     is_standalone = False
 
     def __init__(
@@ -302,7 +303,7 @@ class Backbone:
         return get_network(self._source, self._plan_size)
 
     def lookup(self) -> Lookup | None:
-        """Return what finds words in a table of word vectors, of which this is one."""
+        """Return the look-up of words if this is a table of word vectors, else None."""
         return self._source.lookup() if isinstance(self._source, WordVectors) else None
 
     @property
@@ -315,12 +316,6 @@ class Backbone:
     def stage_names(self) -> list[str]:
         """Names of the stages; no weights are loaded for them."""
         return self.network.plan.names
-
-    @property
-    def key_report(self) -> object:
-        """Keys that a weights file and the network's head do not share, or None."""
-        _ = self.network.module
-        return getattr(self._source, "key_report", None)
 
     @property
     def stage_names_to_layer(self) -> list[str]:
@@ -346,7 +341,7 @@ class Backbone:
         return [position[key] for key in self._keys]
 
     def column_names(self, prefix: str, n_layers: int | None = None) -> list[str]:
-        """Names of the columns of the first `n_layers` layers; ``prefix_layer_007`` if several."""
+        """Name the columns of the first `n_layers` layers; ``prefix_layer_007`` if several."""
         groups, names = self.feature_groups[:n_layers], list[str]()
         for layer, width in groups:
             digits = max(3, len(str(width - 1)))
@@ -378,7 +373,7 @@ class Backbone:
         return self.name, self._keys, self._poolings, self.preprocessing.identity
 
     def make_poolings(self) -> list[Pooling]:
-        """Make what turns each layer's values into rows."""
+        """Make the pooling of each layer."""
         return [Pooling(*settings) for settings in self._poolings]
 
     def copy_network(self) -> tuple[nn.Module, Stages]:
@@ -395,7 +390,7 @@ class Backbone:
         """Return the same cut of `module`, a copy of the network with weights of this digest."""
         other = copy.copy(self)
         other._source = GivenSource(self.name, self._source.preprocessing, module, digest)
-        other._source.is_foreign, other._source.is_text = self._source.is_foreign, self.is_text
+        other._source.is_user_code, other._source.is_text = self._source.is_user_code, self.is_text
         other.fingerprint = f"tuned-{digest}"
         other.group_fingerprints = [f"{other.fingerprint}-{key}" for key in self._keys]
         return other
@@ -428,7 +423,7 @@ class Backbone:
 
 
 def with_cached_layers(layer: str | list | None, cache_layers: list | None) -> str | list | None:
-    """Join the layers asked for and those that are for the store alone."""
+    """Join the layers of the columns and those that are only stored."""
     asked = list(layer) if isinstance(layer, Iterable) and not isinstance(layer, str) else [layer]
     extra = [name for name in cache_layers or [] if name not in asked]
     return [*asked, *extra] if extra else layer

@@ -1,4 +1,4 @@
-"""``list_backbones``: the networks that have a name, and what they cost."""
+"""``list_backbones``: the networks that have a name, with their sizes and costs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-# Knowing a network's columns takes building it, a tenth of a second to a second: done where a
-# pattern leaves at most this many.
+# The number of columns is known from building a network, in a tenth of a second to a second: only
+# if a pattern leaves at most this many.
 _MAX_BUILT = 24
 
 
@@ -50,9 +50,9 @@ _FORMATS = ["{}", "{}", "{}", "{:.1f}", "{:.2f}", "{}"]
 
 
 class BackboneTable(list[BackboneInfo]):
-    """A list of :class:`BackboneInfo` that prints as a table, in a notebook too.
+    """A list of :class:`BackboneInfo` that prints as a table, also in a notebook.
 
-    ``table["resnet50"]`` is the row of that name, a slice is a table.
+    ``table["resnet50"]`` is the row of that name, and a slice is a table.
     """
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
@@ -114,10 +114,9 @@ def list_backbones(pattern: str | None = None, *, timm: bool = False) -> Backbon
     -------
     table : BackboneTable
         A list of rows with ``name``, ``input_size`` (pixels), ``n_features``, ``parameters``
-        (millions), ``multiply_adds`` (billions) and ``weights``. It prints as a table, shows
-        as one in a notebook and has ``to_pandas()``. No weights are loaded. The networks are
-        built to fill in ``n_features``, and ``parameters`` of timm's, where `pattern` leaves
-        at most 24 of them; otherwise these are None.
+        (millions), ``multiply_adds`` (billions) and ``weights``. It prints as a table, also in a
+        notebook, and has ``to_pandas()``. No weights are loaded. ``n_features``, and
+        ``parameters`` of timm's networks, are None unless `pattern` leaves at most 24 networks.
 
     Raises
     ------
@@ -164,7 +163,9 @@ def _info(name: str, is_built: bool) -> BackboneInfo:
     if name == "builtin":
         version, names = VERSIONS[DEFAULT], sorted(VERSIONS, key=lambda other: other != DEFAULT)
         cost = version.parameters, version.multiply_adds
-        return BackboneInfo(name, version.size[0], version.n_features, *cost, tuple(names))
+        return BackboneInfo(
+            name, version.preprocessing.crop_size[0], version.n_features, *cost, tuple(names)
+        )
     n_features, parameters = _measure(name) if is_built else (None, None)
     if name.startswith("timm:"):
         config = import_timm().get_pretrained_cfg(name.removeprefix("timm:"))

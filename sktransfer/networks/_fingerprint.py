@@ -1,9 +1,9 @@
-"""Digests of what modules and functions do, equal in every process.
+"""Digests of what modules and functions compute, equal in every process.
 
-Attributes count by their values, the user's own classes and functions by their compiled code and
-the globals that it reads, installed packages by name. Compiled code rather than source text, as
-it is what runs after an edit of the file, and notebooks have it. What has no digest gets one that
-nothing else has, so that embeddings made with it are not shared.
+They contain the values of attributes, the compiled code of the user's classes and functions with
+the globals that it reads, and the names of those of installed packages. Compiled code rather than
+source text, because an edit of the file does not change what runs, and notebooks have no files. An
+object that cannot be digested gets a random digest, so that its embeddings are not shared.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _WRAPPED = {
     property: "fget",
     functools.cached_property: "func",
 }
-# What every module has. Its tensors have a digest of their own; hooks are looked at by themselves.
+# Attributes of every module. Its tensors and hooks are digested separately.
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def architecture_digest(module: nn.Module) -> str:
-    """Return the digest of all in a module but the values of its parameters and buffers.
+    """Return the digest of a module without the values of its parameters and buffers.
 
-    Train and eval mode give the same one. An attribute `fingerprint`, a string, is used instead.
+    It is the same in train and eval mode. An attribute `fingerprint`, a string, replaces it.
     """
     own = getattr(module, "fingerprint", None)
     return own if isinstance(own, str) else _Digester(module).modules(module)
@@ -50,22 +50,22 @@ def function_digest(function: Callable) -> str:
 
 class _Digester:
     def __init__(self, module: nn.Module | None = None) -> None:
-        # What was met before counts by its name from then on, so that circles end. The objects
-        # are kept, as an id may be used again.
+        # An object that was seen before is digested by its name, so that circles end. The objects
+        # are kept, because Python may reuse the id of one that was deleted.
         parts = [] if module is None else module.named_modules()
-        self._met: dict[int, tuple[object, str]] = {id(p): (p, name) for name, p in parts}
+        self._seen: dict[int, tuple[object, str]] = {id(p): (p, name) for name, p in parts}
 
     def of(self, value: object) -> str:
         if type(value) in _ATOMS:
             return _hash(type(value).__name__, repr(value))
         if isinstance(value, (tuple, frozenset, types.CodeType)):
             return self._digest(value)
-        if id(value) in self._met:
-            return _hash("met", self._met[id(value)][1])
-        self._met[id(value)] = value, f"#{len(self._met)}"
+        if id(value) in self._seen:
+            return _hash("met", self._seen[id(value)][1])
+        self._seen[id(value)] = value, f"#{len(self._seen)}"
         try:
             return self._digest(value)
-        except Exception:  # it cannot be pickled
+        except Exception:  # the object cannot be pickled
             return uuid.uuid4().hex
 
     def modules(self, module: nn.Module) -> str:
@@ -129,7 +129,7 @@ class _Digester:
 
 
 def _globals_read(code: types.CodeType, names: dict[str, object]) -> Iterator[tuple[str, object]]:
-    """Find all globals that code reads, but for what it takes from other files' modules."""
+    """Find the globals that code reads, except modules."""
     for step in dis.get_instructions(code):
         name = step.argval
         is_read = step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in names
@@ -141,7 +141,7 @@ def _globals_read(code: types.CodeType, names: dict[str, object]) -> Iterator[tu
 
 
 def _is_own(thing: type | types.FunctionType) -> bool:
-    """Whether the user wrote it, rather than a package that is installed."""
+    """Whether it is the user's code, not that of an installed package."""
     top = f"{thing.__module__}".partition(".")[0]
     if top == "__main__" or top in sys.stdlib_module_names or top == "sktransfer":
         return top == "__main__"

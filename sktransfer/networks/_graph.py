@@ -1,4 +1,4 @@
-"""Trace a network with torch.fx: named operations, places to cut it, shapes, parts to run."""
+"""Trace a network with torch.fx: names of operations, places to cut, shapes, and parts."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class TracingError(RuntimeError):
 
 
 class _Tracer(fx.Tracer):
-    """Notes for each operation the module that it belongs to, and what each module returns.
+    """Records the module of each operation, and the value that each module returns.
 
-    `opened`: names of the only modules to trace through; None: all but the layers of torch.
+    `opened`: names of the only modules to trace through; None: all except torch's layers.
     """
 
     def __init__(self, opened: set[str] | None):
@@ -66,7 +66,7 @@ class _Tracer(fx.Tracer):
             )
         )
 
-    # Other threads' modules come through here as well.
+    # torch.fx also calls this for modules that run in other threads.
     def call_module(self, m, forward, args, kwargs):
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
@@ -75,7 +75,7 @@ class _Tracer(fx.Tracer):
         self._paths.append(path)
         try:
             out = super().call_module(m, forward, args, kwargs)
-        except Exception:  # code that cannot be traced: one operation
+        except Exception:  # a module that cannot be traced becomes one operation
             for node in reversed(list(self.graph.nodes)[n_nodes:]):
                 self.graph.erase_node(node)
             while len(self.module_stack) > depth:
@@ -100,7 +100,7 @@ class _Tracer(fx.Tracer):
 
 
 def _timm_notrace() -> tuple[tuple[type, ...], tuple]:
-    """Modules and functions that timm registers as not traceable."""
+    """Return the modules and functions that timm registers as not traceable."""
     if "timm" not in sys.modules:
         return (), ()
     from timm.layers import get_notrace_functions, get_notrace_modules
@@ -109,11 +109,11 @@ def _timm_notrace() -> tuple[tuple[type, ...], tuple]:
 
 
 def trace(module: nn.Module, opened: set[str] | None = None) -> Traced:
-    """Trace what a copy of `module` does in evaluation, operation by operation.
+    """Trace a copy of `module` in eval mode.
 
-    With `opened`, trace what it does in training. Only these modules are traced through; all
-    others are one operation and run their own code. Raises TracingError if ``forward`` branches
-    on values or does not return one tensor, or if it has hooks.
+    With `opened`, trace it in train mode, and only through these modules; all others are one
+    operation and run their own code. Raises TracingError if ``forward`` branches on values or does
+    not return one tensor, or if the module has hooks.
     """
     training = opened is not None
     if is_patched(module):
@@ -150,7 +150,7 @@ def trace(module: nn.Module, opened: set[str] | None = None) -> Traced:
 
 
 def copy_with_parameters(module: nn.Module) -> nn.Module:
-    """Copy all of a module but its parameters, which both share."""
+    """Copy a module; the copy shares its parameters."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})
 
 
@@ -160,7 +160,7 @@ def is_patched(part: nn.Module) -> bool:
 
 
 class Traced:
-    """A module's graph, with a name for each operation and the places where it can be cut.
+    """A module's graph, the names of its operations, and the places where it can be cut.
 
     Attributes
     ----------
@@ -172,14 +172,14 @@ class Traced:
         ``"layer3"`` (a module: what it returns in its first call), ``"layer3.0.add"`` (an
         operation, named as torchvision's feature extraction names it).
     crossing : dict of int to fx.Node
-        Position -> the one value that later operations need, if it is one.
+        Position -> the value that later operations need, if they need only one.
     cuts : dict of fx.Node to int
-        The same the other way round: the last position where this value alone crosses.
+        The inverse of `crossing`: a value -> the last position where only this value crosses.
     """
 
     def __init__(self, root: nn.Module, graph: fx.Graph, output: fx.Node, tracer: _Tracer):
         self.root, self.graph, self.output = root, graph, output
-        # Hooks and untraceable code may want to see values, not only shapes.
+        # Hooks and untraceable code may read values, not only shapes.
         self._needs_values = tracer.has_own_code or any(is_patched(m) for m in root.modules())
         self.nodes = [node for node in graph.nodes if node.op != "output"]
         self.position = {node: i for i, node in enumerate(self.nodes)}
@@ -305,7 +305,7 @@ class Traced:
 
 
 class _ShapeRun(fx.Interpreter):
-    """Runs a graph and keeps the shapes of its values; torch's meta device has nothing else."""
+    """Runs a graph and keeps the shapes of its values."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph, device: str):
         super().__init__(module, graph=graph)
@@ -325,7 +325,7 @@ class _ShapeRun(fx.Interpreter):
 
 
 def _meta_copy(module: nn.Module) -> nn.Module:
-    """Copy a module with shapes instead of values."""
+    """Copy a module to the meta device, where tensors have shapes but no values."""
     memo: dict[int, object] = {
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in module.parameters()
     }
@@ -364,9 +364,9 @@ class Stages(list[Stage]):
 
 
 def graph_module(root: nn.Module | dict[str, object], graph: fx.Graph) -> fx.GraphModule:
-    """Make the module of a graph, without torch's reference from the graph back to it.
+    """Make the module of a graph, without torch's reference from the graph to the module.
 
-    In such a circle the weights would stay in a device's memory until a garbage collection.
+    This circle would keep the weights in a device's memory until a garbage collection.
     """
     made = fx.GraphModule(root, graph)  # type: ignore[arg-type]
     made.graph.owning_module = None
@@ -385,7 +385,7 @@ class StageModule(nn.Module):
         parts = {name: part for graph in graphs for name, part in targets(root, graph).items()}
         for name in sorted(parts, key=lambda name: name.count(".")):
             self._add(name, parts[name])
-        # In a tuple they are not submodules: only their code is used.
+        # Only their code is used; modules in a tuple are not registered as submodules.
         self._runs = tuple(graph_module(targets(root, graph), graph) for graph in graphs)
 
     def _add(self, name: str, part: object) -> None:

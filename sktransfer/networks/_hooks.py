@@ -1,4 +1,4 @@
-"""Networks that cannot be traced: layers' values are caught by hooks while the network runs."""
+"""Networks that cannot be traced: hooks record the values of layers in a forward pass."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from sktransfer.networks._graph import (
     unknown_layer,
 )
 
-# Hooks are on the module itself: the passes of two threads must not mix their values.
+# Hooks are registered on the shared module, so that two threads would mix their values.
 _lock = process_lock()
 
 
-class _Reached(BaseException):
-    """Ends a forward pass as soon as all values are there.
+class _StopForward(BaseException):
+    """Ends a forward pass when all values are recorded.
 
-    Not an Exception: the network may catch those.
+    It derives from BaseException because the network may catch every Exception.
     """
 
 
 class HookedPlan:
     """The stages of a network that cannot be traced: ``"body"`` and ``"head"``.
 
-    The head is the last linear layer, if the network returns what it gives. A key is ``"name"``
-    for what a sub-module returns, ``">name"`` for what it gets, ``""`` for the network's output.
+    The head is the last linear layer, if the network returns its output. A key is ``"name"`` for
+    the output of a sub-module, ``">name"`` for its input, and ``""`` for the network's output.
     """
 
     def __init__(self, module: nn.Module, input_size: tuple[int, ...], name: str):
         self.root, self.network_name = module, name
         self._layers = [path for path, _ in module.named_modules(remove_duplicate=False) if path]
-        self._runs: dict[tuple[int, ...], _Run] = {}
+        self._runs: dict[tuple[int, ...], _RecordedPass] = {}
         self._head = self._run(input_size).head
         self.names = ["body", "head"] if self._head else ["body"]
         self.stage_keys = [self.embedding_key, ""][: len(self.names)]
@@ -60,7 +60,7 @@ class HookedPlan:
     # -- layers by name ---------------------------------------------------------------------
     @property
     def embedding_key(self) -> str:
-        """What enters the head, or what the network returns."""
+        """The input of the head, or the network's output."""
         return f">{self._head}" if self._head else ""
 
     @property
@@ -86,7 +86,7 @@ class HookedPlan:
         return checked_shape(shapes[key], key or "output", self.network_name)
 
     def is_channels_last(self, key: str, input_size: tuple[int, ...]) -> bool:
-        """Whether a 4-D value is N×H×W×C, as far as its shape tells."""
+        """Whether the shape of a 4-D value suggests N×H×W×C."""
         shape = self.shape(key, input_size)
         return len(shape) == 4 and shape[1] == shape[2] != shape[3]
 
@@ -98,10 +98,10 @@ class HookedPlan:
         """Make the network up to the last of the layers; it returns their pooled values."""
         return HookedExtractor(self.root, keys, poolings)
 
-    def _run(self, input_size: tuple[int, ...]) -> _Run:
+    def _run(self, input_size: tuple[int, ...]) -> _RecordedPass:
         if input_size not in self._runs:
             try:
-                run = _Run(self.root, input_size)
+                run = _RecordedPass(self.root, input_size)
             except Exception as error:
                 raise not_accepted(self.network_name, input_size, error) from error
             if not isinstance(run.output, torch.Tensor):
@@ -113,8 +113,8 @@ class HookedPlan:
         return self._runs[input_size]
 
 
-class _Run:
-    """Send two black images through a network, and note shapes by key."""
+class _RecordedPass:
+    """A forward pass of two black images, with the shapes of values by key."""
 
     def __init__(self, module: nn.Module, input_size: tuple[int, ...]):
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -125,7 +125,7 @@ class _Run:
         with torch.no_grad():
             self.output = copied(torch.zeros((2, *input_size)))
         name, value = self._last
-        # Name of the last linear layer if the network returns what it gives.
+        # The last linear layer, if the network returns its output.
         self.head = name if value is self.output else ""
 
     def _note(self, name: str, layer: nn.Module, args: tuple, value: object) -> None:
@@ -137,7 +137,7 @@ class _Run:
 
 
 class HookedExtractor(nn.Module):
-    """Runs a network until the layers of `keys` have given their values, each pooled at once."""
+    """Runs a network until the values of `keys` are computed; each is pooled immediately."""
 
     def __init__(self, module: nn.Module, keys: list[str], poolings: list[nn.Module]):
         super().__init__()
@@ -154,14 +154,14 @@ class HookedExtractor(nn.Module):
         thread = threading.get_ident()
 
         def keep(k: int, value: object) -> None:
-            # The value of the first call. A process that is forked meanwhile inherits the hooks.
+            # The first call counts. A process that is forked meanwhile inherits the hooks.
             if k in values or not isinstance(value, torch.Tensor):
                 return
             if threading.get_ident() != thread:
                 return
             values[k] = self.poolings[k](value)
             if len(values) == len(self.keys):
-                raise _Reached
+                raise _StopForward
 
         with _lock:
             hooks = []
@@ -176,7 +176,7 @@ class HookedExtractor(nn.Module):
                 )
             try:
                 self.module(x)
-            except _Reached:
+            except _StopForward:
                 pass
             finally:
                 for hook in hooks:

@@ -1,4 +1,4 @@
-"""Networks as they run for inference: loaded once per process, folded, from pixels to rows."""
+"""Inference: networks loaded once per process, with folded batch norms and pooled outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sktransfer._threads import one_at_a_time, own_settings, process_lock
+from sktransfer._threads import global_state_lock, own_settings, process_lock
 from sktransfer.networks._graph import graph_module, is_patched
 from sktransfer.networks._preprocessing import AnyPreprocessing, Preprocessing
 from sktransfer.networks._sources import Source
@@ -32,8 +32,8 @@ _DTYPES = {
 
 _networks: OrderedDict[tuple, Network] = OrderedDict()
 _lock = process_lock()  # for look-ups only
-# Held while CUDA's precision differs from the caller's; not for as long as a fit, whose own lock
-# would keep other threads from predicting.
+# Held while CUDA's precision differs from the caller's. The global lock, which a fit holds, would
+# keep other threads from predicting.
 _precision_lock = process_lock()
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -50,7 +50,9 @@ class Network:
     def __init__(self, source: Source, input_size: tuple[int, ...]):
         self.source = source
         self._module = source.build()
-        self.plan = plan_stages(self._module, input_size, source.name, is_foreign=source.is_foreign)
+        self.plan = plan_stages(
+            self._module, input_size, source.name, is_user_code=source.is_user_code
+        )
         self._is_loaded = False
         self._lock = process_lock()
         self._copies: OrderedDict[tuple, EmbeddingNetwork] = OrderedDict()
@@ -73,7 +75,7 @@ class Network:
         device: torch.device,
         precision: str,
     ) -> EmbeddingNetwork:
-        """Return what turns pixels into rows, made once for each set of arguments."""
+        """Return the network from pixels to rows, made once for each set of arguments."""
         device, normalisation = with_index(device), Normalisation(preprocessing)
         key = tuple(keys), tuple(poolings), normalisation.key, device, precision
         with self._lock:
@@ -100,9 +102,9 @@ def get_network(source: Source, input_size: tuple[int, ...]) -> Network:
     """Return the one network of this process for `source`; the last four used are kept."""
     key = (type(source).__name__, source.name, source.digest, input_size)
     if found := _look_up(key):
-        found.source = source  # of the same weights, whose file may have moved
+        found.source = source  # the file of the same weights may have moved
         return found
-    with one_at_a_time:  # as building does: the other order could block two threads for ever
+    with global_state_lock:  # first, as in building: two orders could block two threads
         if found := _look_up(key):
             return found
         network = Network(source, input_size)
@@ -144,7 +146,7 @@ def with_index(device: torch.device) -> torch.device:
 
 @contextlib.contextmanager
 def tensor_float_32(device: torch.device, is_allowed: bool) -> Iterator[None]:
-    """Let CUDA round float32 factors to TF32 (10 bits) or not, whatever the caller has set."""
+    """Set whether CUDA rounds float32 factors to TF32 (10 bits), and restore it at the end."""
     if device.type == "cpu":
         yield
         return
@@ -168,7 +170,7 @@ def tensor_float_32(device: torch.device, is_allowed: bool) -> Iterator[None]:
 
 # -- folding ------------------------------------------------------------------------------------
 class Normalisation(nn.Module):
-    """Normalise pixels of 0…255: x · scale + shift; what a callable has prepared stays as it is.
+    """Normalise pixels of 0…255 to x · scale + shift; outputs of a callable are not changed.
 
     `mean` and `std` are those of pixels in 0…1:
     (x / 255 - mean) / std = x · 1 / (255 std) - mean / std.
@@ -191,7 +193,7 @@ class Normalisation(nn.Module):
 
 
 class EmbeddingNetwork(nn.Module):
-    """uint8 pixels in, one float32 row per image and layer out.
+    """Computes a float32 row of each layer for each image of uint8 pixels.
 
     `extractor` returns the layers' pooled values as a list, see :func:`inference_copy`.
     """
@@ -220,7 +222,7 @@ class EmbeddingNetwork(nn.Module):
 def inference_copy(
     network: fx.GraphModule, device: torch.device, dtype: torch.dtype, *, channels_last: bool
 ) -> fx.GraphModule:
-    """Copy `network`, which is in eval mode and is not altered, for inference alone.
+    """Copy `network`, which is in eval mode, for inference; the original is not altered.
 
     With `channels_last` convolutions keep their weights as N×H×W×C.
     """
@@ -255,7 +257,7 @@ def _fold_batch_norms(network: fx.GraphModule) -> None:
         conv, norm = layers[str(before.target)], layers[str(node.target)]
         if not (
             isinstance(norm, _NORMS)
-            and norm.forward.__module__.startswith(("torch.", "timm."))  # no code of a user's
+            and norm.forward.__module__.startswith(("torch.", "timm."))  # not overridden by a user
             and type(conv) in _CONVS
             and n_calls[id(conv)] == 1
             and norm.running_mean is not None
@@ -277,7 +279,7 @@ def _fold_batch_norms(network: fx.GraphModule) -> None:
 
 
 def _after_norm(norm: nn.Module) -> nn.Module | None:
-    """Return what timm's layers do after their batch norm, if they do more."""
+    """Return the layers that a batch norm of timm applies after normalising, if any."""
     rest = [child for child in norm.children() if not isinstance(child, (nn.Identity, *_NORMS))]
     return nn.Sequential(*rest) if rest else None
 
@@ -309,9 +311,6 @@ class Pooling(nn.Module):
     def __init__(self, kind: str, layout: str, token: int = 0, n_prefix: int = 0):
         super().__init__()
         self.kind, self.layout, self.token, self.n_prefix = kind, layout, token, n_prefix
-
-    def extra_repr(self) -> str:
-        return f"kind={self.kind!r}, layout={self.layout!r}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.layout == "texts":
@@ -354,13 +353,13 @@ class Pooling(nn.Module):
 
 
 def layout_of(shape: tuple[int, ...], is_channels_last: bool) -> str | None:
-    """Which axes of a value are the channels; None if it is not one vector or map per image."""
+    """Return the layout of a value by its shape; None if it is not a vector or map per image."""
     layouts = {2: "vector", 3: "tokens", 4: "map_last" if is_channels_last else "map"}
     return layouts.get(len(shape))
 
 
 def resolve_pooling(pooling: str, layout: str, layer: str, class_token: int | None) -> str:
-    """Return the kind of pooling for one layer; raise ValueError where it does not fit."""
+    """Return the kind of pooling for one layer; raise ValueError if it does not fit."""
     if layout == "texts":
         return {"auto": "avg", "mean": "avg"}.get(pooling, pooling)
     has_token = layout == "tokens" and class_token is not None

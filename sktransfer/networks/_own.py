@@ -1,4 +1,4 @@
-"""Networks of the user's own."""
+"""Modules that the user gives as `backbone`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _copies: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictiona
 
 
 class ModuleSource(GivenSource):
-    """A copy of a user's module: what they do to the module later changes nothing."""
+    """A copy of a user's module, which later changes of the module do not affect."""
 
-    is_foreign = True
+    is_user_code = True
 
     def __init__(self, module: nn.Module, name: str) -> None:
         digest = f"{architecture_digest(module)}:{_weights.state_digest(module)}"
@@ -34,7 +34,7 @@ class ModuleSource(GivenSource):
         super().__init__(name, module_preprocessing(module), kept, digest)
 
     def __deepcopy__(self, memo: dict) -> ModuleSource:
-        return self  # nothing alters it
+        return self  # it is immutable
 
 
 def own_source(module: nn.Module, weights: object) -> ModuleSource:
@@ -70,7 +70,7 @@ def module_preprocessing(module: nn.Module) -> Preprocessing:
         return timm_preprocessing(module)
     first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
     if first is not None and first.in_channels == 1:
-        # A network of grey images: the mean over the three channels.
+        # A network for grey images: the means over ImageNet's three channels.
         return Preprocessing(mean=(0.449,), std=(0.226,))
     return Preprocessing()
 
@@ -88,8 +88,8 @@ def _check_layers(module: nn.Module, name: str) -> None:
                 f"{name} holds no values in {path!r} yet: send one batch through a lazy module, or "
                 "load the weights of one that was built on the meta device, first."
             )
-        if odd := _weights.what_is_odd(tensor):
-            raise ValueError(f"{name}: {path!r} {odd}. Dense tensors of numbers are needed.")
+        if fault := _weights.fault_of(tensor):
+            raise ValueError(f"{name}: {path!r} {fault}. Dense tensors of numbers are needed.")
     for path, parameter in module.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise ValueError(
@@ -110,7 +110,7 @@ def _copied(module: nn.Module, name: str) -> nn.Module:
 
 
 def _reset(module: nn.Module, name: str) -> nn.Module:
-    """Initialise each layer as it does itself, always with the same random numbers."""
+    """Initialise each layer by its own method, always with the same random numbers."""
     with own_random_state(random_seed.get()):
         for path, part in module.named_modules():
             own = list(part.named_parameters(path, recurse=False))

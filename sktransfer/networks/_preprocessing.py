@@ -1,4 +1,4 @@
-"""From a decoded image to the network's input: resize, crop, and what to normalise by."""
+"""Preprocessing of decoded images: resize, crop, and the constants of the normalisation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Preprocessing:
         Length of the image's shorter side after resizing, in pixels; or the height and width
         it is resized to, whatever its proportions.
     crop : int or tuple of 2 ints, default=224
-        Height and width of the centre crop. What is smaller is padded with black.
+        Height and width of the centre crop. A smaller image is padded with black.
     mean, std : tuple of floats
         Of each channel of the training images, for pixels in 0…1. One value each: the network
         takes grey images.
@@ -47,8 +47,8 @@ class Preprocessing:
         Whether a JPEG may be decoded at a half, a quarter or an eighth of its size, where
         both sides stay at least twice as long as `size`.
     resize_on : {"cpu", "device"}, default="cpu"
-        Where images are resized: by Pillow in the threads that decode, or by torch, images of
-        one size together, on the device that the network runs on.
+        Whether Pillow resizes each image in the threads that decode, or torch resizes images of
+        one size together on the network's device.
 
     Notes
     -----
@@ -84,7 +84,7 @@ class Preprocessing:
             raise _refused("mean", self.mean, "give it, and 'std', for pixels in 0…1, not 0…255.")
         if min(self.std) <= 0:
             raise _refused("std", self.std, "it divides, so it must be positive.")
-        if self.interpolation not in _METHODS:
+        if self.interpolation not in list(_METHODS):  # it may be unhashable
             accepted = f"one of {sorted(_METHODS)} is accepted."
             raise _refused("interpolation", self.interpolation, accepted)
         if not isinstance(self.fast_decode, (bool, np.bool_)):
@@ -139,7 +139,7 @@ class Preprocessing:
         return self._resize_crop(self.prepare(image))
 
     def prepare(self, image: np.ndarray | Image.Image) -> np.ndarray | Image.Image:
-        """Return the image with the colours that the network takes: grey, with one `mean`."""
+        """Return the image with the network's number of channels: grey if there is one `mean`."""
         if len(self.mean) > 1:
             return image
         return np.asarray(_as_pil(image).convert("L"))[:, :, None]
@@ -175,7 +175,7 @@ class Preprocessing:
             return
         moved = [image.to(out.device, non_blocking=image.is_pinned()) for image in images]
         x = torch.stack(moved).permute(0, 3, 1, 2)
-        # As Pillow does it: along the width, rounded to eight bits, then along the height.
+        # As in Pillow: along the width, rounded to eight bits, then along the height.
         for target in (x.shape[2], shape[1]), shape:
             if target != tuple(x.shape[2:]):
                 x = F.interpolate(x.float(), target, mode=self.interpolation, antialias=True)
@@ -201,7 +201,7 @@ class Preprocessing:
     def _places(
         self, height: int, width: int
     ) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int]]:
-        """Size after resizing; (top, left, height, width) that the crop keeps; where that goes."""
+        """Return the size after resizing, the crop's (top, left, height, width), its (y, x)."""
         new_h, new_w = self._resized(height, width)
         crop_h, crop_w = self.crop_size
         kept_h, kept_w = min(new_h, crop_h), min(new_w, crop_w)
@@ -220,7 +220,7 @@ class Preprocessing:
                 image = image.resize((new_w, new_h), method)
             pixels = np.asarray(image)[top : top + kept_h, left : left + kept_w]
         else:
-            # 1 × 100,000 pixels would become 256 × 25,600,000: only the kept part is computed.
+            # 1 × 100,000 pixels would become 256 × 25,600,000: only the crop is computed.
             # Pillow holds the box in single precision, so that a value may differ by one.
             y, x = image.height / new_h, image.width / new_w
             right, bottom = (left + kept_w) * x, (top + kept_h) * y
@@ -257,7 +257,10 @@ def _pixels(name: str, value: int | Sequence[int]) -> int | tuple[int, int]:
 
 def _channels(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
     """Return `value` as a tuple of 3 numbers, or 1 for a network of grey images."""
-    values = np.atleast_1d(np.asarray(value, dtype=float))
+    try:
+        values = np.atleast_1d(np.asarray(value, dtype=float))
+    except (TypeError, ValueError):  # not numbers
+        values = np.empty(0)
     if values.shape not in ((1,), (3,)) or not np.isfinite(values).all():
         accepted = "give 3 numbers (red, green, blue, for pixels in 0…1), or 1 for grey images."
         raise _refused(name, value, accepted)
@@ -323,7 +326,7 @@ def resolve_preprocessing(asked: object, default: AnyPreprocessing) -> AnyPrepro
         return with_overrides(asked, default)
     if callable(asked):
         with contextlib.suppress(Exception):
-            asked = copy.deepcopy(asked)  # what is done to it later changes nothing
+            asked = copy.deepcopy(asked)  # later changes of it have no effect
         return CallablePreprocessing(asked)
     raise ValueError(
         f"preprocessing is {asked!r}: 'auto', a dict with some of {known}, or a function (uint8 "
@@ -332,13 +335,13 @@ def resolve_preprocessing(asked: object, default: AnyPreprocessing) -> AnyPrepro
 
 
 def with_overrides(asked: Mapping, default: Preprocessing) -> Preprocessing:
-    """Replace what was asked for, and adapt the size or crop so that nothing need be padded."""
+    """Replace what was asked for, and adapt the size or the crop so that no image is padded."""
     merged = replace(default, **asked)
     if ("size" in asked) == ("crop" in asked):
         return merged
     size, crop = merged.size, merged.crop_size
     if isinstance(size, tuple) or isinstance(default.size, tuple):
-        # The whole image is squeezed into the network's input: both are the same.
+        # The whole image is resized to the network's input: size and crop are the same.
         same = size if "size" in asked else crop
         return replace(merged, size=same, crop=same)
     if max(crop) <= size:

@@ -16,7 +16,7 @@ from torch import nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights, list_models
 
 from sktransfer._progress import did_you_mean, shown
-from sktransfer._threads import one_at_a_time, own_random_state
+from sktransfer._threads import global_state_lock, own_random_state
 from sktransfer.networks import _weights, builtin
 from sktransfer.networks._blocks import read_recipe
 from sktransfer.networks._hf_images import ImageSource, saved_image_source
@@ -105,28 +105,25 @@ class BuiltinSource(NamedSource):
     def __init__(self, weights: object) -> None:
         super().__init__("builtin", weights)
         self.version = builtin.DEFAULT
-        if not self.is_random and not self.is_user_file and weights != "DEFAULT":
+        if self.is_published and weights != "DEFAULT":
             if weights not in builtin.VERSIONS:
                 of = "the weights of the built-in backbone"
                 raise _unknown_weights(weights, of, builtin.VERSIONS)
             self.version = str(weights)
         version = builtin.VERSIONS[self.version]
-        is_shipped = not (self.is_random or self.is_user_file)
-        self.digest = f"sha256:{version.sha256}" if is_shipped else self.digest_weights()
-        self.preprocessing = Preprocessing(
-            version.size, version.crop, version.mean, version.std, version.interpolation
-        )
+        self.digest = f"sha256:{version.sha256}" if self.is_published else self.digest_weights()
+        self.preprocessing = version.preprocessing
 
     def make(self) -> nn.Module:
         return BuiltinNet(builtin.VERSIONS[self.version].num_classes)
 
     def weights_file(self) -> Path:
-        # Where the package is installed now: a pickle may come from another machine.
+        # A pickle may come from a machine where the package is installed elsewhere.
         return self.path or builtin.VERSIONS[self.version].path
 
 
-# The published weights of these were trained by another library on pixels in -1…1. They are
-# built without the auxiliary heads, which act in training only.
+# Another library trained the published weights of these on pixels in -1…1. They are built without
+# the auxiliary heads, which are used in training only.
 _INCEPTION = {"transform_input": True, "aux_logits": False, "init_weights": True}
 _ARGUMENTS = {"googlenet": _INCEPTION, "inception_v3": _INCEPTION}
 _AUXILIARY_HEADS = {"aux1", "aux2", "AuxLogits"}
@@ -144,25 +141,25 @@ class TorchvisionSource(NamedSource):
         super().__init__(name, weights)
         published = get_model_weights(name)["DEFAULT"]
         self.url: str | None = None
-        if not self.is_random and not self.is_user_file:
+        if self.is_published:
             published = _published_weights(name, weights)
             self.url = published.url
         self.digest = self.digest_weights()
         self.arguments: dict[str, bool | int] = dict(_ARGUMENTS.get(name, {}))
-        self.preprocessing = _of_preset(published)
+        self.preprocessing = _preset_preprocessing(published)
         if name.startswith("vit_"):
             state = {} if self.path is None else _weights.read_state_dict(self.path)
             self.set_image_size(state, published)
 
     def set_image_size(self, state: Mapping[str, torch.Tensor], published: WeightsEnum) -> None:
-        """Build a vision transformer for the one input size that its weights are for."""
+        """Build a vision transformer for the only input size that its weights fit."""
         side, position = published.meta["min_size"][0], state.get("encoder.pos_embedding")
         if position is not None and position.ndim == 3:
             side = round((position.shape[1] - 1) ** 0.5) * int(self.name.rpartition("_")[2])
         self.arguments["image_size"] = side
         members = [published, *get_model_weights(self.name)]
         published = next((w for w in members if w.meta["min_size"][0] == side), published)
-        self.preprocessing = with_overrides({"crop": side}, _of_preset(published))
+        self.preprocessing = with_overrides({"crop": side}, _preset_preprocessing(published))
 
     def make(self) -> nn.Module:
         return get_model_builder(self.name)(weights=None, **self.arguments)
@@ -183,7 +180,7 @@ def _published_weights(name: str, weights: object) -> WeightsEnum:
     raise _unknown_weights(weights, f"the published weights of {name}", members.__members__)
 
 
-def _of_preset(published: WeightsEnum) -> Preprocessing:
+def _preset_preprocessing(published: WeightsEnum) -> Preprocessing:
     preset = published.transforms()
     size, crop = preset.resize_size[0], preset.crop_size[0]
     return Preprocessing(size, crop, preset.mean, preset.std, preset.interpolation.value)
@@ -199,7 +196,7 @@ def timm_source(name: str, weights: object) -> TimmSource:
     path = weights_path(weights)
     which = repr(weights) if path is None else f"{path}:{_weights.file_digest(path)}"
     key = name, which, random_seed.get()
-    with one_at_a_time:  # as building does
+    with global_state_lock:  # as building does
         if key not in _timm_sources:
             _timm_sources[key] = TimmSource(name, weights)
         return _timm_sources[key]
@@ -215,7 +212,6 @@ class TimmSource(NamedSource):
         super().__init__(name, weights)
         timm = import_timm()
         self.model_name = name.removeprefix("timm:")
-        self.is_published = weights == "DEFAULT"
         bare = self.model_name.partition(".")[0].rpartition("/")[2]
         if not timm.is_model(bare) and not self.model_name.startswith(("hf-hub:", "hf_hub:")):
             known = timm.list_models()
@@ -223,7 +219,7 @@ class TimmSource(NamedSource):
                 f"backbone={shown(name)}: timm has no such network.{_nearest_of_timm(name)}"
                 f" list_backbones('timm:*') lists its {len(known)}."
             )
-        if not (self.is_published or self.is_random or self.is_user_file):
+        if self.is_published and weights != "DEFAULT":
             raise ValueError(
                 f"weights={weights!r} is not accepted for a timm network: give the tag in the name "
                 "('timm:vit_base_patch16_224.augreg_in21k') with weights='DEFAULT'; "
@@ -273,7 +269,7 @@ class TimmSource(NamedSource):
 
         place = self._place()
         if place.startswith("https:"):
-            return _weights.place_of(place).exists()
+            return _weights.cache_path(place).exists()
         found = [try_to_load_from_cache(place, name) for name in _HUB_FILES]
         return any(isinstance(path, str) for path in found)
 
@@ -340,9 +336,9 @@ def text_source(name: str, weights: object) -> TextSource | WordVectors:
 
 
 def saved_source(name: str, state: Mapping[str, torch.Tensor]) -> Source:
-    """Return the network called `name` with weights that are in memory; nothing is downloaded.
+    """Return the network called `name` with weights in memory, without a download.
 
-    ValueError if they are not those of this network.
+    ValueError if the weights do not fit the network.
     """
     if "recipe" in state:
         if name.startswith(("vectors:", "static:")):

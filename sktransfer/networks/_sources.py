@@ -1,4 +1,4 @@
-"""What a source is: a network, its weights, and how to build it again in any process."""
+"""Sources: networks with their weights, which any process can build again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sktransfer.networks import _weights
 from sktransfer.networks._preprocessing import AnyPreprocessing
 
 RANDOM_SEED = 0
-# Of the weights that weights=None means.
+# The seed of random weights, weights=None.
 random_seed: ContextVar[int] = ContextVar("random_seed", default=RANDOM_SEED)
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
@@ -32,16 +32,15 @@ class Source(ABC):
     preprocessing: AnyPreprocessing  # that the weights were trained with
     digest: str  # changes with the weights and the architecture
     is_user_file: bool = False  # the weights come from a file that the user named
-    is_foreign: bool = False  # the network's code is the user's own
+    is_user_code: bool = False  # the network's class is the user's
     is_text: bool = False  # its inputs are texts
 
     @abstractmethod
     def build(self) -> nn.Module:
         """Build the architecture in eval mode; its tensors may lie on the meta device."""
 
-    @abstractmethod
-    def load(self, module: nn.Module, head_layers: set[str]) -> None:
-        """Fill `module`, which :meth:`build` returned, with the weights."""
+    def load(self, module: nn.Module, head_layers: set[str]) -> None:  # noqa: B027
+        """Load the weights into `module`, unless :meth:`build` did so."""
 
     def check_weights(self) -> None:  # noqa: B027
         """Raise OSError if the weights are not on this machine; they are not read."""
@@ -59,19 +58,13 @@ class GivenSource(Source):
     def build(self) -> nn.Module:
         return self.module
 
-    def load(self, module: nn.Module, head_layers: set[str]) -> None:
-        """Do nothing: the module has its weights."""
-
 
 class BuiltSource(Source):
-    """A network that is built with its weights, from files whose digest :meth:`digest_files` is."""
+    """A network that is built with its weights from files of the digest :meth:`digest_files`."""
 
     @abstractmethod
     def digest_files(self) -> str:
-        """Return the digest of the files as they are now."""
-
-    def load(self, module: nn.Module, head_layers: set[str]) -> None:
-        """Do nothing: the module has its weights."""
+        """Return the present digest of the files."""
 
     def check_weights(self) -> None:
         if self.digest_files() != self.digest:
@@ -82,12 +75,10 @@ class BuiltSource(Source):
 
 
 class NamedSource(Source):
-    """An architecture with a name, and its published, a local file's or random weights.
+    """A named architecture with its published weights, those of a local file, or random ones.
 
     A subclass makes the architecture in `make` and finds published weights in `weights_file`.
     """
-
-    key_report: dict[str, list[str]]
 
     def __init__(self, name: str, weights: object) -> None:
         self.name = name
@@ -95,6 +86,7 @@ class NamedSource(Source):
         self.seed = random_seed.get()
         self.path = weights_path(weights)
         self.is_user_file = self.path is not None
+        self.is_published = not (self.is_random or self.is_user_file)
 
     @abstractmethod
     def make(self) -> nn.Module:
@@ -130,7 +122,7 @@ class NamedSource(Source):
                 )
             state = _weights.read_state_dict(path)
             what = f"{self.name}, {path}"
-            self.key_report = _weights.fit_state_dict(module, state, head_layers, what)
+            _weights.fit_state_dict(module, state, head_layers, what)
         freeze(module)
 
     def check_weights(self) -> None:
@@ -167,7 +159,7 @@ def weights_path(weights: object) -> Path | None:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Create layers without memory and initial values, as the weights are loaded later.
+    """Create layers without memory and initial values, whose weights are loaded later.
 
     ``with torch.device("meta")`` would also discard what an architecture computes: position
     indices of timm's networks, widths of torchvision's RegNets.
@@ -181,9 +173,9 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def skeleton(make: Callable[[], nn.Module]) -> nn.Module:
-    """Build a module without its values: ResNet-50 takes 0.1 s instead of 0.8, VGG-16 0.04 of 5.
+    """Build a module without values: VGG-16 takes 0.04 s instead of 5.
 
-    Where building needs values, the module is built with them.
+    If building needs values, the module is built with them.
     """
     with contextlib.suppress(Exception):
         with own_random_state(), _EmptyOnMeta():

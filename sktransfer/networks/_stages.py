@@ -1,10 +1,10 @@
 """A network as an ordered list of stages, cut where a single tensor crosses.
 
-Running the stages one after another is running the network. The first is the ``"stem"``, the
-last the ``"head"`` (the last linear layer and what follows it), and what turns the last map
-into a vector is the ``"pool"``. Where the others end is listed here for torchvision's networks,
-comes from ``group_matcher`` for timm's, and is given by the children of any other module. Each
-has the name of its last module: ``"layer3"``, ``"features.6"``, ``"encoder_layer_11"``.
+The stages, run one after another, compute what the network does. The first is the ``"stem"``. The
+last is the ``"head"``, the last linear layer with what follows it. The ``"pool"`` reduces the last
+map to a vector. The ends of the others are listed here for torchvision's networks, come from
+``group_matcher`` for timm's, and from the children of any other module. Each stage has the name of
+its last module: ``"layer3"``, ``"features.6"``, ``"encoder_layer_11"``.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from sktransfer.networks._graph import (
 )
 from sktransfer.networks._hooks import HookedPlan
 
-# torchvision's classes, some with their number of `features` -> the modules ("name:class" where
-# the name does not tell) with which stages end.
+# torchvision's classes, some with their number of `features` -> the last modules of stages, as
+# "name:class" if the name is not enough.
 _STAGE_ENDS = {
     "AlexNet": r"features\.\d+:MaxPool2d|classifier\.[25]",
     "ConvNeXt": r"features\.[01357]",
@@ -62,11 +62,11 @@ def plan_stages(
     input_size: tuple[int, ...],
     name: str = "the network",
     *,
-    is_foreign: bool = False,
+    is_user_code: bool = False,
 ) -> StagePlan | HookedPlan | BlockPlan:
-    """Find a network's stages without computing anything.
+    """Find a network's stages without a forward pass.
 
-    With `is_foreign` two random images check that the graph computes what the module does.
+    With `is_user_code`, compare the graph with the module for two random images.
     """
     if isinstance(module, EmbeddingModel):
         return BlockPlan(module, input_size, name)
@@ -75,7 +75,7 @@ def plan_stages(
     except TracingError:
         return HookedPlan(module, input_size, name)
     plan = StagePlan(traced, input_size, name)
-    if is_foreign and not traced.agrees_with_module(input_size):
+    if is_user_code and not traced.agrees_with_module(input_size):
         return HookedPlan(module, input_size, name)
     return plan
 
@@ -172,7 +172,7 @@ class StagePlan:
         reads = {
             i: self.traced.parameters(node) for i, node in enumerate(self.traced.nodes[: end + 1])
         }
-        # Norms alone make no stage.
+        # A stage has more parameters than those of norms.
         weights = {n: p for own in reads.values() for n, p in own.items() if p.ndim > 1}
         group_of = self._timm_groups(weights) or self._children(weights)
         with_weights = {group_of[name] for name in weights if name in group_of}
@@ -252,7 +252,7 @@ class StagePlan:
         return found
 
     def _block_end(self, name: str, first: int, last: int) -> int:
-        """Find where the block called `name` returns, if that is a place to cut in this range."""
+        """Find where the block called `name` ends, if the network can be cut there."""
         module = self.traced.modules.get(name)
         if module is None or next(module.children(), None) is None:
             return last
@@ -260,13 +260,13 @@ class StagePlan:
         return end if first <= end <= last else last
 
     def _is_map(self, position: int) -> bool:
-        """Whether what crosses there is a map or a sequence of tokens, not one vector."""
+        """Whether the value that crosses there is a map or a sequence of tokens."""
         node = self.traced.crossing.get(position)
         shape = self._map_shapes.get(node, ()) if node is not None else ()
         return len(shape) == 3 or (len(shape) == 4 and shape[2:] != (1, 1))
 
     def _large_shapes(self, size: tuple[int, ...]) -> dict[fx.Node, tuple[int, ...]]:
-        """Shapes for images so large that no map has one place before the pooling."""
+        """Return shapes for images so large that no map has a single place before the pooling."""
         factor = -(-_MAP_SIZE // min(size[1:]))
         if factor > 1:
             try:
@@ -285,7 +285,7 @@ class StagePlan:
         for path in sorted(traced.module_outputs, key=len):
             outermost.setdefault(traced.module_outputs[path], path)
         keys = [outermost.get(node, node.meta.get("key", "")) for node in nodes]
-        # In training modules run their own code; only those that hold several stages are traced.
+        # In training, only modules that contain several stages are traced; others run their code.
         paths = [key.split(".")[:-1] for key in keys]
         opened = {".".join(path[:k]) for path in paths for k in range(len(path) + 1)}
         graphs = [traced.part(*pair) for pair in itertools.pairwise(nodes)]

@@ -1,4 +1,4 @@
-"""A network as one module from pixels to what a model returns, for other programs to run."""
+"""A fitted model as one torch module from pixels to predictions, for other programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from sktransfer.networks._blocks import END, LAST_STATES, BlockExtractor, SplitModel
-from sktransfer.networks._inference import Normalisation, Pooling, inference_copy
+from sktransfer.networks._inference import Normalisation, inference_copy
 from sktransfer.networks._preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -18,29 +18,27 @@ if TYPE_CHECKING:
 
 
 class StandaloneModule(nn.Module):
-    """Images in, what a fitted model returns out; see :func:`sktransfer.to_module`.
+    """Computes what a fitted model returns for images; see :func:`sktransfer.to_module`.
 
     Attributes
     ----------
     network : nn.Module
         From normalised images to the pooled layer, or a list of them.
-    answer : nn.Sequential
+    predictor : nn.Sequential
         From columns to what is returned.
     metadata : dict
         JSON values: ``input``, ``resize`` and what the caller adds.
     """
 
-    scale: torch.Tensor
-    shift: torch.Tensor
-
-    def __init__(self, backbone: Backbone, n_layers: int, answer: Sequence[nn.Module]):
+    def __init__(self, backbone: Backbone, n_layers: int, predictor: Sequence[nn.Module]):
         super().__init__()
-        self.network, self.answer = _network(backbone, n_layers), nn.Sequential(*answer)
+        self.network, self.predictor = _network(backbone, n_layers), nn.Sequential(*predictor)
         settings = backbone.preprocessing
         self._takes_pixels = isinstance(settings, Preprocessing)
         dtype = "uint8" if self._takes_pixels else "float32"
         taken = {"name": "images", "dtype": dtype, "shape": ["n", *backbone.input_size]}
         self.metadata: dict = {"input": taken, "resize": None}
+        self.normalisation = Normalisation(settings)
         if isinstance(settings, Preprocessing):
             taken["channels"] = "RGB" if len(settings.mean) == 3 else "grey"
             size = settings.size
@@ -50,15 +48,12 @@ class StandaloneModule(nn.Module):
                 "interpolation": settings.interpolation,
                 "antialias": True,
             }
-            normalisation = Normalisation(settings)
-            self.register_buffer("scale", normalisation.scale)
-            self.register_buffer("shift", normalisation.shift)
         self.eval().requires_grad_(True)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self._normalised(images) if self._takes_pixels else images.float()
         columns = self.network(x)
-        return self.answer(torch.cat(columns, dim=1) if isinstance(columns, list) else columns)
+        return self.predictor(torch.cat(columns, dim=1) if isinstance(columns, list) else columns)
 
     def _normalised(self, images: torch.Tensor) -> torch.Tensor:
         got = f"The module got {images.dtype} images of shape {tuple(images.shape)}"
@@ -75,14 +70,14 @@ class StandaloneModule(nn.Module):
             pixels = pixels * 255
         elif images.dtype != torch.uint8:
             raise TypeError(f"{got}; it takes uint8, or floating-point numbers in 0…1.")
-        return pixels * self.scale + self.shift
+        return self.normalisation(pixels)
 
 
 def _network(backbone: Backbone, n_layers: int) -> nn.Module:
     """Copy the network; the copy returns the pooled values of its first `n_layers` layers."""
     module, plan = backbone.network.module, backbone.network.plan
     keys = backbone._keys[:n_layers]
-    poolings: list[nn.Module] = [Pooling(*settings) for settings in backbone._poolings[:n_layers]]
+    poolings: list[nn.Module] = [*backbone.make_poolings()[:n_layers]]
     device, dtype = torch.device("cpu"), torch.float32
     extractor = plan.extractor(keys, poolings)
     if isinstance(extractor, fx.GraphModule):
@@ -96,7 +91,7 @@ def _network(backbone: Backbone, n_layers: int) -> nn.Module:
             else extractor.copy_to(device, dtype)
         )
     if keys == [plan.embedding_key]:
-        # `extractor` ends the pass by an exception, which torch.export cannot follow.
+        # `extractor` ends the pass by an exception, which torch.export does not support.
         headless = copy.deepcopy(module)
         if head := keys[0].removeprefix(">"):
             headless.set_submodule(head, nn.Identity())
@@ -105,7 +100,7 @@ def _network(backbone: Backbone, n_layers: int) -> nn.Module:
 
 
 def _mark_stages(extractor: fx.GraphModule, names: dict[str, str]) -> None:
-    """Send what each stage returns through a module ``stages.NAME``, for hooks."""
+    """Pass the output of each stage through a module ``stages.NAME``, for hooks."""
     for node in list(extractor.graph.nodes):
         if (name := names.get(node.meta.get("key", ""))) is not None:
             extractor.add_submodule(f"stages.{name}", nn.Identity())

@@ -1,4 +1,4 @@
-"""Weights files: downloaded, digested, read without running their code, fitted into a module."""
+"""Weights files: download, digest, read without running code, and load into a module."""
 
 from __future__ import annotations
 
@@ -21,17 +21,16 @@ from sktransfer._progress import warn
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "module", "params")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.", "encoder_q.")
 
-
 # Whether published weights that are not on this machine may be downloaded.
 may_download: ContextVar[bool] = ContextVar("may_download", default=True)
 
 
 def fetch(url: str, name: str) -> Path:
-    """Return the local file of the published weights of `name`; one process downloads it.
+    """Return the local file of the published weights of `name`, which one process downloads.
 
-    The file name in `url` ends in ``-`` and the first digits of its SHA-256, as torchvision's do.
+    The file name in `url` ends in ``-`` and the first digits of the file's SHA-256.
     """
-    path = place_of(url)
+    path = cache_path(url)
     if path.exists():
         return path
     check_download(name, url, str(path))
@@ -52,13 +51,13 @@ def fetch(url: str, name: str) -> Path:
     return path
 
 
-def place_of(url: str) -> Path:
-    """Return where a file of weights is kept, for torchvision and timm as well."""
+def cache_path(url: str) -> Path:
+    """Return the path of a weights file in the cache, which torchvision and timm share."""
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
 def check_download(name: str, url: str, place: str) -> None:
-    """Raise OSError where nothing may be downloaded."""
+    """Raise OSError if nothing may be downloaded."""
     if not may_download.get():
         reason = f"a saved file names them: load_backbone({name!r}) downloads them"
         raise not_downloaded(name, reason, url, place)
@@ -101,9 +100,9 @@ def state_digest(module: nn.Module) -> str:
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a weights file, by name, in float32 where they are floating.
+    """Read the tensors of a weights file by name; floating-point ones become float32.
 
-    No code in the file is run: ``weights_only=True``, or safetensors.
+    No code in the file is run: the file is safetensors, or read with ``weights_only=True``.
     """
     state = _unwrap(_read(path), path)
     _check_tensors(state, path)
@@ -112,7 +111,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         names = [name.removeprefix(prefix) for name in names]
     values = [tensor.resolve_neg() for tensor in state.values()]
     tensors = [t.float() if t.is_floating_point() else t for t in values]
-    return _like(state, dict(zip(names, tensors, strict=True)))
+    return _with_metadata(state, dict(zip(names, tensors, strict=True)))
 
 
 def _read(path: Path) -> object:
@@ -165,8 +164,8 @@ _DTYPES |= {torch.int8, torch.int16, torch.int32, torch.int64}
 _DTYPES |= {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 
 
-def what_is_odd(tensor: torch.Tensor) -> str | None:
-    """What keeps a tensor from being a plain, dense one of numbers, if anything does."""
+def fault_of(tensor: torch.Tensor) -> str | None:
+    """Return why a tensor is not a dense one of numbers, or None."""
     if tensor.is_meta:
         return "holds no values (it is on the meta device)"
     if tensor.is_nested or tensor.layout != torch.strided:
@@ -175,16 +174,16 @@ def what_is_odd(tensor: torch.Tensor) -> str | None:
 
 
 def _check_tensors(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Raise ValueError unless all are plain tensors by name, with a value in the file for each."""
+    """Raise ValueError unless all are plain tensors by name whose values are in the file."""
     sizes: dict[int, int] = {}  # of each storage, less the bytes of its different views
     views = set()
     for name, tensor in state.items():
-        odd = what_is_odd(tensor)
+        fault = fault_of(tensor)
         if not isinstance(name, str):
-            odd = "has a name that is no string"
-        elif odd is None and type(tensor) not in (torch.Tensor, nn.Parameter):
-            odd = f"is a {type(tensor).__name__}"
-        elif odd is None:
+            fault = "has a name that is not a string"
+        elif fault is None and type(tensor) not in (torch.Tensor, nn.Parameter):
+            fault = f"is a {type(tensor).__name__}"
+        elif fault is None:
             storage = tensor.untyped_storage()
             view = storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
             if view not in views:  # two names may share one tensor
@@ -192,10 +191,10 @@ def _check_tensors(state: Mapping[str, torch.Tensor], path: Path) -> None:
                 sizes.setdefault(view[0], storage.nbytes())
                 sizes[view[0]] -= tensor.numel() * tensor.element_size()
                 if sizes[view[0]] < 0:
-                    odd = f"has the shape {tuple(tensor.shape)}, for which the values are missing"
-        if odd is not None:
+                    fault = f"has the shape {tuple(tensor.shape)}, for which the values are missing"
+        if fault is not None:
             raise ValueError(
-                f"{path}: {name!r} {odd}. A state dict of plain tensors of numbers is needed, as "
+                f"{path}: {name!r} {fault}. A state dict of plain tensors of numbers is needed, as "
                 "module.state_dict() of a module that holds its weights."
             )
 
@@ -219,10 +218,10 @@ def warn_unless_finite(module: nn.Module, source: str, head_layers: Collection[s
         )
 
 
-def _like(
+def _with_metadata(
     state: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
 ) -> OrderedDict[str, torch.Tensor]:
-    """Return `tensors` with the format versions of `state`, which old files need."""
+    """Return `tensors` with the format versions of `state`, which old formats need."""
     made = OrderedDict(tensors)
     made.__dict__.update(getattr(state, "__dict__", {}))
     return made
@@ -230,25 +229,27 @@ def _like(
 
 def fit_state_dict(
     module: nn.Module, state: Mapping[str, torch.Tensor], head_layers: Collection[str], source: str
-) -> dict[str, list[str]]:
-    """Put a state dict into `module`; only the head may differ, as it is not used.
+) -> None:
+    """Load a state dict into `module`; only the head, which is not used, may differ.
 
-    The module may lie on the meta device: its tensors are replaced. `head_layers` are dotted
-    names, `source` names the file and the network in messages. Returned are the keys of the head
-    that differ. Others raise a ValueError, which lists them.
+    The module may be on the meta device: its tensors are replaced. `head_layers` are dotted
+    names, `source` names the file and the network in messages. ValueError lists other keys that
+    differ.
     """
     own = module.state_dict()
     if any(".denselayer" in key for key in own):  # torchvision's old files say norm.1 for norm1
         pattern = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
-        state = _like(state, {pattern.sub(r"\1\2", key): value for key, value in state.items()})
+        state = _with_metadata(
+            state, {pattern.sub(r"\1\2", key): value for key, value in state.items()}
+        )
     misshapen = {
-        key: f"{key} ({_shown(state[key])} in the file, {_shown(own[key])})"
+        key: f"{key} ({_shape(state[key])} in the file, {_shape(own[key])})"
         for key in own
         if key in state and not _is_alike(state[key], own[key])
     }
     fitting = {key: value for key, value in state.items() if key not in misshapen}
     # The layers rename the keys of older versions of torchvision.
-    result = module.load_state_dict(_like(state, fitting), strict=False, assign=True)
+    result = module.load_state_dict(_with_metadata(state, fitting), strict=False, assign=True)
     report = {
         "in the network alone": [k for k in result.missing_keys if k not in misshapen],
         "in the file alone": result.unexpected_keys,
@@ -263,17 +264,16 @@ def fit_state_dict(
         )
     own = module.state_dict()
     zeros = {key: torch.zeros_like(t, device="cpu") for key, t in own.items() if t.is_meta}
-    module.load_state_dict(_like(own, zeros), strict=False, assign=True)  # in the head
+    module.load_state_dict(_with_metadata(own, zeros), strict=False, assign=True)  # in the head
     warn_unless_finite(module, source, head_layers)
-    return {what: keys for what, keys in report.items() if keys}
 
 
 def _is_alike(given: torch.Tensor, own: torch.Tensor) -> bool:
-    """Whether the shapes are equal, and not whole numbers given for fractions."""
+    """Whether the shapes are equal, and integers do not replace floating-point numbers."""
     is_whole = own.is_floating_point() and not given.is_floating_point()
     return given.shape == own.shape and not is_whole
 
 
-def _shown(tensor: torch.Tensor) -> str:
+def _shape(tensor: torch.Tensor) -> str:
     kind = "" if tensor.is_floating_point() else f" {str(tensor.dtype).removeprefix('torch.')}"
     return f"{tuple(tensor.shape)}{kind}"

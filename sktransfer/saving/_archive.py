@@ -1,4 +1,4 @@
-"""A file of JSON and tensors that is written whole or not at all, and checked when it is read."""
+"""Files of JSON and tensors, which are written atomically and checked when they are read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEY, _DIGEST = "sktransfer", "sha256"
 
 
 class Refused(ValueError):
-    """The reason why a file is not loaded."""
+    """A file cannot be loaded; the message is the reason."""
 
 
 def require(is_right: bool, reason: str) -> None:
@@ -37,29 +37,29 @@ def write(part: Path, header: dict, tensors: Tensors) -> None:
     from safetensors.torch import save_file
 
     text = json.dumps(header)
-    tensors = _apart(tensors)
+    tensors = _without_shared_memory(tensors)
     try:
         save_file(tensors, part, metadata={_KEY: text, _DIGEST: _digest(text, tensors)})
-    except SafetensorError as error:  # a full disk is one, too
+    except SafetensorError as error:  # also for a full disk
         if found := re.search(r"(?:os error|code:) (\d+)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
         raise
 
 
 def read(path: str) -> tuple[object, Tensors]:
-    """Return the header and the tensors, after their digest was checked.
+    """Check the digest of a file; return its header and its tensors.
 
-    Raises :class:`Refused` if :func:`write` did not write the file, or if it was changed since.
+    Raises :class:`Refused` if :func:`write` did not write the file, or if it was changed later.
     """
     from safetensors import SafetensorError, safe_open
 
     with open(path, "rb"):
-        pass  # the errors of safetensors do not name the path
+        pass  # raises an error with the path, which safetensors does not name
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             require(_KEY in metadata, "sktransfer did not write it (it has no header of ours)")
-            # Copies: safetensors maps the file, which may change after it was checked.
+            # Copies, because safetensors maps the file, which may change after the check.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise Refused(f"it is not a readable safetensors file ({error})") from error
@@ -84,30 +84,30 @@ def _digest(text: str, tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-def _apart(tensors: Tensors) -> Tensors:
-    """Contiguous tensors on the CPU of which no two share memory, as safetensors needs them."""
-    apart, taken = {}, set()
+def _without_shared_memory(tensors: Tensors) -> Tensors:
+    """Return contiguous tensors on the CPU that share no memory, as safetensors requires."""
+    separate, taken = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         place = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if place in taken else tensor
+        separate[name] = tensor.clone() if place in taken else tensor
         taken.add(place)
-    return apart
+    return separate
 
 
 @contextmanager
 def atomic_write(path: str) -> Iterator[Path]:
-    """Give a temporary file that replaces `path` in one step if no error is raised.
+    """Yield a temporary file, which replaces `path` in one step if no error is raised.
 
-    Raises OSError before anything is written if `path` cannot be; all name `path`.
+    Raises OSError, with the name `path`, before anything is written if `path` is not writable.
     """
-    target = Path(os.path.realpath(path))  # what a symbolic link names
+    target = Path(os.path.realpath(path))  # follows symbolic links
     if target.exists() and not target.is_file():
         code = errno.EISDIR if target.is_dir() else errno.EINVAL  # a device, a pipe
         raise OSError(code, os.strerror(code), path)
     try:
         folder = TemporaryDirectory(prefix=".sktransfer-", suffix=".part", dir=target.parent)
-    except OSError as error:  # it names the temporary folder
+    except OSError as error:  # its message names the temporary folder
         raise OSError(error.errno, error.strerror, path) from error
     with folder:
         part = Path(folder.name) / "part"
@@ -119,5 +119,5 @@ def atomic_write(path: str) -> Iterator[Path]:
             if error.errno and error.filename in (None, str(part)):  # a full disk
                 raise OSError(error.errno, error.strerror, path) from error
             raise
-        part.chmod(stat.S_IMODE(mode))  # safetensors lets nobody else read its files
+        part.chmod(stat.S_IMODE(mode))  # safetensors makes files that only their owner can read
         os.replace(part, target)

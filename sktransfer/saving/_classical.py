@@ -1,7 +1,6 @@
-"""The classical steps around our estimators: a pipeline's bytes, by skops.
+"""Pipelines and searches around our estimators, written and audited by skops.
 
-skops writes and audits scikit-learn's objects. Wherever a pipeline or a search holds one of our
-estimators, however deep, a stand-in takes its place in skops' bytes.
+Stand-ins replace our estimators, at any depth of a pipeline or a search, in the bytes of skops.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from sklearn.base import BaseEstimator
 
 from sktransfer.saving._archive import Refused, require
 
-# Public functions of these are written by name, as scorers and score functions.
+# Public functions of these modules, such as scorers, are written by name.
 _FUNCTIONS = ("sklearn.metrics", "sklearn.feature_selection")
-# Parts of searches and meta-estimators that hold nothing but what they are given, and that skops
-# does not trust by itself.
+# Parts of searches and meta-estimators that only hold their arguments, and that skops does not
+# trust by default.
 _HARMLESS = {
     "numpy.dtype",
     "sklearn.calibration._CalibratedClassifier",
@@ -48,9 +47,9 @@ _estimators: ContextVar[Sequence] = ContextVar("_estimators")
 
 
 class StandIn:
-    """What skops writes in place of an estimator of ours or a function of scikit-learn.
+    """Replaces an estimator of ours or a function of scikit-learn in the bytes of skops.
 
-    Made by skops in :func:`loads`, it *is* the estimator or the function.
+    When skops makes it in :func:`loads`, it returns the estimator or the function.
     """
 
     key: tuple
@@ -71,7 +70,7 @@ _STAND_IN = f"{StandIn.__module__}.{StandIn.__name__}"
 
 
 class _Pickler(pickle.Pickler):
-    """Finds what stand-ins replace; pickle walks through any object."""
+    """Finds what stand-ins have to replace, anywhere in an object."""
 
     def __init__(self, file: BytesIO, classes: Collection[type]):
         super().__init__(file, protocol=5)
@@ -87,7 +86,7 @@ class _Pickler(pickle.Pickler):
             for module in _FUNCTIONS:
                 if vars(import_module(module)).get(name := value.__name__) is value:
                     return module, name
-        # A folder of this machine; a pipeline without a cache predicts the same.
+        # A cache is a folder of this machine, and does not change predictions.
         return () if isinstance(value, joblib.Memory) else None
 
 
@@ -100,21 +99,20 @@ class _Unpickler(pickle.Unpickler):
         return stand_in
 
 
-def take_apart(
+def split_estimators(
     estimator: BaseEstimator, classes: Collection[type]
 ) -> tuple[list[BaseEstimator], Callable[[], bytes]]:
     """Find the estimators of `classes` anywhere in `estimator`.
 
-    Returns them, and a function that gives skops' bytes of all that is around them.
-
-    Raises TypeError for what cannot be written, by the name of the parameter that holds it.
+    Return them, and a function that returns skops' bytes of all other parts. TypeError names the
+    parameter that cannot be written.
     """
     file = BytesIO()
     pickler = _Pickler(file, classes)
     try:
         pickler.dump(estimator)
     except Exception as error:
-        raise _not_held(estimator, error) from error
+        raise _cannot_write(estimator, error) from error
 
     def dumps() -> bytes:
         skops_io = _import_skops()
@@ -123,17 +121,17 @@ def take_apart(
             data = skops_io.dumps(_Unpickler(file).load())
             _loads(data, pickler.found)
         except Exception as error:
-            raise _not_held(estimator, error) from error
+            raise _cannot_write(estimator, error) from error
         return data
 
     return pickler.found, dumps
 
 
-def _not_held(estimator: BaseEstimator, error: Exception) -> TypeError:
+def _cannot_write(estimator: BaseEstimator, error: Exception) -> TypeError:
     parameters = {
         name: value
         for name, value in estimator.get_params(deep=True).items()
-        if not _holds_estimators(value) and not _is_held(value)
+        if not _holds_estimators(value) and not _can_write(value)
     }
     where = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
     return TypeError(
@@ -145,13 +143,13 @@ def _not_held(estimator: BaseEstimator, error: Exception) -> TypeError:
 
 
 def _holds_estimators(value: object) -> bool:
-    """Whether the parameters of estimators within `value` are listed, too."""
+    """Whether `get_params` also lists the parameters of estimators in `value`."""
     if isinstance(value, (list, tuple)):
         return any(map(_holds_estimators, value))
     return hasattr(value, "get_params")
 
 
-def _is_held(value: object) -> bool:
+def _can_write(value: object) -> bool:
     try:
         _loads(_import_skops().dumps(pickle.loads(pickle.dumps(value))))
     except Exception:
@@ -160,9 +158,9 @@ def _is_held(value: object) -> bool:
 
 
 def check_types(data: bytes, trusted: Collection[str] | None, path: str) -> None:
-    """Refuse bytes of :func:`take_apart` with types that nobody trusts; `None` trusts all.
+    """Refuse bytes of :func:`split_estimators` with types that are not trusted; None trusts all.
 
-    Nothing is made from them.
+    No object is made from the bytes.
     """
     skops_io = _import_skops()
     try:
@@ -225,7 +223,7 @@ def _check_sizes(data: bytes) -> None:
 
 
 def _check_files(node: object) -> None:
-    """Each array is read for the one object whose id its name is, so once."""
+    """Refuse a file that is read more than once: its name must be the id of its object."""
     if isinstance(node, dict):
         file = node.get("file", "")
         is_right = not isinstance(file, str) or file[:-4] in ("", str(node.get("__id__")))

@@ -1,4 +1,4 @@
-"""``to_module`` and ``export``: a fitted model from pixels to answers, as a module or a file."""
+"""``to_module`` and ``export``: a fitted model from pixels to predictions, for other programs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sklearn.svm import LinearSVC
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from sktransfer._threads import one_at_a_time
+from sktransfer._threads import global_state_lock
 from sktransfer._version import __version__
 from sktransfer.embedding._extractor import PretrainedFeatureExtractor
 from sktransfer.fine_tuning._base import BaseFineTuning
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from sktransfer.networks._backbone import Backbone
 
-# Classical models, and what the module returns of them.
+# Classical models, and the output of a module for them.
 _LINEAR: dict[type, str] = {
     LogisticRegression: "probabilities",
     LogisticRegressionCV: "probabilities",
@@ -59,7 +59,7 @@ _TOLERANCE = 1e-4
 
 
 def to_module(model: BaseEstimator) -> StandaloneModule:
-    """Turn a fitted model into one torch module, from pixels to what the model returns.
+    """Convert a fitted model to one torch module, from pixels to predictions.
 
     Parameters
     ----------
@@ -72,10 +72,10 @@ def to_module(model: BaseEstimator) -> StandaloneModule:
     Returns
     -------
     module : torch.nn.Module
-        A copy of the model's weights, on the CPU, in eval mode. It takes a tensor of images
-        (n, channels, height, width) and returns float32: what `predict_proba` returns for
-        classifiers, or `decision_function` for ``LinearSVC``, `predict` for regressors, and
-        `transform` for the rest. ``module.metadata`` is a dict with ``input``, ``resize``,
+        A module with a copy of the model's weights, on the CPU, in eval mode. It takes a tensor of
+        images (n, channels, height, width) and returns float32: the result of `predict_proba` for
+        classifiers, of `decision_function` for ``LinearSVC``, of `predict` for regressors, and of
+        `transform` for other models. ``module.metadata`` is a dict with ``input``, ``resize``,
         ``output``, ``labels`` (of the columns) and versions.
 
     Raises
@@ -121,19 +121,20 @@ def to_module(model: BaseEstimator) -> StandaloneModule:
     check_is_fitted(model)
     first, *others = steps = _steps_of(model)
     backbone, n_layers = _backbone_of(first)
-    answer: list[nn.Module] = []
+    predictor: list[nn.Module] = []
     output, labels = "columns", None
     if isinstance(first, BaseFineTuning) and not others:
-        answer, output, labels = _tuned_part(first)
+        predictor, output, labels = _tuned_part(first)
     for step in others:
         if type(step) is StandardScaler:
-            answer.append(_scaler(step))
+            mean = step.mean_ if step.with_mean else 0
+            predictor.append(_Affine(mean, 1 / step.scale_ if step.with_std else 1, 0))
         elif type(step) in _LINEAR:
-            answer += _linear_part(step)
+            predictor += _linear_part(step)
             output, labels = _LINEAR[type(step)], getattr(step, "classes_", None)
         else:
             raise _not_exportable(step)
-    module = StandaloneModule(backbone, n_layers, answer)
+    module = StandaloneModule(backbone, n_layers, predictor)
     versions = {"sktransfer": __version__, "torch": str(torch.__version__)}
     module.metadata |= {
         "output": {"name": output},
@@ -146,10 +147,10 @@ def to_module(model: BaseEstimator) -> StandaloneModule:
 
 
 def export(model: BaseEstimator, path: str | os.PathLike, *, format: str = "onnx") -> None:
-    """Write a fitted model, from pixels to what it returns, to a file for a server.
+    """Write a fitted model, from pixels to predictions, to a file for a server.
 
-    The file holds the program of :func:`to_module`, whose documentation says what it takes and
-    returns. Neither sktransfer nor scikit-learn is needed to run it. The number of images is free.
+    The file holds the program of :func:`to_module`, whose documentation describes its input and
+    output. It runs without sktransfer and scikit-learn, for any number of images.
 
     Parameters
     ----------
@@ -218,7 +219,7 @@ def export(model: BaseEstimator, path: str | os.PathLike, *, format: str = "onnx
 
 # -- the parts of a model ------------------------------------------------------------------------
 def _steps_of(model: object) -> list[BaseEstimator]:
-    """Return the estimators that run one after another, without nesting."""
+    """Return the estimators of a pipeline, also of nested ones, in order."""
     if isinstance(model, Pipeline):
         return [step for _, inner in model.steps for step in _steps_of(inner)]
     if hasattr(model, "best_estimator_"):
@@ -227,7 +228,7 @@ def _steps_of(model: object) -> list[BaseEstimator]:
 
 
 def _backbone_of(step: BaseEstimator) -> tuple[Backbone, int]:
-    """Return the network of the first step, and how many of its layers are columns."""
+    """Return the network of the first step, and how many of its layers become columns."""
     if not isinstance(step, (BaseFineTuning, PretrainedFeatureExtractor)):
         raise _not_exportable(step)
     name = type(step).__name__
@@ -254,7 +255,7 @@ def _backbone_of(step: BaseEstimator) -> tuple[Backbone, int]:
 
 
 def _tuned_part(step: BaseFineTuning) -> tuple[list[nn.Module], str, np.ndarray | None]:
-    """Return a tuned head with what follows it, the output's name, and labels."""
+    """Return a tuned head and the layers behind it, the output's name, and labels."""
     head = copy.deepcopy(step._tuned.head).cpu().float()
     if isinstance(step, FineTuningClassifier):
         link = nn.Sigmoid() if step._kind == "multilabel" else nn.Softmax(dim=1)
@@ -264,17 +265,13 @@ def _tuned_part(step: BaseFineTuning) -> tuple[list[nn.Module], str, np.ndarray 
     return [*parts, *_flat(step._is_flat)], "targets", None
 
 
-def _scaler(step: StandardScaler) -> nn.Module:
-    return _Affine(step.mean_ if step.with_mean else 0, 1 / step.scale_ if step.with_std else 1, 0)
-
-
 def _linear_part(step: BaseEstimator) -> list[nn.Module]:
     """Return a fitted linear model as modules."""
     coef, is_vector = np.atleast_2d(step.coef_), step.coef_.ndim == 1
     intercept = np.broadcast_to(step.intercept_, len(coef))
     parts: list[nn.Module] = []
     if isinstance(step, LogisticRegression):
-        # The parameter is gone from scikit-learn 1.8 on.
+        # scikit-learn 1.8 removed the parameter.
         multi_class, is_binary = getattr(step, "multi_class", "auto"), len(coef) == 1
         is_ovr = multi_class == "ovr" or (
             multi_class != "multinomial" and (is_binary or step.solver == "liblinear")
@@ -349,10 +346,10 @@ def _require_onnx() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporters' warnings, logs and prints, which concern torch's own code, to us."""
+    """Suppress the exporters' warnings, logs and prints, which are about torch's code."""
     logger = logging.getLogger("torch")
     level = logger.level
-    with one_at_a_time, warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+    with global_state_lock, warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         logger.setLevel(logging.CRITICAL)
         try:
@@ -396,7 +393,7 @@ def _write_onnx(
     assert onnx_program is not None
     model = onnx_program.model
     for node in model.graph.all_nodes():
-        node.metadata_props.clear()  # the exporter writes where on this machine the code lies
+        node.metadata_props.clear()  # the exporter writes paths of this machine there
     model.graph.metadata_props.clear()
     model.metadata_props["sktransfer"] = metadata
     onnx_program.save(str(part), external_data=False)
@@ -407,7 +404,7 @@ def _write_onnx(
 
 
 def _check_same(run: Callable[[torch.Tensor], torch.Tensor], module: StandaloneModule) -> None:
-    """Compare what was exported with the module, for other numbers of images than the example's."""
+    """Compare the exported program with the module, for other numbers of images."""
     images, name = _random_images(module, 4), module.metadata["output"]["name"]
     with torch.inference_mode():
         expected = module(images).double()

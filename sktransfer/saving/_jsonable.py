@@ -1,4 +1,4 @@
-"""Values as JSON and back, for a few harmless types only; numbers of arrays lie beside it."""
+"""Encode values of a few safe types as JSON, with arrays as separate tensors, and back."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _DTYPE = re.compile(r"[<>|]?[biufUSMm][0-9]{0,6}(\[([1-9][0-9]{0,3})?[a-zA-Z]+\]
 class Encoder:
     """Turns values into JSON, and puts the arrays and tensors among them into `tensors`.
 
-    So an array takes as many bytes in a file as in memory, and a file cannot claim more.
+    So an array has as many bytes in the file as in memory, and a file cannot pretend to have more.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
         self.tensors = tensors
 
     def encode(self, value: object, what: str, parameter: str = "") -> Json:
-        """The TypeError for types that are not known calls the value `what`.
+        """Return `value` as JSON; TypeError, which names it `what`, for unknown types.
 
-        Objects of torch, torchvision and skorch are known if the estimator's `parameter` takes
+        Objects of torch, torchvision and skorch are known if the estimator's `parameter` accepts
         them.
         """
         if isinstance(value, np.generic) and value.dtype.kind not in "Mm":
@@ -87,9 +87,9 @@ class Encoder:
 
 
 class Decoder:
-    """Turns JSON back into values, and takes their arrays and tensors out of `tensors`.
+    """Decodes JSON, and removes the arrays and tensors that it uses from `tensors`.
 
-    ValueError for all that :class:`Encoder` does not write.
+    ValueError for anything that :class:`Encoder` does not write.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
@@ -139,5 +139,5 @@ class Decoder:
             raise KeyError(at)
         array = np.ndarray(shape, kind, bytearray(data.tobytes()))
         if kind.kind == "U":
-            array.ravel().tolist()  # ValueError for what is no character
+            array.ravel().tolist()  # ValueError for invalid characters
         return array[()] if kind.kind in "Mm" and not shape else array

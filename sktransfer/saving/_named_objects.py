@@ -1,7 +1,7 @@
-"""Losses, optimizers, transforms, callbacks and splitters of known libraries as data.
+"""Encode losses, optimizers, transforms, callbacks and splitters of known libraries as data.
 
 An object is written as the public name of its class and its parameters. Only names of the modules
-below are looked up, so that a file can make nothing else.
+below are looked up, so that a file cannot make other objects.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _MODULES = {
     "callbacks": ("skorch.callbacks", "torch.optim.lr_scheduler"),
     "early_stopping": ("sklearn.model_selection",),
 }
-# Module -> where its classes and functions are defined. The losses of torch.nn alone: other layers
-# may take any amount of memory.
+# Module -> where its classes and functions are defined. Of torch.nn only the losses are accepted,
+# as other layers may take any amount of memory.
 _DEFINED = {
     "sklearn.model_selection": "sklearn.model_selection._split",
     "torch.nn": "torch.nn.modules.loss",
@@ -34,7 +34,7 @@ _DEFINED = {
     "torchvision.transforms.v2": "torchvision.transforms.",
     "torchvision.transforms": "torchvision.transforms.",
 }
-# The others of skorch read or write files, or report to services.
+# Other callbacks of skorch read or write files, or send reports to services.
 _CALLBACKS = {
     "BatchScoring",
     "EarlyStopping",
@@ -50,11 +50,11 @@ _CALLBACKS = {
 
 
 class NotPlain(TypeError):
-    """The reason why a value is not written as data."""
+    """A value cannot be written as data; the message is the reason."""
 
 
 def describe(value: object, parameter: str) -> tuple[dict[str, str], dict[str, object]]:
-    """Return the names that :func:`make` needs, and the parts that are values themselves."""
+    """Return the names that :func:`make` needs, and the parts to be encoded in turn."""
     import torch
 
     if isinstance(value, functools.partial):
@@ -121,7 +121,7 @@ def _find(module: str, name: str, parameter: str) -> type | FunctionType:
 
 
 def _arguments(value: object) -> dict[str, object]:
-    """The arguments of a class of these libraries, which keeps them as attributes."""
+    """Return the arguments of an object, which classes of these libraries keep as attributes."""
     arguments: dict[str, object] = {}
     for name, parameter in inspect.signature(type(value)).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:

@@ -1,4 +1,4 @@
-"""Whether the code of a user's module is what it was when a model was saved."""
+"""Detect that the code of a user's module has changed since a model was saved."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _LIBRARIES = ("torch", "torchvision", "timm", "builtins")
 
 
 def code_of(module: nn.Module) -> dict[str, str]:
-    """Return a digest of each class that a module is made of, except those of libraries.
+    """Return a digest of each class in a module, except those of libraries.
 
-    Comments, docstrings, the layout of the text and Python's version do not change it. A class
-    without source text, as in a notebook of Python 3.11, has none.
+    Comments, docstrings, formatting and Python's version do not change it. A class without source
+    text, as in a notebook of Python 3.11, has none.
     """
     classes = {base for part in module.modules() for base in type(part).__mro__}
     digests = {}
@@ -28,11 +28,11 @@ def code_of(module: nn.Module) -> dict[str, str]:
                 tree = ast.parse(dedent(inspect.getsource(cls)))
             except (OSError, TypeError, SyntaxError):
                 continue
-            digests[cls.__name__] = hashlib.sha256(_plain(tree).encode()).hexdigest()[:16]
+            digests[cls.__name__] = hashlib.sha256(_stripped(tree).encode()).hexdigest()[:16]
     return dict(sorted(digests.items()))
 
 
-def _plain(tree: ast.AST) -> str:
+def _stripped(tree: ast.AST) -> str:
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             has_docstring = ast.get_docstring(node) is not None
@@ -41,10 +41,10 @@ def _plain(tree: ast.AST) -> str:
 
 
 def warn_of_changes(module: nn.Module, saved: dict[str, str], path: str) -> None:
-    """Warn if the code of a class differs from what it was when `path` was saved."""
+    """Warn if the code of a class has changed since `path` was saved."""
     now = code_of(module)
     if changed := [name for name in saved if now.get(name, saved[name]) != saved[name]]:
         warn(
-            f"The code of {', '.join(changed)} is not what it was when {path} was saved. If it "
-            "computes something else now, so does the loaded model."
+            f"The code of {', '.join(changed)} has changed since {path} was saved. If it computes "
+            "something else now, so does the loaded model."
         )

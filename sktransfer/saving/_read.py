@@ -1,4 +1,4 @@
-"""From a file's JSON and tensors back to estimators."""
+"""Make estimators from the JSON and tensors of a file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 FORMAT = 3
 # Each entry of the header, and its type.
 _HEADER = {"format": (int,), "version": (str,), "estimators": (list,)}
-# What is written of an estimator; of one that is not fitted, `fit` is None.
+# The entries of an estimator; `fit` is None if it is not fitted.
 _NONE = type(None)
 _RECORD = {"class": (str,), "parameters": (dict,), "needs": (dict,), "network": (int, _NONE)}
 _RECORD |= {"output": (str, _NONE), "routing": (dict,), "fit": (dict, _NONE)}
@@ -46,8 +46,8 @@ _FIT: dict[str, tuple] = {
 
 # Class -> the fitted attributes that a file holds, and their types.
 _COMMON: dict[str, type] = {"n_features_in_": int, "n_features_out_": int, "_n_image_columns": int}
-OF_TUNED: dict[str, type] = {"first_trained_stage": int, "moves_statistics": bool}
-_TUNED = _COMMON | OF_TUNED | {"history_": list, "n_iter_": int, "best_epoch_": int}
+TUNED_ATTRIBUTES: dict[str, type] = {"first_trained_stage": int, "moves_statistics": bool}
+_TUNED = _COMMON | TUNED_ATTRIBUTES | {"history_": list, "n_iter_": int, "best_epoch_": int}
 CLASSES: dict[type, dict[str, type]] = {
     PretrainedFeatureExtractor: _COMMON,
     PretrainedTextExtractor: _COMMON | {"_word_weights": dict},
@@ -58,17 +58,17 @@ CLASSES: dict[type, dict[str, type]] = {
     | {"_target_mean": np.ndarray, "_target_scale": np.ndarray},
 }
 NAMES = {cls.__name__: cls for cls in CLASSES}
-# These belong to a machine rather than to a model: `load` leaves them at their defaults.
-OF_THE_MACHINE = ("memory", "device", "n_jobs", "verbose")
+# Parameters of a machine rather than of a model: `load` sets their defaults.
+OF_MACHINE = ("memory", "device", "n_jobs", "verbose")
 ROUTED = ("fit", "partial_fit", "score")
-# Names that would make a network from a hub, a folder or another machine's share.
-_REACHES = re.compile(r"timm:.*:|[/\\]{2}")
-# These too, unless the file holds the weights: the name is nothing but a name then.
-_FOLDERS = ("hf:", "vectors:", "static:")
+# Names of networks in a hub or on another machine's share.
+_REMOTE_NAMES = re.compile(r"timm:.*:|[/\\]{2}")
+# Names of networks in a folder, which is not read if the file holds the weights.
+_FOLDER_NAMES = ("hf:", "vectors:", "static:")
 
 
 class Reader:
-    """Makes the estimators of a file; `trusted` is None where everything is."""
+    """Makes the estimators of a file; with `trusted` None, everything is trusted."""
 
     def __init__(
         self,
@@ -110,14 +110,14 @@ class Reader:
         from sktransfer._validation import check_parameters
 
         estimator, decoder = NAMES[record["class"]](backbone="builtin"), Decoder(self.tensors)
-        known = set(estimator.get_params(deep=False)) - set(OF_THE_MACHINE) - set(record["needs"])
+        known = set(estimator.get_params(deep=False)) - set(OF_MACHINE) - set(record["needs"])
         unknown = sorted(set(record["parameters"]) - known)
         require(not unknown, f"{record['class']} has no parameters {unknown} in a file")
         parameters = {
             key: _decoded(decoder, value, f"parameter {key!r}", key)
             for key, value in record["parameters"].items()
         }
-        # The name of an estimator that is not fitted, in a ColumnTransformer's list, is not read.
+        # The network of an estimator that is not fitted, as in a ColumnTransformer, is not loaded.
         self._check_names(parameters, record["network"] is not None or record["fit"] is None)
         if self.weights is not None and _names_file(parameters):
             parameters["weights"] = self.weights
@@ -125,7 +125,7 @@ class Reader:
             parameters[role] = self._own_module(role, record)
         estimator.set_params(**parameters)
         check_parameters(estimator)
-        _restore_settings(estimator, record)
+        _restore_output_and_routing(estimator, record)
         if record["fit"] is not None:
             attributes = _attributes(record, decoder)
             settings = _decoded(decoder, record["fit"]["preprocessing"], "preprocessing")
@@ -133,7 +133,7 @@ class Reader:
             self._restore_fit(i, estimator, backbone, attributes)
             training = _decoded(decoder, record["fit"]["training"], "training")
             if training and hasattr(estimator, "_tuned"):
-                tensors = _taken(self.tensors, f"{i}/training/")
+                tensors = _pop_prefix(self.tensors, f"{i}/training/")
                 _restore_training(estimator._tuned, training, tensors)
         return estimator
 
@@ -143,7 +143,7 @@ class Reader:
             trusted = [name] if self.trusted is None else self.trusted
             if not isinstance(name, str) or name in trusted:
                 continue
-            if _REACHES.match(name) or (name.startswith(_FOLDERS) and not is_standalone):
+            if _REMOTE_NAMES.match(name) or (name.startswith(_FOLDER_NAMES) and not is_standalone):
                 raise ValueError(
                     f"{self.path} names {key}={name!r}, which a hub, a folder or another machine "
                     "holds. If you know where the file comes from, load it with "
@@ -151,7 +151,7 @@ class Reader:
                 )
 
     def _own_module(self, role: str, record: dict) -> object:
-        """The user's own module for a role, with its weights where the file holds them."""
+        """Return the user's module for a role, with its weights if the file holds them."""
         from torch import nn
 
         label, code = record["needs"][role]
@@ -173,12 +173,12 @@ class Reader:
         return module
 
     def _network(self, k: int, name: str, module: object = None) -> Source | nn.Module:
-        """The network with the weights of the file: a source by its name, or the module given."""
+        """Return a network with the weights of the file: a source by name, or the given module."""
         from sktransfer.networks._backbone import resolve_source
         from sktransfer.networks._published import saved_source
 
         if k not in self._networks:
-            state = _taken(self.tensors, f"networks/{k}/")
+            state = _pop_prefix(self.tensors, f"networks/{k}/")
             require(bool(state), f"it holds no weights for {name!r}")
             if module is None:
                 self._networks[k] = saved_source(name, state)
@@ -194,12 +194,8 @@ class Reader:
             self._networks[k] = own
         return self._networks[k]
 
-    # -- what fit set -------------------------------------------------------------------------
+    # -- fitted attributes --------------------------------------------------------------------
     def _backbone(self, estimator: BaseEstimator, record: dict, settings: object) -> Backbone:
-        from sktransfer.networks._backbone import (
-            load_backbone,
-            with_cached_layers,
-        )
         from sktransfer.networks._weights import may_download
 
         network, weights = estimator.backbone, estimator.weights
@@ -207,26 +203,14 @@ class Reader:
         if is_standalone:
             network = network if is_own else self._network(record["network"], network)
             weights = "DEFAULT"
-        # A file may name any published network: only one that the user names is downloaded.
+        # A file may name any published network, but only trusted ones are downloaded.
         is_trusted = self.trusted is None or network in self.trusted
         token = may_download.set(is_trusted)
         try:
-            preprocessing = getattr(estimator, "preprocessing", "auto")
-            if settings is not None:  # as it was in fit, whatever "auto" means by now
-                preprocessing = Preprocessing(**settings)  # type: ignore[arg-type]
-            if isinstance(estimator, PretrainedTextExtractor):
-                backbone = estimator._load(network)
-            else:
-                layers = with_cached_layers(
-                    estimator.layer, getattr(estimator, "cache_layers", None)
-                )
-                backbone = load_backbone(
-                    network,
-                    weights=weights,
-                    layer=layers,
-                    pooling=estimator.pooling,
-                    preprocessing=preprocessing,
-                )
+            given = {"backbone": network, "weights": weights}
+            if settings is not None:  # those of fit, as the meaning of "auto" may change
+                given["preprocessing"] = Preprocessing(**settings)  # type: ignore[arg-type]
+            backbone = estimator._load(**given)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{error} {self.path} holds no weights of its own: give the place of the weights "
@@ -249,8 +233,8 @@ class Reader:
     def _restore_fit(
         self, i: int, estimator: BaseEstimator, backbone: Backbone, attributes: dict
     ) -> None:
-        of_tuned = {key: attributes.pop(key) for key in OF_TUNED if key in attributes}
-        # An extractor's columns may be the first groups only: `cache_layers` are for the store.
+        of_tuned = {key: attributes.pop(key) for key in TUNED_ATTRIBUTES if key in attributes}
+        # The columns of an extractor are the first groups; those of `cache_layers` are only stored.
         widths = list(accumulate(width for _, width in backbone.feature_groups))
         n_columns, n_features = attributes["_n_image_columns"], attributes["n_features_out_"]
         allowed = [n_columns * width for width in (widths[-1:] if of_tuned else widths)]
@@ -261,8 +245,8 @@ class Reader:
         for key, value in attributes.items():
             setattr(estimator, key, value)
         if of_tuned:
-            trained = _taken(self.tensors, f"{i}/trained/")
-            head = _taken(self.tensors, f"{i}/head/")
+            trained = _pop_prefix(self.tensors, f"{i}/trained/")
+            head = _pop_prefix(self.tensors, f"{i}/head/")
             estimator._tuned = _tuned_network(estimator, of_tuned, trained, head)
 
 
@@ -319,8 +303,8 @@ def _attributes(record: dict, decoder: Decoder) -> dict:
     return attributes
 
 
-def _restore_settings(estimator: BaseEstimator, record: dict) -> None:
-    """Restore what the user set besides parameters: the output's container, metadata requests."""
+def _restore_output_and_routing(estimator: BaseEstimator, record: dict) -> None:
+    """Restore the output's container and the metadata requests."""
     from sklearn import config_context
 
     try:
@@ -348,7 +332,7 @@ def _tuned_network(
     is_own = isinstance(estimator.head, torch.nn.Module)
     what = "the head given" if is_own else "its head"
     try:
-        # On the meta device a head of a size that does not fit takes no memory.
+        # On the meta device, a head of a wrong size takes no memory.
         with torch.device("cpu" if is_own else "meta"):
             width = n_columns * backbone.n_features
             head = make_head(estimator.head, width, estimator._n_outputs, estimator.dropout)
@@ -368,7 +352,7 @@ def _tuned_network(
 
 
 def _restore_training(tuned: TunedNetwork, plain: object, tensors: Tensors) -> None:
-    """Restore what partial_fit continues from."""
+    """Restore the state for the next epoch of partial_fit."""
     from sktransfer.fine_tuning._training_state import TrainingState
 
     kinds = [str, list, list, dict]
@@ -390,7 +374,7 @@ def _check_finite(state: Tensors) -> None:
         require(is_finite, f"its trained tensor {name!r} is not finite")
 
 
-def _taken(tensors: Tensors, prefix: str) -> Tensors:
-    """Take the tensors with this prefix out, and return them without it."""
+def _pop_prefix(tensors: Tensors, prefix: str) -> Tensors:
+    """Remove the tensors with this prefix, and return them by the rest of their names."""
     keys = [key for key in tensors if key.startswith(prefix)]
     return {key.removeprefix(prefix): tensors.pop(key) for key in keys}

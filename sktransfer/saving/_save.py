@@ -1,7 +1,7 @@
-"""``save`` and ``load``: a fitted estimator, alone or in a pipeline, in one file safe to open.
+"""``save`` and ``load``: write a fitted estimator or pipeline to a file that is safe to open.
 
-The file holds JSON and tensors (see ``_archive``). Nothing in it is ever run: no pickle is read,
-classes come from short lists, and a file with anything unknown in it is refused.
+The file holds JSON and tensors (see ``_archive``). Nothing in it is run: no pickle is read, classes
+come from short lists, and a file that holds anything unknown is refused.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from sktransfer._threads import own_settings
 from sktransfer._version import __version__
 from sktransfer.networks._preprocessing import Preprocessing
 from sktransfer.saving._archive import Refused, atomic_write, write
-from sktransfer.saving._classical import take_apart
+from sktransfer.saving._classical import split_estimators
 from sktransfer.saving._jsonable import Encoder
 from sktransfer.saving._own_code import code_of
 from sktransfer.saving._read import (
     CLASSES,
     FORMAT,
     NAMES,
-    OF_THE_MACHINE,
-    OF_TUNED,
+    OF_MACHINE,
     ROUTED,
+    TUNED_ATTRIBUTES,
     Reader,
 )
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from sktransfer.networks._backbone import Backbone
     from sktransfer.saving._archive import Tensors
 
-# Prediction does not read these, so that a file may lack them.
+# Parameters that predictions do not need, so that they may be missing in a file.
 _OF_TRAINING = {"loss", "optimizer", "augment", "callbacks", "early_stopping"}
 _OF_TRAINING |= {"class_weight", "random_state"}
 
@@ -51,15 +51,16 @@ def save(estimator: BaseEstimator, path: str | os.PathLike, *, standalone: bool 
 
     Parameters
     ----------
-    estimator : PretrainedFeatureExtractor, FineTuningClassifier, FineTuningRegressor, or estimator
-        of scikit-learn that holds one of them: a pipeline, a column transformer, a union, a
-        search, a voting or stacking classifier … (extra ``skops``).
+    estimator : estimator
+        A PretrainedFeatureExtractor, PretrainedTextExtractor, FineTuningClassifier or
+        FineTuningRegressor; or an estimator of scikit-learn that contains one: a pipeline, a column
+        transformer, a union, a search, a voting or stacking classifier … (extra ``skops``).
     path : str or Path
         By convention it ends in ``.safetensors``.
     standalone : bool, default=False
         Whether the file holds all weights of the networks. Otherwise it holds those that were
-        trained, and the names and digests of the others. What was loaded from a standalone file
-        is always saved as one.
+        trained, and the names and digests of the others. An estimator from a standalone file is
+        always saved to a standalone file.
 
     Raises
     ------
@@ -85,11 +86,11 @@ def save(estimator: BaseEstimator, path: str | os.PathLike, *, standalone: bool 
     -----
     `memory`, `device`, `n_jobs` and `verbose` are not saved. Classes of torch, torchvision and
     skorch, ``functools.partial`` of them, and splitters of scikit-learn are written by name and
-    parameters. Own modules given as `backbone` or `head` are given to `load` again, as a file
-    holds no code; the weights of a head are in the file, those of a backbone with
-    ``standalone=True``. Labels may be NumPy
-    numbers, booleans, strings and times, and strings in an object array. Other labels (tuples,
-    ``datetime.date``, pandas' periods and intervals) cannot be saved: give `fit` their strings.
+    parameters. A module of yours that was given as `backbone` or `head` has to be given to `load`
+    again, as a file holds no code; the weights of a head are in the file, those of a backbone with
+    ``standalone=True``. Labels may be NumPy numbers, booleans, strings and times, and strings in an
+    object array. Other labels (tuples, ``datetime.date``, pandas' periods and intervals) cannot be
+    saved: give `fit` their strings.
 
     Classical steps are written by :mod:`skops.io`. Saving reads the new file back before it
     replaces an old one. If the process is killed meanwhile, a hidden folder
@@ -116,7 +117,7 @@ def save(estimator: BaseEstimator, path: str | os.PathLike, *, standalone: bool 
         if not (hasattr(estimator, "fit") and hasattr(estimator, "get_params")):
             ours = []
         else:
-            ours, dumps = take_apart(estimator, CLASSES.keys())
+            ours, dumps = split_estimators(estimator, CLASSES.keys())
         if not ours:
             raise TypeError(
                 f"save writes {list(NAMES)}, and pipelines and searches that hold one of them; "
@@ -142,12 +143,12 @@ def save(estimator: BaseEstimator, path: str | os.PathLike, *, standalone: bool 
 
 
 class _Writer:
-    """Collects the tensors of a file, and what it cannot hold."""
+    """Collects the tensors of a file, and the parameters that it cannot hold."""
 
     def __init__(self, standalone: bool):
         self.standalone = standalone
         self.tensors: Tensors = {}
-        self.left_out: dict[str, None] = {}  # a set in order
+        self.left_out: dict[str, None] = {}  # an ordered set
         self.modules: dict[str, dict[str, object]] = {"backbone": {}, "head": {}}
         self._encoder = Encoder(self.tensors)
         self._labels: dict[tuple[str, str, str], str] = {}
@@ -156,7 +157,7 @@ class _Writer:
     def record(self, i: int, estimator: BaseEstimator) -> dict:
         """Describe the `i`-th estimator of the file."""
         parameters = estimator.get_params(deep=False)
-        for key in OF_THE_MACHINE:
+        for key in OF_MACHINE:
             del parameters[key]
         roles = [
             r for r in self.modules if not isinstance(parameters.get(r, ""), (str, list, tuple))
@@ -191,7 +192,7 @@ class _Writer:
         return encoded
 
     def _need(self, role: str, module: object) -> list:
-        """A name by which `load` asks for an own module, and the digests of its code."""
+        """Return the name by which `load` asks for a user's module, and the digests of its code."""
         from torch import nn
 
         from sktransfer.networks._weights import state_digest
@@ -210,7 +211,7 @@ class _Writer:
         return [label, code]
 
     def _network(self, estimator: BaseEstimator, backbone: Backbone | None) -> int | None:
-        """Number of the network whose weights the file holds for this estimator, if any."""
+        """Return the number of the network whose weights the file holds for this estimator."""
         from sktransfer.networks._backbone import load_backbone
 
         is_named = isinstance(estimator.backbone, str)
@@ -236,7 +237,7 @@ class _Writer:
             self.tensors |= {f"{i}/trained/{name}": tensor for name, tensor in arrays.items()}
             self.tensors |= {f"{i}/head/{name}": tensor for name, tensor in head.items()}
         attributes = {
-            key: getattr(tuned if key in OF_TUNED else estimator, key)
+            key: getattr(tuned if key in TUNED_ATTRIBUTES else estimator, key)
             for key in CLASSES[type(estimator)]
         }
         if hasattr(estimator, "feature_names_in_"):
@@ -252,21 +253,21 @@ class _Writer:
         }
 
     def _training(self, i: int, tuned: TunedNetwork | None) -> list:
-        """What partial_fit continues from; it begins anew where a file cannot hold it."""
+        """Return the state for the next epoch of partial_fit; empty if a file cannot hold it."""
         if tuned is None or (state := tuned.training_state()) is None:
             return []
         *plain, tensors = state
         try:
             encoded = self._encoder.encode(plain, "the optimizer's state")
         except TypeError as error:
-            warn(f"The optimizer begins anew in partial_fit of what will be loaded: {error}")
+            warn(f"The loaded model's partial_fit will start with a new optimizer: {error}")
             return []
         self.tensors |= {f"{i}/training/{name}": tensor for name, tensor in tensors.items()}
         return encoded  # type: ignore[return-value]
 
 
 def _check_loads(part: Path, estimator: BaseEstimator, ours: list, modules: dict) -> None:
-    """Parameters that were changed after `fit` may not agree with the fitted attributes."""
+    """Raise ValueError if the file does not load, as after a change of parameters since `fit`."""
     try:
         given = {role: found or None for role, found in modules.items()}
         _, loaded = Reader(str(part), **given, trusted=None).read()
@@ -296,32 +297,31 @@ def load(
     Parameters
     ----------
     path : str or Path
+        The file.
     weights : str or Path, default=None
-        Where the weights file is now that was the estimator's `weights`. Its digest is checked.
-    backbone : nn.Module or callable, default=None
-        The module that was the estimator's `backbone`, unless that was a name. With its weights,
-        which are checked; of a standalone file with any weights, as the file holds them. Its class
-        may have been edited since: a warning says so where more than comments changed. If a
-        pipeline holds several, a dict of them by the names that the error lists.
-    head : nn.Module, default=None
-        The module that was the estimator's `head`, with any weights; several as for `backbone`.
+        The present place of the weights file that was the estimator's `weights`. Its digest is
+        checked.
+    backbone : nn.Module, callable or dict, default=None
+        The module that was the estimator's `backbone`, unless that was a name. Its weights are
+        checked, unless a standalone file holds them. If its code has changed by more than comments,
+        a warning says so. For several in a pipeline, a dict by the names that the error lists.
+    head : nn.Module or dict, default=None
+        The module that was the estimator's `head`, with any weights. For several, a dict.
     trusted : str, type, or list of them, default=()
-        Types that classical steps may consist of, beside those that skops trusts; and names of
-        networks that may be fetched from a hub or read from a folder (``"timm:hf-hub:…"``), or
-        whose published weights may be downloaded (``"resnet50"``). The error without them lists
-        them.
+        Types of objects that classical steps may contain, in addition to those that skops trusts;
+        names of networks that may be read from a hub or a folder (``"timm:hf-hub:…"``), or whose
+        published weights may be downloaded (``"resnet50"``). The error lists what is missing.
 
     Returns
     -------
     estimator : estimator
-        Fitted.
+        The fitted estimator.
 
     Raises
     ------
     ValueError
-        If :func:`save` did not write the file, if it was changed or damaged since, if it holds
-        anything unknown or not trusted, or if it does not fit the weights that the name of its
-        backbone gives here.
+        If :func:`save` did not write the file, if it was changed or damaged, if it holds anything
+        unknown or not trusted, or if its backbone has other weights on this machine.
     OSError
         If `path`, or weights that it names, cannot be read. Published weights that are not on
         this machine are not downloaded: :func:`load_backbone` or `trusted` does that.
@@ -329,6 +329,17 @@ def load(
     See Also
     --------
     save : Write the file.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from sktransfer import PretrainedFeatureExtractor, load, save
+    >>> extractor = PretrainedFeatureExtractor(image_shape=(8, 8), layer="stage2")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(extractor.fit([[0.0] * 64]), f"{folder}/extractor.safetensors")
+    ...     loaded = load(f"{folder}/extractor.safetensors")
+    >>> loaded.transform([[0.5] * 64]).shape
+    (1, 96)
     """
     path = os.fsdecode(path)
     listed = [trusted] if isinstance(trusted, (str, type)) else trusted

@@ -35,7 +35,7 @@ _SCHEMA = (
     " seal BLOB NOT NULL) WITHOUT ROWID",
     f"PRAGMA user_version = {_FORMAT_VERSION}",
 )
-# Of a new file. Pages of 8 KiB were read and written fastest of 4, 8, 16 and 32 KiB.
+# Settings of a new file. Of pages of 4, 8, 16 and 32 KiB, those of 8 KiB were the fastest.
 _LAYOUT = ("page_size = 8192", "auto_vacuum = FULL")
 _SETTINGS = (
     # kill -9 loses no committed row; a power cut may lose the last ones, and never more.
@@ -48,13 +48,11 @@ _SETTINGS = (
     "trusted_schema = OFF",
 )
 
-# How long to wait for another process that writes.
-_BUSY_SECONDS = 60.0
-# Values in one IN (...): enough to hide Python's own cost, few enough that the rows found are
-# still in the processor's cache when they are copied.
+_BUSY_SECONDS = 60.0  # to wait for another process that writes
+# Values in one IN (...): enough to hide the cost of a statement, few enough that the rows found
+# are still in the processor's cache when they are copied.
 _BATCH = 100
-# File identities remembered in this process: about 50 MB.
-_N_KNOWN_FILES = 100_000
+_N_KNOWN_FILES = 100_000  # kept in this process: about 50 MB
 
 T = TypeVar("T")
 
@@ -65,7 +63,7 @@ class DiskStore(BaseStore):
     Parameters
     ----------
     folder : str or os.PathLike
-        Made when missing, on first use.
+        Made on first use if it does not exist.
     max_bytes : int, str or None, default=10 GiB
         The bound on the file, beyond which the oldest rows are deleted. None: unbounded.
 
@@ -213,9 +211,9 @@ class DiskStore(BaseStore):
                 isolation_level="IMMEDIATE",
                 check_same_thread=False,
             )
-            # Called at exit as well: closing the last connection writes SQLite's log back.
+            # Also called at exit, because closing the last connection writes SQLite's log back.
             self._finalizer = weakref.finalize(self, self._connection.close)
-            # SQLite fails at once, without waiting, where two processes make a file at a time.
+            # SQLite fails at once, without waiting, if two processes create a file together.
             opening = self.lock("opening", 0)
             opening.acquire(timeout=_BUSY_SECONDS)
             try:
@@ -252,7 +250,7 @@ class _FileLock:
 # Forks ---------------------------------------------------------------------------------------
 # SQLite's mutexes and its list of open files do not survive a fork: the child would wait for
 # threads that it does not have (https://sqlite.org/howtocorrupt.html, 2.6). So a fork waits until
-# no thread is inside SQLite, and finds every file closed.
+# no thread uses SQLite, and all files are closed before it.
 
 _mutex = threading.RLock()
 _stores: weakref.WeakSet[DiskStore] = weakref.WeakSet()
@@ -297,10 +295,10 @@ def _read_rows(
     for batch in _batches(digests):
         for digest, checksum, data in connection.execute(
             "SELECT digest, checksum, data FROM vectors WHERE fingerprint ="
-            f" (SELECT id FROM fingerprints WHERE text = ?) AND digest IN ({_marks(batch)})",
+            f" (SELECT id FROM fingerprints WHERE text = ?) AND digest IN ({_placeholders(batch)})",
             (fingerprint, *batch),
         ):
-            is_whole = type(digest) is type(data) is bytes  # not so where the file is damaged
+            is_whole = type(digest) is type(data) is bytes  # other types mean a damaged file
             if is_whole and zlib.crc32(data, zlib.crc32(digest, seed)) == checksum:
                 rows[digest] = np.frombuffer(data, dtype="<f4")
     return rows
@@ -327,7 +325,7 @@ def _read_files(connection: sqlite3.Connection, stats: Sequence[FileStat]) -> di
     for batch in _batches(stats):
         by_path = {os.fsencode(stat[0]): stat for stat in batch}
         for path, digest, seal in connection.execute(
-            f"SELECT path, digest, seal FROM files WHERE path IN ({_marks(by_path)})",
+            f"SELECT path, digest, seal FROM files WHERE path IN ({_placeholders(by_path)})",
             list(by_path),
         ):
             stat = by_path.get(path)
@@ -349,7 +347,7 @@ def _seal(stat: FileStat, digest: bytes) -> bytes:
 
 def _evict(connection: sqlite3.Connection, n_bytes: float) -> None:
     """Delete the oldest rows until the file has at most so many bytes."""
-    connection.execute("DELETE FROM files")  # known files only save reading them once more
+    connection.execute("DELETE FROM files")  # such files are only read once more
     n_deleted = 1
     while n_deleted and _n_bytes(connection) > n_bytes:
         n_deleted = connection.execute(
@@ -386,5 +384,5 @@ def _batches(values: Sequence[T]) -> Iterator[Sequence[T]]:
     return (values[start : start + _BATCH] for start in range(0, len(values), _BATCH))
 
 
-def _marks(values: Sized) -> str:
+def _placeholders(values: Sized) -> str:
     return ",".join("?" * len(values))

@@ -1,4 +1,4 @@
-"""The embedding store of one process: rows in memory, least recently used out first."""
+"""The embedding store in memory, which evicts the least recently used rows."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sktransfer._threads import process_lock
 
 DEFAULT_MEMORY_BYTES = 512 * 2**20
 
-# What CPython takes for one kept row or file beside its numbers: key, array header, dict slots.
+# Bytes that CPython needs for a row or a file beside its numbers: key, array header, dict slots.
 _ROW_OVERHEAD = 400
 _FILE_OVERHEAD = 500
-# Known files take at most this part of the bound: they only save reading a file again.
+# Known files, which only avoid reading a file again, take at most this share of the bound.
 _FILES_SHARE = 0.25
 
-_mutex = process_lock()  # one for all stores in memory: it is held for microseconds
+_mutex = process_lock()  # of all stores in memory; it is held for microseconds
 
 # (absolute path, size in bytes, modification time in ns, a number made of the inode and the time
 # of the last change), taken *before* the file is read.
@@ -36,7 +36,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Lock(Protocol):
-    """What a store's ``lock`` gives: a `threading.Lock`, or one on a file."""
+    """What ``lock`` of a store returns: a `threading.Lock`, or a lock on a file."""
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool: ...
 
@@ -54,7 +54,7 @@ class StoreInfo:
     n_rows : int
         Embeddings kept.
     n_bytes : int
-        Bytes they take, with what belongs to them.
+        Bytes that they take, keys included.
     max_bytes : int or None
         The bound on ``n_bytes``; None: unbounded.
     n_files : int
@@ -74,7 +74,7 @@ class StoreInfo:
 def settled_files(
     stats: Sequence[FileStat | None], digests: Sequence[bytes], taken_at_ns: int
 ) -> dict[FileStat, bytes]:
-    """Select the files of which every later change will show in their stat."""
+    """Select the files whose stat will show every later change."""
     settled_before = taken_at_ns - _SETTLED_AFTER_NS
     return {
         stat: digest
@@ -209,12 +209,12 @@ class MemoryStore(BaseStore):
         if self.max_bytes == 0:
             return threading.Lock()
         with _mutex:
-            if self._pid != os.getpid():  # threads of the parent may hold these
+            if self._pid != os.getpid():  # after a fork: threads of the parent may hold these
                 self._locks, self._pid = {}, os.getpid()
             return self._locks.setdefault((fingerprint, block), threading.Lock())
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Delete all rows and file identities."""
         with _mutex:
             self._rows.clear()
             self._files.clear()

@@ -1,8 +1,8 @@
-"""The embedding store: an image is embedded once.
+"""The embedding store, from which an image that was embedded before gets its row.
 
 `as_store` turns the ``memory`` parameter of the estimators into a store. A store keeps rows by
-(fingerprint of the network and its settings, digest of the image), and file identities, so that a
-file known already is not even read.
+(fingerprint of the network and its settings, digest of the image). It also keeps the identities of
+files, so that a known file is not read again.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ Store = MemoryStore | DiskStore
 # Rows are computed under one lock for each fingerprint and block of digests.
 N_BLOCKS = 32
 
-# Outputs of frozen stages, for later fits of this process. A fit that needs more room than this
-# keeps its own.
+# Outputs of frozen stages, for later fits of this process, except of a fit whose outputs are
+# larger than this.
 MAX_ACTIVATION_BYTES = 2**30
 activations = MemoryStore(MAX_ACTIVATION_BYTES)
 
 
 class _ProcessStore(MemoryStore):
     def clear(self) -> None:
-        """Forget everything, and the outputs of frozen stages."""
+        """Delete all rows, file identities and outputs of frozen stages."""
         super().clear()
         activations.clear()
 
@@ -41,7 +41,7 @@ class _ProcessStore(MemoryStore):
 _process_store = _ProcessStore()
 NO_STORE = MemoryStore(0)
 
-# One object for a folder; a few stay open between calls, since closing writes SQLite's log back.
+# One object for each folder. A few stay open between calls, as closing writes SQLite's log back.
 _disk_store = functools.lru_cache(maxsize=8)(DiskStore)
 
 
@@ -55,7 +55,7 @@ _keeps_nothing = ContextVar("_keeps_nothing", default=False)
 
 @contextlib.contextmanager
 def keep_nothing() -> Iterator[None]:
-    """Let any ``memory`` be a store that keeps nothing: for images made up to probe a model."""
+    """Disable all stores, for artificial images that only probe a model."""
     token = _keeps_nothing.set(True)
     try:
         yield
@@ -64,7 +64,7 @@ def keep_nothing() -> Iterator[None]:
 
 
 def as_store(memory: object, start: str = "") -> Store:
-    """Return the store that a ``memory`` parameter describes; `start`: of a relative folder.
+    """Return the store of a ``memory`` parameter; a relative folder is in `start`.
 
     None: the store of this process. False, or a `joblib.Memory` without a location: a store that
     keeps nothing. A folder, or a `joblib.Memory` with one: a file there. A store: itself.
@@ -101,7 +101,7 @@ def as_store(memory: object, start: str = "") -> Store:
 
 
 def resolve_memory(memory: object, start: str) -> object:
-    """Return `memory`, a folder as the path that it had when `start` was the working folder."""
+    """Return `memory`; a relative folder becomes an absolute one in `start`."""
     store = memory if memory is None else as_store(memory, start)
     return store.folder if isinstance(store, DiskStore) and store is not memory else memory
 
@@ -136,6 +136,10 @@ def embedding_store(memory: object = None, *, max_bytes: int | str | None = "def
     ValueError
         For a path that cannot be a local folder, a bound that is not a size, or a bound for
         ``memory=False``.
+
+    See Also
+    --------
+    PretrainedFeatureExtractor : Its parameter `memory` takes a store.
 
     Examples
     --------

@@ -12,7 +12,7 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import make_pipeline
 
 from sktransfer import FineTuningClassifier, PretrainedFeatureExtractor
-from sktransfer.images._cells import own_copy
+from sktransfer.images._cells import copy_cell
 from sktransfer.images._images import as_images
 
 
@@ -248,7 +248,7 @@ def test_sequences_of_paths(picture_files):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_next_cell_does_not_change_the_one_before(pictures, kind):
     X = kind(pictures)
-    cell = own_copy(X[0])
+    cell = copy_cell(X[0])
     _ = X[1]
     np.testing.assert_array_equal(as_images([cell]).decode(0), pictures[0])
 

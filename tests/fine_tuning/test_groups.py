@@ -117,6 +117,13 @@ def test_a_validation_part_that_is_given_comes_first(of_groups):
 
 
 # -- refused ---------------------------------------------------------------------------------
+def test_a_splitter_without_splits(of_groups):
+    X, k, _ = of_groups
+    message = "early_stopping: PredefinedSplit yields no split of these 48 rows"
+    with pytest.raises(ValueError, match=message):
+        quick(early_stopping=PredefinedSplit(np.full(48, -1))).fit(X, k)
+
+
 @pytest.mark.parametrize("splitter", SPLITTERS, ids=str)
 def test_a_splitter_that_needs_groups(of_groups, splitter):
     X, k, _ = of_groups

@@ -50,6 +50,10 @@ def test_classes_are_those_of_the_first_call(coded):
     model = quick().partial_fit(X, k, classes=[0, 1, 2]).partial_fit(X, k, classes=[2, 1, 0])
     with pytest.raises(ValueError, match="not the same as in the first call to partial_fit"):
         model.partial_fit(X, k, classes=[0, 1])
+    with pytest.raises(ValueError, match="`classes` holds one class only: 1"):
+        quick().partial_fit(X, k, classes=[1])
+    with pytest.raises(ValueError, match="`classes` is empty"):
+        quick().partial_fit(X, k, classes=[])
     Y = np.eye(3, dtype=int)[k]
     with pytest.raises(ValueError, match=r"several labels per row: .* the classes are the num"):
         quick().partial_fit(X, Y, classes=[0, 1])

@@ -100,7 +100,7 @@ def test_bad_cells(case):
 @pytest.mark.parametrize("case", sorted(set(BAD_CELLS) - {"text", "text data", "zeros"}))
 def test_digest_finds_all_bad_cells_but_those_that_only_decoding_finds(case):
     with pytest.raises(BadImage, match="(?s)" + BAD_CELLS[case][1]):
-        as_images(["other.jpg", BAD_CELLS[case][0]]).digest(1)
+        as_images(["other.jpg", BAD_CELLS[case][0]]).read(1)
 
 
 def test_bad_tensors():

@@ -35,7 +35,7 @@ def encode(image, format, **options):
 def decode(data, **options):
     images = as_images([data])
     decoded = pixels(images, 0, **options)
-    images.digest(0)
+    images.read(0)
     assert images.take_warnings() is None
     assert decoded.dtype == np.uint8
     assert decoded.flags.c_contiguous

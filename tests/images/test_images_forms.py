@@ -20,7 +20,7 @@ def assert_shows(images, stack):
         assert decoded.dtype == np.uint8
         assert decoded.flags.c_contiguous
         assert not decoded.flags.writeable
-    digests = [images.digest(i) for i in range(len(stack))]
+    digests = [images.read(i).digest for i in range(len(stack))]
     assert [len(digest) for digest in digests] == [16] * len(stack)
     assert len(set(digests)) == len(stack)
     assert images.take_warnings() is None  # there is nothing to warn of
@@ -124,7 +124,7 @@ def test_tensors_on_a_device(stack):
     X = tensors(stack).to("cuda")
     assert_shows(as_images(X), stack)
     assert_shows(as_images(list(X / 255)), stack)
-    assert as_images(X).digest(0) == as_images(stack).digest(0)
+    assert as_images(X).read(0).digest == as_images(stack).read(0).digest
 
 
 # -- embeddings ------------------------------------------------------------------------------

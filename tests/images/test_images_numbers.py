@@ -52,9 +52,9 @@ def test_any_numbers_decode_or_are_bad(picture):
             assert not np.isfinite(picture).all()
             assert "NaN or infinite" in str(error)  # noqa: PT017
             with pytest.raises(BadImage, match="NaN or infinite"):
-                images.digest(0)
+                images.read(0)
             return
-        images.digest(0)
+        images.read(0)
     assert decoded.shape == (*picture.shape[:2], 3)
     colors = picture[..., : {2: 1, 4: 3}.get(picture.shape[2], picture.shape[2])]
     if picture.shape[2] in (1, 3) and (colors.min() < -1 or colors.max() > 256):
@@ -87,8 +87,8 @@ def test_other_numbers_are_stretched_and_told():
     assert not pixels(images, 3).any()
     message = warning_of(images)
     assert "4 images of numbers outside 0…255 (the first is row 0: -2…3) were stretched" in message
-    # digest() tells the same, so that a warning does not hang on what is in the store.
-    images.digest(2)
+    # read() notes the same as decode(), whether or not the store has the row.
+    images.read(2)
     assert "1 image of numbers outside 0…255 (row 2: -2000…3000)" in warning_of(images)
 
 

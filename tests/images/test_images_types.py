@@ -105,13 +105,13 @@ def test_uint16_stays_uint16_in_flat_rows(form, numbers):
 def test_other_types_stay(form, dtype, numbers):
     numbers = (numbers / 65536 * (100 if dtype != np.float32 else 1)).astype(dtype)
     images, expected = as_images(FORMS[form](numbers)), as_images(numbers)
-    assert [images.digest(i) for i in range(N)] == [expected.digest(i) for i in range(N)]
+    assert [images.read(i).digest for i in range(N)] == [expected.read(i).digest for i in range(N)]
 
 
 def test_small_integers_without_a_type_are_eight_bits(numbers):
     dark = numbers >> 8
     images, expected = as_images(dark.astype(object)), as_images(dark.astype(np.uint8))
-    assert [images.digest(i) for i in range(N)] == [expected.digest(i) for i in range(N)]
+    assert [images.read(i).digest for i in range(N)] == [expected.read(i).digest for i in range(N)]
 
 
 def test_columns_of_strings_are_paths():
@@ -164,4 +164,4 @@ def test_a_masked_stack_is_an_error(numbers):
         with pytest.raises(BadImage, match=r"\.filled\(value\)"):
             flat.read(0)
     nothing_masked = as_images(np.ma.array(numbers, mask=False))
-    assert nothing_masked.digest(0) == as_images(numbers).digest(0)
+    assert nothing_masked.read(0).digest == as_images(numbers).read(0).digest

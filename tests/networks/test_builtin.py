@@ -12,7 +12,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sktransfer.networks.builtin import DEFAULT, VERSIONS
-from sktransfer.networks.builtin._network import STAGES, BuiltinNet
+from sktransfer.networks.builtin._network import BuiltinNet
+
+STAGES = ("stem", "stage1", "stage2", "stage3", "stage4", "pool", "flatten", "head")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +145,7 @@ def crops(version):
                 side = rng.uniform(0.4, 0.8) * min(half_width, half_height)
                 x = left + rng.uniform(0, half_width - side)
                 y_ = top + rng.uniform(0, half_height - side)
-                crop = image.resize(version.size, box=(x, y_, x + side, y_ + side))
+                crop = image.resize(version.preprocessing.size, box=(x, y_, x + side, y_ + side))
                 X.append(np.asarray(crop.convert("RGB")))
                 y.append(label)
                 quarters.append(quarter)
@@ -163,7 +165,8 @@ def test_features_beat_pixels_and_the_untrained_twin(network, version, crops):
     parts have in common (material, grain, style) helps.
     """
     X, y, quarters = crops
-    mean, std = torch.tensor([version.mean, version.std]).view(2, 1, 3, 1, 1)
+    prepared = version.preprocessing
+    mean, std = torch.tensor([prepared.mean, prepared.std]).view(2, 1, 3, 1, 1)
     x = (torch.from_numpy(X).permute(0, 3, 1, 2) / 255 - mean) / std
     trained = recognised(embed(network, x), y, quarters)
     untrained = recognised(embed(calibrated_twin(x), x), y, quarters)

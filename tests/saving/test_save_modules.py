@@ -121,7 +121,7 @@ def test_edits_of_the_code(standalone, pictures, tmp_path, monkeypatch):
     said = said.replace("class Net", "# A comment.\n\n\nclass Net").replace("(2, 3)", "( 2,3, )")
     assert_same(load(path, backbone=edited(said)), model, pictures)
     other = edited(SOURCE.format(function="tanh"))
-    with pytest.warns(UserWarning, match=r"code of Net is not what it was when .*model was saved"):
+    with pytest.warns(UserWarning, match=r"code of Net has changed since .*model was saved"):
         load(path, backbone=other)
 
 

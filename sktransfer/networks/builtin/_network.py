@@ -1,4 +1,4 @@
-"""The architecture behind ``backbone="builtin"``, and what is known of its weights."""
+"""The architecture of ``backbone="builtin"``, and the properties of its weights."""
 
 from __future__ import annotations
 
@@ -8,25 +8,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-STAGES = ("stem", "stage1", "stage2", "stage3", "stage4", "pool", "flatten", "head")
+from sktransfer.networks._preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
 class Version:
-    """One set of weights, and how its images are prepared.
-
-    ``size`` is (height, width): the whole image is squeezed into it, and a ``crop`` of the
-    same size leaves nothing out. ``mean`` and ``std`` apply to RGB in 0...1. ``parameters``
-    are in millions, ``multiply_adds`` for one image in billions.
-    """
+    """One set of weights. ``parameters`` are millions, ``multiply_adds`` billions for one image."""
 
     file: str
     sha256: str
-    size: tuple[int, int]
-    crop: tuple[int, int]
-    interpolation: str = "bilinear"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    preprocessing: Preprocessing
     num_classes: int = 200
     n_features: int = 1408
     parameters: float = 2.845256
@@ -40,8 +31,8 @@ class Version:
 class Block(nn.Module):
     """Residual block of two 3x3 convolutions, as in ResNet-18.
 
-    Where it halves the image, the shortcut averages before its 1x1 convolution, so that no
-    pixel is thrown away (ResNet-D).
+    If it halves the image, the shortcut averages before its 1x1 convolution, so that every pixel
+    counts (ResNet-D).
     """
 
     def __init__(self, n_in: int, n_out: int, stride: int = 1) -> None:
@@ -65,10 +56,10 @@ class Block(nn.Module):
 
 
 class LastStage(nn.Module):
-    """Blocks and a 1x1 expansion, joined with what came in.
+    """Blocks and a 1x1 expansion, joined with the input.
 
-    Joining here, before the pooling, makes the embedding hold the pooled outputs of the last
-    two stages while the network stays a plain chain.
+    So the embedding contains the pooled outputs of the last two stages, and the network is still
+    a chain of stages.
     """
 
     def __init__(self, n_in: int, n_out: int, n_expanded: int) -> None:
@@ -87,8 +78,8 @@ class LastStage(nn.Module):
 class MeanAndDeviation(nn.Module):
     """Mean and standard deviation of each channel over the positions, N×2C×1×1.
 
-    The deviation tells textures and single bright spots from even surfaces (it is what style
-    transfer calls the style of an image), which the mean alone does not.
+    The deviation, which style transfer uses as the style of an image, distinguishes textures and
+    single bright spots from even surfaces; the mean alone does not.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
