@@ -82,6 +82,16 @@ def test_channels_change_places_before_the_network(tmp_path):
     np.testing.assert_allclose(extract(tmp_path, images), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_networks_of_grey_images(tmp_path):
+    options = SQUARE | {"image_mean": [0.5], "image_std": [0.5]}
+    model = write_network(tmp_path, ("ViT", options), config=SIZES | {"num_channels": 1})
+    images = make_images(size=(64, 64))
+    grey = np.stack([np.asarray(image.convert("L")) for image in images])[:, None]
+    with torch.no_grad():
+        expected = model(torch.from_numpy(grey / 127.5 - 1).float()).pooler_output
+    np.testing.assert_allclose(extract(tmp_path, images), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_processor_that_does_more_is_refused(tmp_path):
     write_network(tmp_path, ("Siglip2", {"patch_size": 16, "max_num_patches": 16}))
     with pytest.raises(ValueError, match=r"Siglip2ImageProcessor does more than to resize, crop"):
