@@ -198,7 +198,9 @@ def _most_similar(candidates: list[Preprocessing], processor, takes_bgr: bool) -
     height, width = candidates[0].crop_size
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
-    image = image.resize((2 * width + 40, 2 * height), Image.Resampling.BICUBIC)
+    resizes = getattr(processor, "do_resize", True)
+    size = (2 * width + 40, 2 * height) if resizes else (width, height)
+    image = image.resize(size, Image.Resampling.BICUBIC)
     expected = np.asarray(processor(images=image, return_tensors="pt")["pixel_values"][0])
     expected = expected[::-1] if takes_bgr else expected
     distances = []

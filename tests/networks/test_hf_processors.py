@@ -82,6 +82,15 @@ def test_channels_change_places_before_the_network(tmp_path):
     np.testing.assert_allclose(extract(tmp_path, images), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_processor_that_does_not_resize(tmp_path):
+    model = write_network(tmp_path, ("ViT", {"do_resize": False}))
+    images = make_images(size=(64, 64))
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(**processor(images=images, return_tensors="pt")).pooler_output
+    np.testing.assert_allclose(extract(tmp_path, images), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_networks_of_grey_images(tmp_path):
     options = SQUARE | {"image_mean": [0.5], "image_std": [0.5]}
     model = write_network(tmp_path, ("ViT", options), config=SIZES | {"num_channels": 1})
