@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
     raise TypeError(f"{type(value)} has no JSON form")
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, float, Any]:
+    """Seconds, seconds of CPU in all threads, and the result."""
+    start, cpu = time.perf_counter(), time.process_time()
+    result = function()
+    return time.perf_counter() - start, time.process_time() - cpu, result
 
 
 def write_jpegs(folder: Path, n_images: int, size: tuple[int, int] = (500, 375)) -> list[str]:

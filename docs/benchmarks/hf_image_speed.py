@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from _report import save, write_jpegs
+from _report import save, timed, write_jpegs
 from PIL import Image
-from text_speed import timed
 
 from sktransfer import PretrainedFeatureExtractor
 
