@@ -9,7 +9,6 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._progress import warn
-from sktransfer._threads import own_random_state
 from sktransfer._validation import column_names, is_empty_part, keep_index
 
 
@@ -54,9 +53,7 @@ class BaseEmbedding(TransformerMixin, BaseEstimator):
         names = ("backbone", "weights", "pooling", "preprocessing")
         parameters = {name: getattr(self, name) for name in names} | given
         layer = with_cached_layers(self.layer, getattr(self, "cache_layers", None))
-        # A callable that makes a module may draw random weights.
-        with own_random_state():
-            return load_backbone(layer=layer, **parameters)
+        return load_backbone(layer=layer, **parameters)
 
     def __sklearn_is_fitted__(self):
         return "backbone_" in vars(self)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sktransfer._progress import did_you_mean
-from sktransfer._threads import own_settings
+from sktransfer._threads import own_random_state, own_settings
 from sktransfer.networks._blocks import LAST_STATES, BlockPlan, SplitModel
 from sktransfer.networks._graph import Stages
 from sktransfer.networks._inference import (
@@ -169,7 +169,8 @@ def resolve_source(backbone: object, weights: object) -> Source:
             f"backbone={backbone!r} is a {type(backbone).__name__}: a name (see "
             "list_backbones()), a torch.nn.Module or a callable that returns one is accepted."
         )
-    made = backbone()
+    with own_random_state():  # it may draw random weights
+        made = backbone()
     if not isinstance(made, nn.Module):
         raise TypeError(
             f"backbone={backbone!r} returned {type(made).__name__}: a callable backbone takes no "
