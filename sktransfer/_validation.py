@@ -7,13 +7,12 @@ scikit-learn can break no other. Other files import what they need of them from 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.base import _fit_context
+from sklearn.base import _fit_context as fit_context
 from sklearn.utils import _safe_indexing as safe_indexing
 from sklearn.utils._param_validation import (
     HasMethods,
@@ -46,6 +45,7 @@ __all__ = [
     "Interval",
     "Options",
     "StrOptions",
+    "SuggestionMixin",
     "check_images",
     "check_parameters",
     "check_texts",
@@ -86,33 +86,21 @@ SHARED_CONSTRAINTS: dict[str, list] = {
 }
 
 
-def fit_context(*, prefer_skip_nested_validation: bool) -> Callable[[Callable], Callable]:
-    """Apply scikit-learn's decorator of fit methods; errors suggest the nearest accepted string."""
+class SuggestionMixin:
+    """An estimator whose errors for parameters suggest the nearest accepted string."""
 
-    def decorator(method: Callable) -> Callable:
-        checked = _fit_context(prefer_skip_nested_validation=prefer_skip_nested_validation)(method)
+    _parameter_constraints: dict
 
-        @functools.wraps(method)
-        def wrapper(estimator, *args, **kwargs):
-            with _suggestions(estimator):
-                return checked(estimator, *args, **kwargs)
-
-        return wrapper
-
-    return decorator
-
-
-@contextlib.contextmanager
-def _suggestions(estimator: BaseEstimator) -> Iterator[None]:
-    try:
-        yield
-    except InvalidParameterError as error:
-        for name, constraints in estimator._parameter_constraints.items():
-            value = getattr(estimator, name, None)
-            if isinstance(value, str) and f"The {name!r} parameter of" in str(error):
-                known = [o for c in constraints if isinstance(c, StrOptions) for o in c.options]
-                raise InvalidParameterError(f"{error}{did_you_mean(value, known)}") from None
-        raise
+    def _validate_params(self) -> None:
+        try:
+            super()._validate_params()  # type: ignore[misc]
+        except InvalidParameterError as error:
+            for name, constraints in self._parameter_constraints.items():
+                value = getattr(self, name, None)
+                if isinstance(value, str) and f"The {name!r} parameter of" in str(error):
+                    known = [o for c in constraints if isinstance(c, StrOptions) for o in c.options]
+                    raise InvalidParameterError(f"{error}{did_you_mean(value, known)}") from None
+            raise
 
 
 def check_images(estimator: BaseEstimator, X, *, reset: bool, name: str = "X") -> Images:
@@ -187,8 +175,7 @@ def is_empty_part(estimator: BaseEstimator, X) -> bool:
 
 def check_parameters(estimator: BaseEstimator) -> None:
     """Raise scikit-learn's error for a parameter outside the estimator's constraints."""
-    with _suggestions(estimator):
-        estimator._validate_params()
+    estimator._validate_params()
 
 
 def check_weight(sample_weight, n_samples: int) -> np.ndarray:

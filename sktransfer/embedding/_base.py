@@ -9,10 +9,10 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._progress import warn
-from sktransfer._validation import column_names, is_empty_part, keep_index
+from sktransfer._validation import SuggestionMixin, column_names, is_empty_part, keep_index
 
 
-class BaseEmbedding(TransformerMixin, BaseEstimator):
+class BaseEmbedding(SuggestionMixin, TransformerMixin, BaseEstimator):
     """A transformer whose columns are the layers of `backbone_`."""
 
     _name_suffix = ""  # behind the backbone's name
