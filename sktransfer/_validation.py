@@ -37,7 +37,6 @@ from sktransfer.texts._texts import Texts, as_texts
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
-    from sklearn.utils import Tags
 
 __all__ = [
     "SHARED_CONSTRAINTS",
@@ -55,8 +54,6 @@ __all__ = [
     "is_empty_part",
     "keep_index",
     "safe_indexing",
-    "set_image_tags",
-    "set_text_tags",
 ]
 
 # Of the parameters that the extractor and the fine-tuning estimators have in common.
@@ -191,26 +188,6 @@ def column_names(estimator: BaseEstimator, input_features) -> list[str]:
     if names is None or estimator.n_features_in_ != n_columns:  # pixel columns: one image
         return [f"x{j}" for j in range(n_columns)] if n_columns > 1 else [""]
     return [str(name) for name in names]
-
-
-def set_image_tags(estimator: BaseEstimator, tags: Tags) -> Tags:
-    """Describe an estimator of images in scikit-learn's tags."""
-    # With image_shape X is a table of numbers; without it X may be a list of paths.
-    tags.input_tags.one_d_array = estimator.image_shape is None
-    tags.input_tags.string = estimator.image_shape is None
-    tags.input_tags.three_d_array = True
-    tags.input_tags.allow_nan = estimator.on_error != "raise"
-    tags.transformer_tags.preserves_dtype = ["float32"]
-    return tags
-
-
-def set_text_tags(estimator: BaseEstimator, tags: Tags) -> Tags:
-    """Describe an estimator of texts in scikit-learn's tags."""
-    tags.input_tags.one_d_array = tags.input_tags.string = True
-    tags.input_tags.two_d_array = False  # of numbers
-    tags.input_tags.allow_nan = estimator.on_error != "raise"
-    tags.transformer_tags.preserves_dtype = ["float32"]
-    return tags
 
 
 def keep_index(estimator: BaseEstimator, columns: np.ndarray, X):

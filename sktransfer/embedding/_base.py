@@ -55,6 +55,17 @@ class BaseEmbedding(SuggestionMixin, TransformerMixin, BaseEstimator):
         layer = with_cached_layers(self.layer, getattr(self, "cache_layers", None))
         return load_backbone(layer=layer, **parameters)
 
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        takes_images = hasattr(self, "image_shape")
+        tags.input_tags.two_d_array = tags.input_tags.three_d_array = takes_images  # of numbers
+        # With image_shape X is a table of numbers; without it X may be a list of paths or texts.
+        is_list = getattr(self, "image_shape", None) is None
+        tags.input_tags.one_d_array = tags.input_tags.string = is_list
+        tags.input_tags.allow_nan = self.on_error != "raise"
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
     def __sklearn_is_fitted__(self):
         return "backbone_" in vars(self)
 

@@ -10,7 +10,6 @@ from sktransfer._validation import (
     StrOptions,
     check_images,
     fit_context,
-    set_image_tags,
 )
 from sktransfer.embedding._base import Extractor
 
@@ -256,9 +255,6 @@ class PretrainedFeatureExtractor(Extractor):
             them, as does its attribute ``bad_images``; the other rows are in the store.
         """
         return self._transform(X)
-
-    def __sklearn_tags__(self):
-        return set_image_tags(self, super().__sklearn_tags__())
 
     def _check(self, X, *, reset):
         return check_images(self, X, reset=reset)

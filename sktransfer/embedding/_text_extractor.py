@@ -12,7 +12,6 @@ from sktransfer._validation import (
     StrOptions,
     check_texts,
     fit_context,
-    set_text_tags,
 )
 from sktransfer.embedding._base import Extractor
 
@@ -205,9 +204,6 @@ class PretrainedTextExtractor(Extractor):
             other rows are in the store.
         """
         return self._transform(X)
-
-    def __sklearn_tags__(self):
-        return set_text_tags(self, super().__sklearn_tags__())
 
     def _check(self, X, *, reset):
         return check_texts(self, X, reset=reset)

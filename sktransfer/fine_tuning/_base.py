@@ -26,7 +26,6 @@ from sktransfer._validation import (
     check_weight,
     fit_context,
     keep_index,
-    set_image_tags,
 )
 from sktransfer.embedding._base import BaseEmbedding
 from sktransfer.fine_tuning._targets import clip_outliers
@@ -470,9 +469,6 @@ class BaseFineTuning(BaseEmbedding):
                 continue_from(net, state, has_scheduler(self.callbacks))
             tuned.net = net
         return tuned.net
-
-    def __sklearn_tags__(self):
-        return set_image_tags(self, super().__sklearn_tags__())
 
 
 @dataclass
