@@ -9,7 +9,15 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._progress import warn
-from sktransfer._validation import SuggestionMixin, column_names, is_empty_part, keep_index
+from sktransfer._validation import (
+    SuggestionMixin,
+    check_images,
+    check_texts,
+    column_names,
+    fit_context,
+    is_empty_part,
+    keep_index,
+)
 
 
 class BaseEmbedding(SuggestionMixin, TransformerMixin, BaseEstimator):
@@ -77,12 +85,63 @@ class BaseEmbedding(SuggestionMixin, TransformerMixin, BaseEstimator):
 
 
 class Extractor(BaseEmbedding):
-    """A transformer of cells to the rows of a frozen network.
-
-    A subclass checks X in `_check`, which returns its rows.
-    """
+    """A transformer of cells to the rows of a frozen network."""
 
     _kind = "images"  # what X holds
+
+    @fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y=None):
+        """Load the network and note the columns of `X`.
+
+        Parameters
+        ----------
+        X : list, array, Series or data frame of n_samples images or texts
+            See the class's Notes. No image is decoded; texts are read only if `pooling` needs them.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        self : estimator
+            The fitted extractor.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `X` cannot hold images or texts, or has two meanings, or if a parameter does not fit.
+        OSError
+            If the weights are not on this machine and cannot be downloaded.
+        """
+        return self._fit(X)
+
+    def transform(self, X):
+        """Compute the columns of images or texts.
+
+        Parameters
+        ----------
+        X : list, array, Series or data frame of n_samples images or texts
+            The same columns as in `fit`; see the class's Notes. A data frame may have no rows.
+
+        Returns
+        -------
+        columns : ndarray of shape (n_samples, `n_features_out_`), float32
+            A data frame where ``set_output`` asks for one.
+
+        Raises
+        ------
+        ValueError
+            With ``on_error="raise"``, if cells cannot be read. The message reports all of them, as
+            does its attribute ``bad_rows``; the other rows are in the store.
+        """
+        check_is_fitted(self)
+        if is_empty_part(self, X):
+            setattr(self, f"bad_{self._kind}_", [])
+            return keep_index(self, np.empty((0, self.n_features_out_), dtype=np.float32), X)
+        return keep_index(self, self._embed(self._check(X, reset=False)), X)
+
+    def _check(self, X, *, reset):
+        check = check_images if self._kind == "images" else check_texts
+        return check(self, X, reset=reset)
 
     def _fit(self, X):
         from sktransfer.embedding._embed import check_place
@@ -97,13 +156,6 @@ class Extractor(BaseEmbedding):
         self.n_features_out_ = rows.n_columns * sum(widths)
         setattr(self, f"bad_{self._kind}_", [])
         return self
-
-    def _transform(self, X):
-        check_is_fitted(self)
-        if is_empty_part(self, X):
-            setattr(self, f"bad_{self._kind}_", [])
-            return keep_index(self, np.empty((0, self.n_features_out_), dtype=np.float32), X)
-        return keep_index(self, self._embed(self._check(X, reset=False)), X)
 
     def _embed(self, rows):
         from sktransfer._rows import unreadable
