@@ -62,7 +62,7 @@ def test_a_file_without_plain_numbers(tmp_path, change, message, backbone):
         load_backbone(backbone, weights=path)
 
 
-@pytest.mark.parametrize("kind", ["complex", "8 bits", "int8", "bool"])
+@pytest.mark.parametrize("kind", ["8 bits", "int8", "bool"])
 def test_the_same_in_safetensors(tmp_path, kind):
     change, message = ODD[kind]
     path = tmp_path / "weights.safetensors"

@@ -190,7 +190,7 @@ def test_own_modules_in_a_pipeline(standalone, pictures, tmp_path):
         FeatureUnion(
             [("a", extractor(backbone=one, **own)), ("b", extractor(backbone=other, **own))]
         ),
-        LogisticRegression(),
+        LogisticRegression(max_iter=1000),
     )
     path = tmp_path / "model"
     save(model.fit(pictures, Y), path, standalone=standalone)
