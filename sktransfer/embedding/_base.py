@@ -23,6 +23,7 @@ from sktransfer._validation import (
 class BaseEmbedding(SuggestionMixin, TransformerMixin, BaseEstimator):
     """A transformer whose columns are the layers of `backbone_`."""
 
+    _content = "images"  # of X
     _name_suffix = ""  # behind the backbone's name
 
     # The "?" of the HTML representation leads to the class's page.
@@ -30,6 +31,34 @@ class BaseEmbedding(SuggestionMixin, TransformerMixin, BaseEstimator):
     _doc_link_template = (
         "https://sktransfer.readthedocs.io/en/stable/api/sktransfer.{estimator_name}.html"
     )
+
+    def transform(self, X):
+        """Compute the columns of images or texts.
+
+        Parameters
+        ----------
+        X : list, array, Series or data frame of n_samples images or texts
+            The same columns as in `fit`; see the class's Notes. A data frame may have no rows.
+
+        Returns
+        -------
+        columns : ndarray of shape (n_samples, `n_features_out_`), float32
+            A data frame if ``set_output`` asks for one. Unless ``on_error="raise"``, the rows of
+            unreadable images are NaN, or zeros with ``on_error="zero"``.
+
+        Raises
+        ------
+        ValueError
+            With ``on_error="raise"``, if cells cannot be read. The message reports all of them, as
+            does its attribute ``bad_rows``; the other rows are in the store.
+        """
+        check_is_fitted(self)
+        if is_empty_part(self, X):
+            setattr(self, f"bad_{self._content}_", [])
+            columns = np.empty((0, self.n_features_out_), dtype=np.float32)
+        else:
+            columns = self._columns(X)
+        return keep_index(self, columns, X)
 
     def get_feature_names_out(self, input_features=None):
         """Return the names of the columns of `transform`.
@@ -48,9 +77,8 @@ class BaseEmbedding(SuggestionMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         backbone, n_layers = self.backbone_, len(self._asked_groups())
         stem = f"{backbone.short_name}{self._name_suffix}"
-        prefixes = [
-            f"{name}_{stem}" if name else stem for name in column_names(self, input_features)
-        ]
+        names = column_names(self, input_features)
+        prefixes = [f"{name}_{stem}" if name else stem for name in names]
         out = [column for prefix in prefixes for column in backbone.column_names(prefix, n_layers)]
         return np.asarray(out, dtype=object)
 
@@ -87,8 +115,6 @@ class BaseEmbedding(SuggestionMixin, TransformerMixin, BaseEstimator):
 class Extractor(BaseEmbedding):
     """A transformer of cells to the rows of a frozen network."""
 
-    _kind = "images"  # what X holds
-
     @fit_context(prefer_skip_nested_validation=True)
     def fit(self, X, y=None):
         """Load the network and note the columns of `X`.
@@ -114,33 +140,8 @@ class Extractor(BaseEmbedding):
         """
         return self._fit(X)
 
-    def transform(self, X):
-        """Compute the columns of images or texts.
-
-        Parameters
-        ----------
-        X : list, array, Series or data frame of n_samples images or texts
-            The same columns as in `fit`; see the class's Notes. A data frame may have no rows.
-
-        Returns
-        -------
-        columns : ndarray of shape (n_samples, `n_features_out_`), float32
-            A data frame where ``set_output`` asks for one.
-
-        Raises
-        ------
-        ValueError
-            With ``on_error="raise"``, if cells cannot be read. The message reports all of them, as
-            does its attribute ``bad_rows``; the other rows are in the store.
-        """
-        check_is_fitted(self)
-        if is_empty_part(self, X):
-            setattr(self, f"bad_{self._kind}_", [])
-            return keep_index(self, np.empty((0, self.n_features_out_), dtype=np.float32), X)
-        return keep_index(self, self._embed(self._check(X, reset=False)), X)
-
     def _check(self, X, *, reset):
-        check = check_images if self._kind == "images" else check_texts
+        check = check_images if self._content == "images" else check_texts
         return check(self, X, reset=reset)
 
     def _fit(self, X):
@@ -154,13 +155,13 @@ class Extractor(BaseEmbedding):
         n_asked = len(self.backbone_.layers_named(self.layer))
         widths = [width for _, width in self.backbone_.feature_groups[:n_asked]]
         self.n_features_out_ = rows.n_columns * sum(widths)
-        setattr(self, f"bad_{self._kind}_", [])
+        setattr(self, f"bad_{self._content}_", [])
         return self
 
-    def _embed(self, rows):
+    def _columns(self, X):
         from sktransfer._rows import unreadable
 
-        kind = self._kind
+        kind, rows = self._content, self._check(X, reset=False)
         columns = np.empty((rows.n_rows, self.n_features_out_), dtype=np.float32)
         bad = self._compute(rows, columns.reshape(len(rows), -1))
         if assumed := rows.take_warnings():

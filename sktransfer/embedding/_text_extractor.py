@@ -119,7 +119,7 @@ class PretrainedTextExtractor(Extractor):
            [-0.67,  0.33]], dtype=float32)
     """
 
-    _kind = "texts"
+    _content = "texts"
     _parameter_constraints: dict = {  # noqa: RUF012
         **{name: SHARED_CONSTRAINTS[name] for name in ("device", "precision", "n_jobs")},
         **{name: SHARED_CONSTRAINTS[name] for name in ("memory", "verbose")},
