@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from numbers import Integral
 
-from sktransfer._validation import (
-    SHARED_CONSTRAINTS,
-    Interval,
-    StrOptions,
-    check_images,
-    fit_context,
-    set_image_tags,
-)
+from sktransfer._validation import SHARED_CONSTRAINTS, Interval, StrOptions
 from sktransfer.embedding._base import Extractor
 
 
@@ -211,58 +204,6 @@ class PretrainedFeatureExtractor(Extractor):
         self.cache_layers = cache_layers
         self.on_error = on_error
         self.verbose = verbose
-
-    @fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y=None):
-        """Load the network and note the columns of `X`; no image is decoded.
-
-        Parameters
-        ----------
-        X : list, array, Series or data frame of n_samples images
-            See the class's Notes.
-        y : None
-            Ignored.
-
-        Returns
-        -------
-        self : PretrainedFeatureExtractor
-            The fitted extractor.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If `X` cannot hold images or has two meanings, or if a parameter does not fit.
-        OSError
-            If the weights are not on this machine and cannot be downloaded.
-        """
-        return self._fit(X)
-
-    def transform(self, X):
-        """Embed images.
-
-        Parameters
-        ----------
-        X : list, array, Series or data frame of n_samples images
-            The same columns as in `fit`; see the class's Notes. A data frame may have no rows.
-
-        Returns
-        -------
-        columns : ndarray of shape (n_samples, `n_features_out_`), float32
-            A data frame where ``set_output`` asks for one.
-
-        Raises
-        ------
-        ValueError
-            With ``on_error="raise"``, if images cannot be read. The message reports all of
-            them, as does its attribute ``bad_images``; the other rows are in the store.
-        """
-        return self._transform(X)
-
-    def __sklearn_tags__(self):
-        return set_image_tags(self, super().__sklearn_tags__())
-
-    def _check(self, X, *, reset):
-        return check_images(self, X, reset=reset)
 
     def _load(self, **given):
         from sktransfer.networks._huggingface import is_text_name

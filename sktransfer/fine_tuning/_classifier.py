@@ -114,7 +114,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     n_iter_no_change : int, default=10
         With early stopping, epochs without a better score after which training ends.
     class_weight : dict, "balanced" or None, default=None
-        Weights of the classes, as in scikit-learn; for several labels per row only ``"balanced"``.
+        Weights of the classes, as in scikit-learn. A dict is for one label per row only.
     random_state : int, RandomState instance or None, default=None
         Seed of shuffling, dropout, augmentation and the split. The global random states of
         torch and, with an int, of NumPy are not changed.

@@ -173,20 +173,12 @@ def resolve_source(backbone: object, weights: object) -> Source:
         return backbone
     if isinstance(backbone, str):
         return named_source(backbone, weights)
-    if isinstance(backbone, nn.Module):
+    if isinstance(backbone, nn.Module) or callable(backbone):
         return own_source(backbone, weights)
-    if not callable(backbone):
-        raise TypeError(
-            f"backbone={backbone!r} is a {type(backbone).__name__}: a name (see "
-            "list_backbones()), a torch.nn.Module or a callable that returns one is accepted."
-        )
-    made = backbone()
-    if not isinstance(made, nn.Module):
-        raise TypeError(
-            f"backbone={backbone!r} returned {type(made).__name__}: a callable backbone takes no "
-            "argument and returns a torch.nn.Module."
-        )
-    return own_source(made, weights)
+    raise TypeError(
+        f"backbone={backbone!r} is a {type(backbone).__name__}: a name (see list_backbones()), a "
+        "torch.nn.Module or a callable that returns one is accepted."
+    )
 
 
 class Backbone:

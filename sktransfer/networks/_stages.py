@@ -172,7 +172,7 @@ class StagePlan:
         reads = {
             i: self.traced.parameters(node) for i, node in enumerate(self.traced.nodes[: end + 1])
         }
-        # A stage has more parameters than those of norms.
+        # Parameters of norms alone do not make a stage.
         weights = {n: p for own in reads.values() for n, p in own.items() if p.ndim > 1}
         group_of = self._timm_groups(weights) or self._children(weights)
         with_weights = {group_of[name] for name in weights if name in group_of}
