@@ -52,10 +52,10 @@ _dtype_before: torch.dtype | None = None  # the caller's, if it is another
 
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
-    """Reset torch's default dtype and device, autocast and gradient mode for this thread.
+    """Replace the caller's default dtype and device, autocast and gradient modes of torch.
 
-    Every function that builds, trains or runs a network is called in this context, so that the
-    caller's settings have no effect.
+    In this context, in which every function builds, trains or runs a network, torch computes in
+    float32 on the CPU by default and records gradients.
     """
     import torch
 

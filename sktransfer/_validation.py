@@ -7,13 +7,12 @@ scikit-learn can break no other. Other files import what they need of them from 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.base import _fit_context
+from sklearn.base import _fit_context as fit_context
 from sklearn.utils import _safe_indexing as safe_indexing
 from sklearn.utils._param_validation import (
     HasMethods,
@@ -38,7 +37,6 @@ from sktransfer.texts._texts import Texts, as_texts
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
-    from sklearn.utils import Tags
 
 __all__ = [
     "SHARED_CONSTRAINTS",
@@ -46,6 +44,7 @@ __all__ = [
     "Interval",
     "Options",
     "StrOptions",
+    "SuggestionMixin",
     "check_images",
     "check_parameters",
     "check_texts",
@@ -55,8 +54,6 @@ __all__ = [
     "is_empty_part",
     "keep_index",
     "safe_indexing",
-    "set_image_tags",
-    "set_text_tags",
 ]
 
 # Of the parameters that the extractor and the fine-tuning estimators have in common.
@@ -86,33 +83,21 @@ SHARED_CONSTRAINTS: dict[str, list] = {
 }
 
 
-def fit_context(*, prefer_skip_nested_validation: bool) -> Callable[[Callable], Callable]:
-    """Apply scikit-learn's decorator of fit methods; errors suggest the nearest accepted string."""
+class SuggestionMixin:
+    """An estimator whose errors for parameters suggest the nearest accepted string."""
 
-    def decorator(method: Callable) -> Callable:
-        checked = _fit_context(prefer_skip_nested_validation=prefer_skip_nested_validation)(method)
+    _parameter_constraints: dict
 
-        @functools.wraps(method)
-        def wrapper(estimator, *args, **kwargs):
-            with _suggestions(estimator):
-                return checked(estimator, *args, **kwargs)
-
-        return wrapper
-
-    return decorator
-
-
-@contextlib.contextmanager
-def _suggestions(estimator: BaseEstimator) -> Iterator[None]:
-    try:
-        yield
-    except InvalidParameterError as error:
-        for name, constraints in estimator._parameter_constraints.items():
-            value = getattr(estimator, name, None)
-            if isinstance(value, str) and f"The {name!r} parameter of" in str(error):
-                known = [o for c in constraints if isinstance(c, StrOptions) for o in c.options]
-                raise InvalidParameterError(f"{error}{did_you_mean(value, known)}") from None
-        raise
+    def _validate_params(self) -> None:
+        try:
+            super()._validate_params()  # type: ignore[misc]
+        except InvalidParameterError as error:
+            for name, constraints in self._parameter_constraints.items():
+                value = getattr(self, name, None)
+                if isinstance(value, str) and f"The {name!r} parameter of" in str(error):
+                    known = [o for c in constraints if isinstance(c, StrOptions) for o in c.options]
+                    raise InvalidParameterError(f"{error}{did_you_mean(value, known)}") from None
+            raise
 
 
 def check_images(estimator: BaseEstimator, X, *, reset: bool, name: str = "X") -> Images:
@@ -187,8 +172,7 @@ def is_empty_part(estimator: BaseEstimator, X) -> bool:
 
 def check_parameters(estimator: BaseEstimator) -> None:
     """Raise scikit-learn's error for a parameter outside the estimator's constraints."""
-    with _suggestions(estimator):
-        estimator._validate_params()
+    estimator._validate_params()
 
 
 def check_weight(sample_weight, n_samples: int) -> np.ndarray:
@@ -204,26 +188,6 @@ def column_names(estimator: BaseEstimator, input_features) -> list[str]:
     if names is None or estimator.n_features_in_ != n_columns:  # pixel columns: one image
         return [f"x{j}" for j in range(n_columns)] if n_columns > 1 else [""]
     return [str(name) for name in names]
-
-
-def set_image_tags(estimator: BaseEstimator, tags: Tags) -> Tags:
-    """Describe an estimator of images in scikit-learn's tags."""
-    # With image_shape X is a table of numbers; without it X may be a list of paths.
-    tags.input_tags.one_d_array = estimator.image_shape is None
-    tags.input_tags.string = estimator.image_shape is None
-    tags.input_tags.three_d_array = True
-    tags.input_tags.allow_nan = estimator.on_error != "raise"
-    tags.transformer_tags.preserves_dtype = ["float32"]
-    return tags
-
-
-def set_text_tags(estimator: BaseEstimator, tags: Tags) -> Tags:
-    """Describe an estimator of texts in scikit-learn's tags."""
-    tags.input_tags.one_d_array = tags.input_tags.string = True
-    tags.input_tags.two_d_array = False  # of numbers
-    tags.input_tags.allow_nan = estimator.on_error != "raise"
-    tags.transformer_tags.preserves_dtype = ["float32"]
-    return tags
 
 
 def keep_index(estimator: BaseEstimator, columns: np.ndarray, X):

@@ -19,8 +19,6 @@ _LAYOUTS = (
     "It takes a folder with one folder of images for each class (FOLDER/CLASS/image.jpg), a "
     "folder of images with one CSV file, or the path of a CSV file."
 )
-# A number as Python writes it, or NaN; not "007", "+1" or "1_0".
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?(e[-+]?[0-9]+)?|nan", re.IGNORECASE)
 
 
 def load_folder(path: str | Path, *, label: str | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -147,10 +145,13 @@ def _is_image(path: Path) -> bool:
 
 
 def _as_numbers(labels: list[str]) -> np.ndarray:
-    """Convert labels to integers or floats, unless that would change the text of one ("007")."""
-    is_number = all(re.fullmatch(_NUMBER, label) for label in labels)
-    if is_number and all(label.lstrip("-").isdecimal() for label in labels):
-        integers = [int(label) for label in labels]
-        # Larger ones would be rounded as floats.
+    """Convert labels to integers or floats, unless that would lose part of one ("007", "1_0")."""
+    if any(re.search("^[-+]?0[0-9]|_", label) for label in labels):
+        return np.array(labels)
+    if all(re.fullmatch("-?[0-9]+", label) for label in labels):
+        integers = list(map(int, labels))
         return np.array(integers if max(map(abs, integers)) < 2**63 else labels)
-    return np.array(labels, dtype=np.float64 if is_number else None)
+    try:
+        return np.array(labels, dtype=np.float64)
+    except ValueError:
+        return np.array(labels)

@@ -4,6 +4,8 @@ import json
 
 import torch
 
+from sktransfer.networks._inference import clear_networks  # noqa: F401, for the tests
+
 _WORDS = "a good bad film is very the not dull fine"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *_WORDS.split(" ")]
 SIZES = {
@@ -19,17 +21,25 @@ TEXT_CONFIGS = {
     "Roberta": SIZES | SPECIAL | {"max_position_embeddings": 40},
     "GPT2": {"vocab_size": 16, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 40},
     "T5": {"vocab_size": 16, "d_model": 16, "d_ff": 32, "num_layers": 3, "num_heads": 2, "d_kv": 8},
+    "Albert": SIZES | {"embedding_size": 8},  # one block, used again and again
+    "MobileBert": SIZES
+    | {"embedding_size": 16, "true_hidden_size": 16}  # rows see the padding
+    | {"intra_bottleneck_size": 16, "num_feedforward_networks": 1},
+    "SqueezeBert": SIZES
+    | {"embedding_size": 16}  # always calls its pooler
+    | {f"{k}_groups": 1 for k in ("q", "k", "v", "post_attention", "intermediate", "output")},
+    "XLNet": {"vocab_size": 16, "d_model": 16, "n_layer": 3, "n_head": 2, "d_inner": 32},
 }
 
 
-def make_text_folder(path, kind="Bert", *, specials=True, sentences=None):
+def make_text_folder(path, kind="Bert", *, specials=True, sentences=None, suffix="Model"):
     """Write a network for texts with a tokenizer of words; `sentences`: its pooling."""
     import tokenizers
     import transformers
 
     torch.manual_seed(7)
     config = getattr(transformers, f"{kind}Config")(**TEXT_CONFIGS[kind])
-    getattr(transformers, f"{kind}Model")(config).save_pretrained(path)
+    getattr(transformers, f"{kind}{suffix}")(config).save_pretrained(path)
     vocabulary = {word: i for i, word in enumerate(WORDS)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = tokenizers.normalizers.Lowercase()
@@ -43,7 +53,8 @@ def make_text_folder(path, kind="Bert", *, specials=True, sentences=None):
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     if sentences:
         modules = [
-            {"type": f"sentence_transformers.models.{name}"} for name in sentences["modules"]
+            {"type": f"sentence_transformers.models.{kind}", "path": f"{i}_{kind}" if i else ""}
+            for i, kind in enumerate(sentences["modules"])
         ]
         (path / "modules.json").write_text(json.dumps(modules))
         (path / "1_Pooling").mkdir()

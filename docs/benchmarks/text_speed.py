@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import time
 import warnings
 
 import numpy as np
 import pandas as pd
 import torch
-from _report import save
+from _report import save, timed
 from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
@@ -27,13 +26,6 @@ from sklearn.pipeline import make_pipeline
 from text_fine_tuning import minilm, read_texts
 
 from sktransfer import PretrainedTextExtractor, embedding_store
-
-
-def timed(function):
-    """Seconds, seconds of CPU in all threads, and the result."""
-    start, cpu = time.perf_counter(), time.process_time()
-    result = function()
-    return time.perf_counter() - start, time.process_time() - cpu, result
 
 
 def extract(texts, **settings):

@@ -9,13 +9,21 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._progress import warn
-from sktransfer._threads import own_random_state
-from sktransfer._validation import column_names, is_empty_part, keep_index
+from sktransfer._validation import (
+    SuggestionMixin,
+    check_images,
+    check_texts,
+    column_names,
+    fit_context,
+    is_empty_part,
+    keep_index,
+)
 
 
-class BaseEmbedding(TransformerMixin, BaseEstimator):
+class BaseEmbedding(SuggestionMixin, TransformerMixin, BaseEstimator):
     """A transformer whose columns are the layers of `backbone_`."""
 
+    _content = "images"  # of X
     _name_suffix = ""  # behind the backbone's name
 
     # The "?" of the HTML representation leads to the class's page.
@@ -23,6 +31,34 @@ class BaseEmbedding(TransformerMixin, BaseEstimator):
     _doc_link_template = (
         "https://sktransfer.readthedocs.io/en/stable/api/sktransfer.{estimator_name}.html"
     )
+
+    def transform(self, X):
+        """Compute the columns of images or texts.
+
+        Parameters
+        ----------
+        X : list, array, Series or data frame of n_samples images or texts
+            The same columns as in `fit`; see the class's Notes. A data frame may have no rows.
+
+        Returns
+        -------
+        columns : ndarray of shape (n_samples, `n_features_out_`), float32
+            A data frame if ``set_output`` asks for one. Unless ``on_error="raise"``, the rows of
+            unreadable images are NaN, or zeros with ``on_error="zero"``.
+
+        Raises
+        ------
+        ValueError
+            With ``on_error="raise"``, if cells cannot be read. The message reports all of them, as
+            does its attribute ``bad_rows``; the other rows are in the store.
+        """
+        check_is_fitted(self)
+        if is_empty_part(self, X):
+            setattr(self, f"bad_{self._content}_", [])
+            columns = np.empty((0, self.n_features_out_), dtype=np.float32)
+        else:
+            columns = self._columns(X)
+        return keep_index(self, columns, X)
 
     def get_feature_names_out(self, input_features=None):
         """Return the names of the columns of `transform`.
@@ -41,9 +77,8 @@ class BaseEmbedding(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         backbone, n_layers = self.backbone_, len(self._asked_groups())
         stem = f"{backbone.short_name}{self._name_suffix}"
-        prefixes = [
-            f"{name}_{stem}" if name else stem for name in column_names(self, input_features)
-        ]
+        names = column_names(self, input_features)
+        prefixes = [f"{name}_{stem}" if name else stem for name in names]
         out = [column for prefix in prefixes for column in backbone.column_names(prefix, n_layers)]
         return np.asarray(out, dtype=object)
 
@@ -54,9 +89,18 @@ class BaseEmbedding(TransformerMixin, BaseEstimator):
         names = ("backbone", "weights", "pooling", "preprocessing")
         parameters = {name: getattr(self, name) for name in names} | given
         layer = with_cached_layers(self.layer, getattr(self, "cache_layers", None))
-        # A callable that makes a module may draw random weights.
-        with own_random_state():
-            return load_backbone(layer=layer, **parameters)
+        return load_backbone(layer=layer, **parameters)
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        takes_images = hasattr(self, "image_shape")
+        tags.input_tags.two_d_array = tags.input_tags.three_d_array = takes_images  # of numbers
+        # With image_shape X is a table of numbers; without it X may be a list of paths or texts.
+        is_list = getattr(self, "image_shape", None) is None
+        tags.input_tags.one_d_array = tags.input_tags.string = is_list
+        tags.input_tags.allow_nan = self.on_error != "raise"
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
 
     def __sklearn_is_fitted__(self):
         return "backbone_" in vars(self)
@@ -69,12 +113,36 @@ class BaseEmbedding(TransformerMixin, BaseEstimator):
 
 
 class Extractor(BaseEmbedding):
-    """A transformer of cells to the rows of a frozen network.
+    """A transformer of cells to the rows of a frozen network."""
 
-    A subclass checks X in `_check`, which returns its rows.
-    """
+    @fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y=None):
+        """Load the network and note the columns of `X`.
 
-    _kind = "images"  # what X holds
+        Parameters
+        ----------
+        X : list, array, Series or data frame of n_samples images or texts
+            See the class's Notes. No image is decoded; texts are read only if `pooling` needs them.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        self : estimator
+            The fitted extractor.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `X` cannot hold images or texts, or has two meanings, or if a parameter does not fit.
+        OSError
+            If the weights are not on this machine and cannot be downloaded.
+        """
+        return self._fit(X)
+
+    def _check(self, X, *, reset):
+        check = check_images if self._content == "images" else check_texts
+        return check(self, X, reset=reset)
 
     def _fit(self, X):
         from sktransfer.embedding._embed import check_place
@@ -87,20 +155,13 @@ class Extractor(BaseEmbedding):
         n_asked = len(self.backbone_.layers_named(self.layer))
         widths = [width for _, width in self.backbone_.feature_groups[:n_asked]]
         self.n_features_out_ = rows.n_columns * sum(widths)
-        setattr(self, f"bad_{self._kind}_", [])
+        setattr(self, f"bad_{self._content}_", [])
         return self
 
-    def _transform(self, X):
-        check_is_fitted(self)
-        if is_empty_part(self, X):
-            setattr(self, f"bad_{self._kind}_", [])
-            return keep_index(self, np.empty((0, self.n_features_out_), dtype=np.float32), X)
-        return keep_index(self, self._embed(self._check(X, reset=False)), X)
-
-    def _embed(self, rows):
+    def _columns(self, X):
         from sktransfer._rows import unreadable
 
-        kind = self._kind
+        kind, rows = self._content, self._check(X, reset=False)
         columns = np.empty((rows.n_rows, self.n_features_out_), dtype=np.float32)
         bad = self._compute(rows, columns.reshape(len(rows), -1))
         if assumed := rows.take_warnings():

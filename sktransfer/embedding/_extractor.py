@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from numbers import Integral
 
-from sktransfer._validation import (
-    SHARED_CONSTRAINTS,
-    Interval,
-    StrOptions,
-    check_images,
-    fit_context,
-    set_image_tags,
-)
+from sktransfer._validation import SHARED_CONSTRAINTS, Interval, StrOptions
 from sktransfer.embedding._base import Extractor
 
 
@@ -39,11 +32,12 @@ class PretrainedFeatureExtractor(Extractor):
         or ``.safetensors`` file, or ``None`` for random ones, to compare
         transfer with.
 
-    layer : str, list of str or None, default=None
+    layer : int, str, list of them or None, default=None
         Which layer gives the columns. ``None``: the input of the classification head. The name
-        of a stage or module (``"layer3"``): its pooled output; lower stages give low-level
-        features. A list: their pooled outputs, joined. ``"all"``: those of all stages between the
-        stem and the head, joined; scale them by a :class:`~sklearn.preprocessing.StandardScaler`.
+        of a stage or module (``"layer3"``), or of ``"hf:…"`` networks the number of the hidden
+        states: its pooled output; lower stages give low-level features. A list: their pooled
+        outputs, joined. ``"all"``: those of all stages between the stem and the head, joined;
+        scale them by a :class:`~sklearn.preprocessing.StandardScaler`.
 
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
         How a feature map becomes a row. ``"auto"``: as in the network itself; ``"gem"``: the
@@ -170,7 +164,7 @@ class PretrainedFeatureExtractor(Extractor):
 
     _parameter_constraints: dict = {  # noqa: RUF012
         **SHARED_CONSTRAINTS,
-        "layer": [str, "array-like", None],
+        "layer": [Integral, str, "array-like", None],
         "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "cache_layers": ["array-like", None],
         "on_error": [StrOptions({"raise", "nan", "zero"})],
@@ -210,58 +204,6 @@ class PretrainedFeatureExtractor(Extractor):
         self.cache_layers = cache_layers
         self.on_error = on_error
         self.verbose = verbose
-
-    @fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y=None):
-        """Load the network and note the columns of `X`; no image is decoded.
-
-        Parameters
-        ----------
-        X : list, array, Series or data frame of n_samples images
-            See the class's Notes.
-        y : None
-            Ignored.
-
-        Returns
-        -------
-        self : PretrainedFeatureExtractor
-            The fitted extractor.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If `X` cannot hold images or has two meanings, or if a parameter does not fit.
-        OSError
-            If the weights are not on this machine and cannot be downloaded.
-        """
-        return self._fit(X)
-
-    def transform(self, X):
-        """Embed images.
-
-        Parameters
-        ----------
-        X : list, array, Series or data frame of n_samples images
-            The same columns as in `fit`; see the class's Notes. A data frame may have no rows.
-
-        Returns
-        -------
-        columns : ndarray of shape (n_samples, `n_features_out_`), float32
-            A data frame where ``set_output`` asks for one.
-
-        Raises
-        ------
-        ValueError
-            With ``on_error="raise"``, if images cannot be read. The message reports all of
-            them, as does its attribute ``bad_images``; the other rows are in the store.
-        """
-        return self._transform(X)
-
-    def __sklearn_tags__(self):
-        return set_image_tags(self, super().__sklearn_tags__())
-
-    def _check(self, X, *, reset):
-        return check_images(self, X, reset=reset)
 
     def _load(self, **given):
         from sktransfer.networks._huggingface import is_text_name

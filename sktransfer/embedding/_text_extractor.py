@@ -6,14 +6,7 @@ from numbers import Integral
 
 import numpy as np
 
-from sktransfer._validation import (
-    SHARED_CONSTRAINTS,
-    Interval,
-    StrOptions,
-    check_texts,
-    fit_context,
-    set_text_tags,
-)
+from sktransfer._validation import SHARED_CONSTRAINTS, Interval, StrOptions
 from sktransfer.embedding._base import Extractor
 
 _FITTED = ("sif", "tfidf")  # their rows depend on the texts of fit
@@ -126,7 +119,7 @@ class PretrainedTextExtractor(Extractor):
            [-0.67,  0.33]], dtype=float32)
     """
 
-    _kind = "texts"
+    _content = "texts"
     _parameter_constraints: dict = {  # noqa: RUF012
         **{name: SHARED_CONSTRAINTS[name] for name in ("device", "precision", "n_jobs")},
         **{name: SHARED_CONSTRAINTS[name] for name in ("memory", "verbose")},
@@ -167,50 +160,6 @@ class PretrainedTextExtractor(Extractor):
         self.memory = memory
         self.on_error = on_error
         self.verbose = verbose
-
-    @fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y=None):
-        """Load the network and note the columns of `X`.
-
-        Parameters
-        ----------
-        X : list, array, Series or data frame of n_samples texts
-            See the class's Notes. They are read with ``pooling="sif"`` and ``"tfidf"`` only.
-        y : None
-            Ignored.
-
-        Returns
-        -------
-        self : PretrainedTextExtractor
-        """
-        return self._fit(X)
-
-    def transform(self, X):
-        """Embed texts.
-
-        Parameters
-        ----------
-        X : list, array, Series or data frame of n_samples texts
-            The same columns as in `fit`. A data frame may have no rows.
-
-        Returns
-        -------
-        columns : ndarray of shape (n_samples, `n_features_out_`), float32
-            A data frame where ``set_output`` asks for one.
-
-        Raises
-        ------
-        ValueError
-            With ``on_error="raise"``, if cells hold no text. The message reports all of them; the
-            other rows are in the store.
-        """
-        return self._transform(X)
-
-    def __sklearn_tags__(self):
-        return set_text_tags(self, super().__sklearn_tags__())
-
-    def _check(self, X, *, reset):
-        return check_texts(self, X, reset=reset)
 
     def _load(self, **given):
         from sktransfer.networks._backbone import load_text_backbone

@@ -25,8 +25,6 @@ from sktransfer._validation import (
     check_texts,
     check_weight,
     fit_context,
-    keep_index,
-    set_image_tags,
 )
 from sktransfer.embedding._base import BaseEmbedding
 from sktransfer.fine_tuning._targets import clip_outliers
@@ -60,7 +58,7 @@ class BaseFineTuning(BaseEmbedding):
         **SHARED_CONSTRAINTS,
         "pooling": [*SHARED_CONSTRAINTS["pooling"], StrOptions({"mean", "last"})],
         "precision": [StrOptions({"float32", "bfloat16"})],
-        "layer": [str, "array-like", None],
+        "layer": [Integral, str, "array-like", None],
         "unfreeze": [
             Interval(Integral, 0, None, closed="left"),
             StrOptions({"all", "gradual"}),
@@ -431,22 +429,8 @@ class BaseFineTuning(BaseEmbedding):
         scores[~is_readable] = self._scores_without_image()
         return scores
 
-    def transform(self, X):
-        """Embed images with the tuned network.
-
-        Parameters
-        ----------
-        X : list, array, Series or data frame of n_samples images
-            The same columns as in `fit`.
-
-        Returns
-        -------
-        columns : ndarray of shape (n_samples, `n_features_out_`), float32
-            The inputs of the head. With ``on_error="skip"`` the rows of unreadable images
-            are NaN.
-        """
-        rows, _ = self._embed(X)
-        return keep_index(self, rows, X)
+    def _columns(self, X) -> np.ndarray:
+        return self._embed(X)[0]
 
     @property
     @own_settings()
@@ -470,9 +454,6 @@ class BaseFineTuning(BaseEmbedding):
                 continue_from(net, state, has_scheduler(self.callbacks))
             tuned.net = net
         return tuned.net
-
-    def __sklearn_tags__(self):
-        return set_image_tags(self, super().__sklearn_tags__())
 
 
 @dataclass

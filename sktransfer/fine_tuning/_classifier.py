@@ -41,7 +41,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     weights : str, Path or None, default="DEFAULT"
         Name of torchvision's weights (``"IMAGENET1K_V2"``), or a local ``.pt``, ``.pth`` or
         ``.safetensors`` file. ``None``: random weights, for training from scratch.
-    layer : str, list of str or None, default=None
+    layer : int, str, list of them or None, default=None
         The stage after which the head is put. ``None``: the last one. A list, or ``"all"``: the
         pooled outputs of several stages enter the head, joined.
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
@@ -114,7 +114,7 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     n_iter_no_change : int, default=10
         With early stopping, epochs without a better score after which training ends.
     class_weight : dict, "balanced" or None, default=None
-        Weights of the classes, as in scikit-learn; for several labels per row only ``"balanced"``.
+        Weights of the classes, as in scikit-learn. A dict is for one label per row only.
     random_state : int, RandomState instance or None, default=None
         Seed of shuffling, dropout, augmentation and the split. The global random states of
         torch and, with an int, of NumPy are not changed.

@@ -255,7 +255,7 @@ class TrainingSet(Dataset):
 class Batches:
     """skorch's iterator over a :class:`TrainingSet`, shuffled if there is a `generator`.
 
-    Rows are divided evenly into batches of at most `batch_size`, so that none has a single row.
+    Rows are divided evenly into batches of at most `batch_size`, so that no single row remains.
     The data sets that a user gives to the net are not shuffled.
     """
 

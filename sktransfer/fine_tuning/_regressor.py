@@ -33,7 +33,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     weights : str, Path or None, default="DEFAULT"
         Name of torchvision's weights (``"IMAGENET1K_V2"``), or a local ``.pt``, ``.pth`` or
         ``.safetensors`` file. ``None``: random weights, for training from scratch.
-    layer : str, list of str or None, default=None
+    layer : int, str, list of them or None, default=None
         The stage after which the head is put. ``None``: the last one. A list, or ``"all"``: the
         pooled outputs of several stages enter the head, joined.
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"

@@ -84,14 +84,14 @@ class Cell:
     @contextlib.contextmanager
     def decoded(self, min_size: Size = None) -> Iterator[Image.Image | np.ndarray]:
         """Decode as :meth:`decode`; other large images wait until the block ends."""
-        with contextlib.ExitStack() as turn:
-            yield self._decoded(min_size, turn)
+        with contextlib.ExitStack() as stack:
+            yield self._decoded(min_size, stack)
 
-    def _decoded(self, min_size: Size, turn: contextlib.ExitStack) -> Image.Image | np.ndarray:
+    def _decoded(self, min_size: Size, stack: contextlib.ExitStack) -> Image.Image | np.ndarray:
         if isinstance(self.content, np.ndarray):
             return self.content
         try:
-            image = decode(self.content, min_size, turn)
+            image = decode(self.content, min_size, stack)
             if isinstance(image, Image.Image):
                 if self._value_range is None:
                     return image

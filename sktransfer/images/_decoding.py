@@ -46,18 +46,18 @@ _TILE_WIDTH, _TILE_LENGTH, _ROWS_PER_STRIP, _PLANAR = 322, 323, 278, 284
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 
 
-def decode(data: bytes, min_size: Size, turn: ExitStack) -> Image.Image | Samples:
+def decode(data: bytes, min_size: Size, stack: ExitStack) -> Image.Image | Samples:
     """Decode the first frame, upright, to a PIL image in RGB or to raw values.
 
     A JPEG file is decoded at 1/2, 1/4 or 1/8 if the result is larger than `min_size`. Other large
-    images wait until `turn` is closed.
+    images wait until `stack` is closed.
     """
     # Pillow's plugins raise nearly everything at damaged bytes: OSError, SyntaxError,
     # struct.error, KeyError, zlib.error, MemoryError …
     is_open = False
     try:
         image, may_decode = _open(data, min_size)
-        turn.enter_context(may_decode)
+        stack.enter_context(may_decode)
         is_open = True
         lower = _prepare(image, data)
         for part in filter(None, (image, lower)):

@@ -7,6 +7,7 @@ import hashlib
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from sktransfer._progress import did_you_mean
 from sktransfer._threads import own_settings
-from sktransfer.networks._blocks import LAST_STATES, BlockPlan, SplitModel
+from sktransfer.networks._blocks import LAST_STATES, BlockPlan, EmbeddingModel
 from sktransfer.networks._graph import Stages
 from sktransfer.networks._inference import (
     POOLINGS,
@@ -45,7 +46,7 @@ def load_backbone(
     backbone: str | nn.Module | Callable[[], nn.Module] | Source = "builtin",
     *,
     weights: str | PathLike | None = "DEFAULT",
-    layer: str | Sequence[str | None] | None = None,
+    layer: int | str | Sequence[int | str | None] | None = None,
     pooling: str = "auto",
     preprocessing: str | dict | Callable = "auto",
 ) -> Backbone:
@@ -63,11 +64,13 @@ def load_backbone(
         Name of published weights (``"IMAGENET1K_V2"``); path of a local ``.pt``, ``.pth`` or
         ``.safetensors`` file with a state dict, whose head may have any width; or None for
         random weights, the same ones every time.
-    layer : str, list of str or None, default=None
+    layer : int, str, list of them or None, default=None
         None: what enters the classification head. Or the name of a stage, a sub-module or an
         operation (``"layer3"``, ``"layer3.0.conv1"``, ``"layer3.0.add"``), or a list of them,
         whose pooled outputs are joined in that order; None in a list is the embedding. Or
-        ``"all"``: every stage between the stem and the head, the last one as the embedding.
+        ``"all"``: every stage between the stem and the head, the last one as the embedding. Of a
+        network of transformers also the number of its hidden states: 0 before the first block, -1
+        the last ones.
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
         How a feature map becomes a row. ``"auto"``: as in the network itself for the embedding;
         for an inner layer, the mean over the map, or the class token if the network classifies
@@ -116,9 +119,8 @@ def load_backbone(
         raise ValueError(
             f"pooling={pooling!r} is not accepted{of_texts}: one of {list(known)}.{hint}"
         )
-    loaded = Backbone(
-        source, layer, pooling, resolve_preprocessing(preprocessing, source.preprocessing)
-    )
+    how = resolve_preprocessing(preprocessing, source.preprocessing)
+    loaded = Backbone(source, _named_layers(layer, source), pooling, how)
     if source.is_user_file:
         _ = loaded.network.module  # raises if the file does not fit
     return loaded
@@ -134,24 +136,33 @@ def load_text_backbone(
 ) -> Backbone:
     """Load a network for texts; the parameters are those of `PretrainedTextExtractor`."""
     source = text_source(backbone, weights) if isinstance(backbone, str) else backbone
-    tokens = source.tokens(max_length)
-    plan = get_network(source, source.preprocessing.input_size).plan
+    kind = "avg" if pooling == "mean" else pooling
+    return Backbone(source, _named_layers(layer, source), kind, source.tokens(max_length))
+
+
+def _named_layers(layer, source: Source):  # type: ignore[no-untyped-def]
+    """Replace numbers of hidden states of a network of transformers by the layers' names."""
     is_list = isinstance(layer, Iterable) and not isinstance(layer, str)
-    names = [_hidden_states(k, plan.names) for k in (layer if is_list else [layer])]  # type: ignore[union-attr]
-    asked = names if is_list else names[0]
-    return Backbone(source, asked, "avg" if pooling == "mean" else pooling, tokens)
+    asked = list(layer) if is_list else [layer]
+    if any(isinstance(k, Integral) for k in asked):
+        plan = get_network(source, source.preprocessing.input_size).plan
+        if isinstance(plan, BlockPlan):
+            asked = [_hidden_states(k, plan.names) if isinstance(k, Integral) else k for k in asked]
+    return asked if is_list else asked[0]
 
 
-def _hidden_states(layer: object, stages: list[str]) -> str | None:
+def _hidden_states(layer: Integral, stages: list[str]) -> str:
     """Return the name of the `layer`-th hidden states of a transformer."""
-    if layer is None or isinstance(layer, str):
-        return layer
-    n_states = max(1, len(stages) - 1)
-    k = operator.index(layer)  # type: ignore[arg-type]
+    n_states, k = len(stages) - 1, operator.index(layer)
+    if k == -1:
+        return LAST_STATES
     if not -n_states <= k < n_states:
+        known = f"0 (before the first block) to {n_states - 1} or -1 (the last ones) are accepted."
         raise ValueError(
-            f"layer={layer} is not in the network, which has {n_states} hidden states: 0 (before "
-            f"the first block) to {n_states - 1} or -1 (the last ones) are accepted."
+            f"layer={layer} is not in the network, which has {n_states} hidden states: {known}"
+            if n_states
+            else f"layer={layer} asks for hidden states within a network that is not divided into "
+            "blocks: None or -1 (the last ones) is accepted."
         )
     return LAST_STATES if k % n_states == n_states - 1 else stages[k % n_states]
 
@@ -162,20 +173,12 @@ def resolve_source(backbone: object, weights: object) -> Source:
         return backbone
     if isinstance(backbone, str):
         return named_source(backbone, weights)
-    if isinstance(backbone, nn.Module):
+    if isinstance(backbone, nn.Module) or callable(backbone):
         return own_source(backbone, weights)
-    if not callable(backbone):
-        raise TypeError(
-            f"backbone={backbone!r} is a {type(backbone).__name__}: a name (see "
-            "list_backbones()), a torch.nn.Module or a callable that returns one is accepted."
-        )
-    made = backbone()
-    if not isinstance(made, nn.Module):
-        raise TypeError(
-            f"backbone={backbone!r} returned {type(made).__name__}: a callable backbone takes no "
-            "argument and returns a torch.nn.Module."
-        )
-    return own_source(made, weights)
+    raise TypeError(
+        f"backbone={backbone!r} is a {type(backbone).__name__}: a name (see list_backbones()), a "
+        "torch.nn.Module or a callable that returns one is accepted."
+    )
 
 
 class Backbone:
@@ -370,8 +373,9 @@ class Backbone:
         network = self.network
         _ = network.module  # the weights
         root = copy.deepcopy(network.plan.root)
-        if isinstance(root, SplitModel):
+        if isinstance(root, EmbeddingModel):
             root.ends_with_tokens = network.plan.last_map_key in self._keys
+            root.size = self.input_size
         return root, network.plan.stages(root)
 
     def with_weights(self, module: nn.Module, digest: str) -> Backbone:
@@ -412,7 +416,7 @@ class Backbone:
 
 def with_cached_layers(layer: str | list | None, cache_layers: list | None) -> str | list | None:
     """Join the layers of the columns and those that are only stored."""
-    asked = [layer] if layer is None or isinstance(layer, str) else list(layer)
+    asked = list(layer) if isinstance(layer, Iterable) and not isinstance(layer, str) else [layer]
     extra = [name for name in cache_layers or [] if name not in asked]
     return [*asked, *extra] if extra else layer
 

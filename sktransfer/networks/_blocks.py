@@ -11,6 +11,7 @@ from typing import Self
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from sktransfer._threads import own_random_state
 from sktransfer.networks._graph import (
@@ -32,6 +33,7 @@ class _Pass(threading.local):
     given: torch.Tensor | None = None
     hidden: torch.Tensor
     calls: list[_Call]
+    shared: tuple | None  # what the first block returns beside the hidden states, for the others
 
 
 _pass = _Pass()
@@ -48,9 +50,10 @@ class _Switch(nn.Module):
     these, without hooks, so that several threads can run one model.
     """
 
-    def __init__(self, block: nn.Module, k: int, n_blocks: int, n_outputs: int | None) -> None:
+    def __init__(self, block: nn.Module, k: int, n_blocks: int, others: tuple | None) -> None:
         super().__init__()
-        self._block, self._k, self._n_blocks, self._n_outputs = (block,), k, n_blocks, n_outputs
+        self._block, self._k, self._n_blocks = (block,), k, n_blocks
+        self._others = others  # what it returns beside the hidden states, in a tuple
 
     def __getattr__(self, name: str):
         try:
@@ -62,37 +65,64 @@ class _Switch(nn.Module):
         is_last = self._k == self._n_blocks - 1
         if _pass.given is None:
             if self._k == 0:
-                _pass.hidden, _pass.calls = hidden, []
+                _pass.hidden, _pass.calls, _pass.shared = hidden, [], self._others
+                if any(other is not None for other in self._others or ()):
+                    # T5's first block makes the others' bias of positions.
+                    _pass.shared = self._block[0](hidden, *args, **kwargs)[1:]
             _pass.calls.append((args, kwargs))
             if is_last:
                 raise _AllCalled
         elif is_last:
             hidden = _pass.given
-        return hidden if self._n_outputs is None else (hidden, *[None] * (self._n_outputs - 1))
+        return hidden if self._others is None else (hidden, *(_pass.shared or ()))
 
 
-class SplitModel(nn.Module, ABC):
-    """A model of transformers from one tensor of images or texts to one row each, in parts.
-
-    A subclass says how inputs are given to the model, what goes from part to part, and what the
-    row is. `method` is the one of the model's that is called.
-    """
+class EmbeddingModel(nn.Module, ABC):
+    """A network from one tensor of images or texts to one row each, that `recipe` can build."""
 
     recipe: torch.Tensor  # JSON, as bytes: what builds the network again, beside its weights
     n_prefix = 0  # tokens before those of the image, the first of which is the class token …
     class_token: int | None = None  # … if this is 0
+    size: tuple[int, ...]  # of an input, for the stages
 
-    def __init__(self, model: nn.Module, recipe: dict) -> None:
+    def __init__(self, recipe: dict) -> None:
         super().__init__()
-        self.rest, self.method = model, recipe["method"]
         self.blocks = nn.ModuleList()
-        self.path = ""
+        self.path = ""  # from where the blocks were taken
         self.ends_with_tokens = False  # instead of rows: a pooling of one's own follows
         self._set_recipe(recipe)
 
     def _set_recipe(self, recipe: dict) -> None:
         content = torch.frombuffer(bytearray(json.dumps(recipe).encode()), dtype=torch.uint8)
         self.register_buffer("recipe", content)
+
+    @abstractmethod
+    def example(self, n: int) -> torch.Tensor:
+        """Make inputs."""
+
+    @abstractmethod
+    def values(self, x: torch.Tensor, keys: list[str]) -> dict[str, torch.Tensor]:
+        """Return the values of some parts, each computed once."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        key = LAST_STATES if self.ends_with_tokens else END
+        return self.values(x, [key])[key]
+
+
+class SplitModel(EmbeddingModel):
+    """A model of transformers, in parts.
+
+    A subclass says how inputs are given to the model, what goes from part to part, and what the
+    row is. `method` is the one of the model's that is called.
+    """
+
+    kind: str  # of its inputs, for messages
+
+    def __init__(self, model: nn.Module, recipe: dict) -> None:
+        super().__init__(recipe)
+        self.rest, self.method = model, recipe["method"]
+        self.after = nn.Sequential()  # what follows the pooling
+        self.runs_alone = False  # as a row depends on the padding
 
     def ready(self, state: Mapping[str, torch.Tensor] | None = None) -> Self:
         """Freeze and split the network, with the weights of `state` if it is given.
@@ -103,7 +133,24 @@ class SplitModel(nn.Module, ABC):
         if state is not None:
             self._load_weights(state)
         freeze(self)
-        self._split()
+        x = self.example(2)
+        with torch.no_grad():
+            try:
+                expected = self(x)
+            except Exception as error:
+                raise ValueError(
+                    f"{type(self.rest).__name__} of transformers does not turn {self.kind} alone "
+                    f"into embeddings ({type(error).__name__}: {error!s:.300})."
+                ) from error
+            if _are_close(self(self.alone(x)), expected[-1:], 1e-3):
+                self._split(x, expected)
+            elif _are_close(self(x), expected, 1e-3):
+                self.runs_alone = True
+            else:
+                raise ValueError(
+                    f"{type(self.rest).__name__} of transformers draws random numbers in each "
+                    "pass, so that its rows are no embeddings."
+                )
         return self
 
     def _load_weights(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -121,8 +168,8 @@ class SplitModel(nn.Module, ABC):
         self.load_state_dict(state, assign=True)
 
     @abstractmethod
-    def example(self, n: int) -> torch.Tensor:
-        """Make inputs."""
+    def alone(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the last of some inputs, without padding."""
 
     @abstractmethod
     def inputs(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -140,36 +187,33 @@ class SplitModel(nn.Module, ABC):
     def row(self, output, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the embeddings (n, width)."""
 
-    @abstractmethod
-    def tokens(self, output) -> torch.Tensor:
-        """Return the last hidden states."""
+    def few(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return as few of the arguments as the model needs beside its last hidden states."""
+        return inputs
 
-    def _split(self) -> None:
-        """Take the blocks out of the model, if that can be done."""
+    def _split(self, x: torch.Tensor, expected: torch.Tensor) -> None:
+        """Take the blocks out of the model, if that can be done: the outer ones, if they nest."""
         lists = [
-            (len(part), path)
+            (-path.count("."), len(part), path)
             for path, part in self.rest.named_modules()
             if isinstance(part, nn.ModuleList)
         ]
-        x = self.example(2)
-        with torch.no_grad():
-            expected = self(x)
-            for _, path in sorted(lists, reverse=True):
-                blocks = self.rest.get_submodule(path)
-                assert isinstance(blocks, nn.ModuleList)
-                n_outputs = self._numbers_of_outputs(blocks, x)
-                if len(n_outputs) < len(blocks):  # these do not run
-                    continue
-                switches = [
-                    _Switch(block, k, len(blocks), n_outputs[k]) for k, block in enumerate(blocks)
-                ]
-                self.rest.set_submodule(path, nn.ModuleList(switches))
-                self.blocks, self.path = blocks, path
-                if self._agrees(x, expected):
-                    self._set_recipe({**read_recipe(self.recipe), "blocks": path})
-                    return
-                self.rest.set_submodule(path, blocks)
-                self.blocks, self.path = nn.ModuleList(), ""
+        for *_, path in sorted(lists, reverse=True):
+            blocks = self.rest.get_submodule(path)
+            assert isinstance(blocks, nn.ModuleList)
+            outputs = self._outputs(blocks, x)
+            if len(outputs) < len(blocks):  # these do not run
+                continue
+            switches = [
+                _Switch(block, k, len(blocks), outputs[k]) for k, block in enumerate(blocks)
+            ]
+            self.rest.set_submodule(path, nn.ModuleList(switches))
+            self.blocks, self.path = blocks, path
+            if self._agrees(x, expected):
+                self._set_recipe({**read_recipe(self.recipe), "blocks": path})
+                return
+            self.rest.set_submodule(path, blocks)
+            self.blocks, self.path = nn.ModuleList(), ""
 
     def joined(self) -> SplitModel:
         """Copy the network with its blocks in their place again."""
@@ -179,11 +223,11 @@ class SplitModel(nn.Module, ABC):
             whole.blocks, whole.path = nn.ModuleList(), ""
         return whole
 
-    def _numbers_of_outputs(self, blocks: nn.ModuleList, x: torch.Tensor) -> dict[int, int | None]:
-        found: dict[int, int | None] = {}
+    def _outputs(self, blocks: nn.ModuleList, x: torch.Tensor) -> dict[int, tuple | None]:
+        found: dict[int, tuple | None] = {}
 
         def note(k: int, out: object) -> None:
-            found[k] = len(out) if isinstance(out, tuple) else None
+            found[k] = out[1:] if isinstance(out, tuple) else None
 
         hooks = [
             block.register_forward_hook(lambda _, args, out, k=k: note(k, out))
@@ -202,19 +246,25 @@ class SplitModel(nn.Module, ABC):
             got = self.end(value)
         except Exception:
             return False
-        return torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        return _are_close(got, expected)
 
     # -- the parts --------------------------------------------------------------------------
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.path:
-            return self.values(x, [END])[END]
+    def _whole(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run the model with its blocks in it."""
+        if self.runs_alone and len(x) > 1:
+            found = [self._whole(self.alone(one)) for one in x.split(1)]
+            states = [values[LAST_STATES][0] for values in found]
+            rows = torch.cat([values[END] for values in found])
+            return {END: rows, LAST_STATES: pad_sequence(states, batch_first=True)}
         inputs = self.inputs(x)
-        return self._result(getattr(self.rest, self.method)(**inputs), inputs)
+        output = getattr(self.rest, self.method)(**inputs)
+        return self._ends(output, inputs)
 
-    def _result(self, output, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        if self.ends_with_tokens:
-            return self.pack(self.tokens(output), inputs)
-        return self.row(output, inputs)
+    def _ends(self, output, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        states = output  # get_image_features and its like, before transformers 5
+        if not isinstance(output, torch.Tensor):
+            states = self.pack(output.last_hidden_state, inputs)
+        return {END: self.after(self.row(output, inputs)), LAST_STATES: states}
 
     def front(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[_Call]]:
         """Return the hidden states before the blocks, and each block's other arguments."""
@@ -243,24 +293,19 @@ class SplitModel(nn.Module, ABC):
 
     def block(self, k: int, value: torch.Tensor) -> torch.Tensor:
         hidden, inputs = self.unpack(value)
-        with torch.no_grad():
-            _, calls = self.front(inputs)
+        _, calls = self.front(inputs)  # with gradients: biases of positions are trained, too
         return self.pack(self.run_block(k, hidden, calls[k]), inputs)
 
     def end(self, value: torch.Tensor) -> torch.Tensor:
         hidden, inputs = self.unpack(value)
-        return self._result(self.finish(hidden, inputs), inputs)
+        ends = self._ends(self.finish(hidden, inputs), inputs)
+        return ends[LAST_STATES if self.ends_with_tokens else END]
 
     def values(self, x: torch.Tensor, keys: list[str]) -> dict[str, torch.Tensor]:
-        """Return the values of some parts, each computed once."""
+        if not self.path:
+            return self._whole(x)
         found: dict[str, torch.Tensor] = {}
         inputs = self.inputs(x)
-        if not self.path:
-            output = getattr(self.rest, self.method)(**inputs)
-            return {
-                END: self.row(output, inputs),
-                LAST_STATES: self.pack(self.tokens(output), inputs),
-            }
         hidden, calls = self.front(inputs)
         found[START] = self.pack(hidden, inputs)
         is_whole = END in keys or LAST_STATES in keys
@@ -270,15 +315,17 @@ class SplitModel(nn.Module, ABC):
             if (name := f"block{k}") in keys:
                 found[name] = self.pack(hidden, inputs)
         if is_whole:
-            output = self.finish(hidden, self.unpack(self.pack(hidden, inputs))[1])
-            found[END] = self.row(output, inputs)
-            if LAST_STATES in keys:
-                found[LAST_STATES] = self.pack(self.tokens(output), inputs)
+            found |= self._ends(self.finish(hidden, self.few(inputs)), inputs)
         return found
 
     @staticmethod
     def number(key: str) -> int:
         return int(key.removeprefix("block")) if key.startswith("block") else -1
+
+
+def _are_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    atol = tolerance * float(expected.abs().nan_to_num().max())
+    return torch.allclose(got, expected, rtol=10 * tolerance, atol=atol, equal_nan=True)
 
 
 def read_recipe(content: torch.Tensor) -> dict:
@@ -287,12 +334,12 @@ def read_recipe(content: torch.Tensor) -> dict:
 
 
 class BlockPlan:
-    """The stages of a :class:`SplitModel`: ``"embeddings"``, ``"block0"`` …, ``"pool"``.
+    """The stages of an :class:`EmbeddingModel`: ``"embeddings"``, ``"block0"`` …, ``"pool"``.
 
     The last one holds what follows the blocks; of a model that cannot be split it is all.
     """
 
-    def __init__(self, module: SplitModel, input_size: tuple[int, ...], name: str) -> None:
+    def __init__(self, module: EmbeddingModel, input_size: tuple[int, ...], name: str) -> None:
         self.root, self.network_name = module, name
         blocks = [f"block{k}" for k in range(len(module.blocks))]
         self.names = [START, *blocks, END] if module.path else ["body"]
@@ -304,14 +351,13 @@ class BlockPlan:
     def stages(self, root: nn.Module | None = None) -> Stages:
         """Make the stages as modules of the layers of `root`: this module or a copy of it."""
         root = self.root if root is None else root
-        assert isinstance(root, SplitModel)
-        if not root.path:
+        if not isinstance(root, SplitModel) or not root.path:
             return Stages([Stage("body", root)])
         before, after = _around(root.rest, root.path)
         parts = [
             _Part(root, START, before),
             *(_Part(root, f"block{k}", [block]) for k, block in enumerate(root.blocks)),
-            _Part(root, END, after),
+            _Part(root, END, [*after, root.after]),
         ]
         return Stages(map(Stage, self.names, parts))
 
@@ -354,7 +400,7 @@ class BlockPlan:
 class BlockExtractor(nn.Module):
     """Returns the values of the parts `keys`, each pooled."""
 
-    def __init__(self, module: SplitModel, keys: list[str], poolings: list[nn.Module]) -> None:
+    def __init__(self, module: EmbeddingModel, keys: list[str], poolings: list[nn.Module]) -> None:
         super().__init__()
         self.module, self.keys = module, list(keys)
         self.poolings = nn.ModuleList(poolings)

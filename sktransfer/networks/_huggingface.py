@@ -14,7 +14,7 @@ import torch
 
 from sktransfer._threads import own_random_state
 from sktransfer.networks import _weights
-from sktransfer.networks._sources import BuiltSource, skeleton
+from sktransfer.networks._sources import BuiltSource, random_seed, skeleton, weights_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # What a network and its inputs are made of; the digest is of these.
 _WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
 _WEIGHTS += ["pytorch_model.bin.index.json"]
+# Settings of networks for images and sounds, which may have a vocabulary, too.
+_OF_OTHERS = ["vision_config", "image_size", "patch_size", "num_channels"]
+_OF_OTHERS += ["conv_kernel", "num_mel_bins"]
 
 
 def import_transformers():
@@ -77,16 +80,12 @@ def read_config(name: str) -> PretrainedConfig:
         ) from error
 
 
-def is_text_config(config: PretrainedConfig) -> bool:
-    """Whether a network takes texts and nothing else."""
-    is_visual = any(hasattr(config, name) for name in ("vision_config", "image_size", "patch_size"))
-    return hasattr(config, "vocab_size") and not is_visual and not hasattr(config, "num_channels")
-
-
 def is_text_name(backbone: object) -> bool:
-    """Whether `backbone` names a network of texts; nothing but its configuration is read."""
-    is_named = isinstance(backbone, str) and backbone.startswith("hf:")
-    return is_named and is_text_config(read_config(str(backbone)))
+    """Whether `backbone` names a network of texts alone; only its configuration is read."""
+    if not (isinstance(backbone, str) and backbone.startswith("hf:")):
+        return False
+    config = read_config(backbone)
+    return hasattr(config, "vocab_size") and not any(hasattr(config, k) for k in _OF_OTHERS)
 
 
 def weights_files(folder: Path, name: str) -> list[Path]:
@@ -115,15 +114,24 @@ class FolderSource(BuiltSource):
     """A network of transformers; beside its weights it depends on the `files` of its folder."""
 
     files: Sequence[str]
-    is_random: bool
-    seed: int
-    path: Path | None = None  # of other weights
-    config: PretrainedConfig
+
+    def __init__(self, name: str, weights: object) -> None:
+        self.name, self.is_random, self.seed = name, weights is None, random_seed.get()
+        self.path = weights_path(weights)
+        self.is_user_file = self.path is not None
+        if not (self.is_random or self.is_user_file or weights == "DEFAULT"):
+            raise ValueError(
+                f"weights={weights!r} is not accepted for {name!r}: 'DEFAULT' means those of its "
+                "folder, a path those of a file, None random ones."
+            )
+        self._place = str(hf_folder(name))
+        self.config = read_config(name)
 
     @property
     def folder(self) -> Path:
-        # Where it is now: a pickle may come from another machine.
-        return hf_folder(self.name)
+        # A name may be relative to another working folder, a pickle come from another machine.
+        is_there = Path(self._place, "config.json").is_file()
+        return Path(self._place) if is_there else hf_folder(self.name)
 
     def digest_files(self) -> str:
         folder = self.folder
@@ -140,7 +148,7 @@ class FolderSource(BuiltSource):
         """Make the model with its weights, or with random ones; see :func:`load_model`."""
         if self.is_random:
             with own_random_state(self.seed), quiet():
-                return import_transformers().AutoModel.from_config(self.config).float()
+                return _make_model(self.config)
         state = None if self.path is None else _weights.read_state_dict(self.path)
         return load_model(self.folder, self.name, self.config, state, unused=unused)
 
@@ -151,12 +159,30 @@ def make_skeleton(settings: Mapping) -> PreTrainedModel:
     kind = settings["model_type"]
     others = {key: value for key, value in settings.items() if key != "model_type"}
 
-    def make() -> PreTrainedModel:
-        config = transformers.AutoConfig.for_model(kind, **others)
-        return transformers.AutoModel.from_config(config, trust_remote_code=False).float()
-
     with quiet():
-        return skeleton(make)  # type: ignore[return-value]
+        config = transformers.AutoConfig.for_model(kind, **others)
+        return skeleton(lambda: _make_model(config))  # type: ignore[return-value]
+
+
+def projected_class(config: PretrainedConfig) -> str:
+    """Return the class of a network with a projection, which AutoModel leaves out; or ``""``."""
+    names = config.architectures or []
+    return next((name for name in names if name.endswith("WithProjection")), "")
+
+
+def _model_class(config: PretrainedConfig):
+    """Return the class of a configuration's network, without heads."""
+    transformers = import_transformers()
+    if name := projected_class(config):
+        return getattr(transformers, name)
+    kind = transformers.MODEL_MAPPING.get(type(config), None)
+    if kind is None:
+        raise ValueError(f"transformers has no network for a {type(config).__name__} alone")
+    return kind[0] if isinstance(kind, (tuple, list)) else kind
+
+
+def _make_model(config: PretrainedConfig) -> PreTrainedModel:
+    return _model_class(config)(config).float()
 
 
 @contextlib.contextmanager
@@ -184,22 +210,17 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a model with its weights, or those of `state`, as float32, without heads.
 
-    Keys that begin with one of `unused` may be missing.
+    Weights whose names begin with one of `unused` may be missing.
     """
-    transformers = import_transformers()
     place = str(folder) if state is None else "the file given as weights"
     options = {"config": config, "local_files_only": True, "output_loading_info": True}
     options |= {"dtype": torch.float32}
     try:
         with quiet():
-            if state is None:
-                model, info = transformers.AutoModel.from_pretrained(
-                    str(folder), trust_remote_code=False, **options
-                )
-            else:  # which AutoModel itself does not take
-                with torch.device("meta"):
-                    kind = type(transformers.AutoModel.from_config(config))
-                model, info = kind.from_pretrained(None, state_dict=dict(state), **options)
+            source = {"state_dict": dict(state)} if state else {}
+            model, info = _model_class(config).from_pretrained(
+                None if state else str(folder), **source, **options
+            )
     except Exception as error:
         raise ValueError(
             f"backbone={name!r}: its weights in {place!r} cannot be loaded "

@@ -104,7 +104,7 @@ def get_network(source: Source, input_size: tuple[int, ...]) -> Network:
     if found := _look_up(key):
         found.source = source  # the file of the same weights may have moved
         return found
-    with global_state_lock:  # first, as in building: two orders could block two threads
+    with global_state_lock:  # first, as in building: another order could deadlock
         if found := _look_up(key):
             return found
         network = Network(source, input_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -37,8 +38,17 @@ class ModuleSource(GivenSource):
         return self  # it is immutable
 
 
-def own_source(module: nn.Module, weights: object) -> ModuleSource:
+def own_source(backbone: nn.Module | Callable, weights: object) -> ModuleSource:
     """Return the source of a user's module with its own, a file's or new random weights."""
+    module = backbone
+    if not isinstance(module, nn.Module):
+        with own_random_state():  # the caller's state is not changed if it draws random weights
+            module = backbone()
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"backbone={backbone!r} returned {type(module).__name__}: a callable backbone takes no "
+            "argument and returns a torch.nn.Module."
+        )
     module = getattr(module, "_orig_mod", module)  # torch.compile
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         module = module.module

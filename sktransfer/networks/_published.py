@@ -78,6 +78,11 @@ def named_source(name: str, weights: object) -> Source:
         return timm_source(name, weights)
     if name.startswith("hf:"):
         return TextSource(name, weights) if is_text_name(name) else ImageSource(name, weights)
+    if name.startswith(("vectors:", "static:")):
+        raise ValueError(
+            f"backbone={shown(name)} is a table of vectors, which is not fine-tuned: put "
+            "PretrainedTextExtractor in a pipeline before a classifier or regressor."
+        )
     known = torchvision_names()
     if name in known:
         return TorchvisionSource(name, weights)

@@ -17,7 +17,7 @@ from collections import Counter
 
 from torch import fx, nn
 
-from sktransfer.networks._blocks import BlockPlan, SplitModel
+from sktransfer.networks._blocks import BlockPlan, EmbeddingModel
 from sktransfer.networks._graph import (
     Stage,
     StageModule,
@@ -68,7 +68,7 @@ def plan_stages(
 
     With `is_user_code`, compare the graph with the module for two random images.
     """
-    if isinstance(module, SplitModel):
+    if isinstance(module, EmbeddingModel):
         return BlockPlan(module, input_size, name)
     try:
         traced = trace(module)
@@ -172,7 +172,7 @@ class StagePlan:
         reads = {
             i: self.traced.parameters(node) for i, node in enumerate(self.traced.nodes[: end + 1])
         }
-        # A stage has more parameters than those of norms.
+        # Parameters of norms alone do not make a stage.
         weights = {n: p for own in reads.values() for n, p in own.items() if p.ndim > 1}
         group_of = self._timm_groups(weights) or self._children(weights)
         with_weights = {group_of[name] for name in weights if name in group_of}

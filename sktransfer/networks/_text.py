@@ -4,35 +4,43 @@ from __future__ import annotations
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from sktransfer._progress import warn
+from sktransfer._threads import own_random_state
 from sktransfer.networks._blocks import SplitModel, random_ids, read_recipe
 from sktransfer.networks._huggingface import (
     FolderSource,
     import_transformers,
     make_skeleton,
+    projected_class,
     quiet,
-    read_config,
+    weights_files,
 )
-from sktransfer.networks._inference import Pooling
-from sktransfer.networks._sources import GivenSource, random_seed
+from sktransfer.networks._inference import Pooling, get_network
+from sktransfer.networks._sources import GivenSource
 from sktransfer.networks._tokens import PADDING, Tokens
-from sktransfer.networks._weights import state_digest
+from sktransfer.networks._weights import read_state_dict, state_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"]
-_TOKENIZER_FILES += ["merges.txt", "tokenizer.model", "special_tokens_map.json"]
-_SENTENCE_FILES = ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json"]
+_VOCABULARIES = ["tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"]
+_VOCABULARIES += ["sentencepiece.bpe.model"]
+_FILES = [*_VOCABULARIES, "tokenizer_config.json", "merges.txt", "special_tokens_map.json"]
+_FILES += ["modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"]
+_LAYER_FILES = ["config.json", "model.safetensors", "pytorch_model.bin"]  # of one for sentences
 _MAX_LENGTH = 512  # where no file says what the network takes
 # sentence-transformers' names of poolings
 _POOLINGS = {"mean": "avg", "cls": "cls", "max": "max", "lasttoken": "last"}
+# Beginnings of weights that embed no texts.
+_NOT_OF_TEXTS = ("decoder.", "vision_", "visual_", "logit_")
 _LARGE = 10**6  # transformers' tokenizers give a huge number where there is no limit
 
 
@@ -42,18 +50,36 @@ class TextModel(SplitModel):
     What goes from part to part is (n, length, width + 1): the hidden states and, last, the mask.
     """
 
+    kind = "texts"
+
     def __init__(self, model: nn.Module, recipe: dict) -> None:
         super().__init__(model, recipe)
+        self.after = nn.Sequential(*map(_layer_after, recipe.get("after", [])))
         self.pooling, self.padding = Pooling(recipe["pooling"], "texts"), recipe["padding"]
+        self.is_own_row = self.method != "forward" or projected_class(model.config) != ""  # type: ignore[arg-type]
         config = getattr(model.config, "text_config", model.config)
         self.n_words: int = config.vocab_size  # type: ignore[union-attr, assignment]
         # CLIP's row is that of the token that ends a text: the one of the largest number where
         # an old configuration says 2.
         end = getattr(config, "eos_token_id", None)
         self.closing = end if isinstance(end, int) and end != 2 else self.n_words - 1
+        self.other = next(k for k in range(9) if k not in (self.padding, self.closing))
+        self.is_filled = recipe.get("filling") is not None
 
     def example(self, n: int) -> torch.Tensor:
-        return random_ids(n, 6, self.n_words)
+        ids = random_ids(n, 6, self.n_words)
+        return self._closed(ids.where(ids != PADDING, self.other) if self.is_filled else ids)
+
+    def _closed(self, ids: torch.Tensor) -> torch.Tensor:
+        """End texts by the token at which CLIP's row is."""
+        if not self.is_own_row:
+            return ids
+        ids = ids.where(ids != self.closing, self.other)
+        last = (ids != PADDING).sum(-1, keepdim=True).clamp(min=1) - 1
+        return ids.scatter(1, last, self.closing)
+
+    def alone(self, x: torch.Tensor) -> torch.Tensor:
+        return x[-1:, : max(1, int((x[-1] != PADDING).sum()))]
 
     def inputs(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         is_token = x != PADDING
@@ -66,37 +92,49 @@ class TextModel(SplitModel):
 
     def unpack(self, value: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         is_token = value[..., -1] > 0.5
-        other = next(k for k in range(self.n_words) if k not in (self.padding, self.closing))
-        ids = torch.where(is_token, other, PADDING)
-        if self.method != "forward":
-            last = is_token.sum(-1, keepdim=True).clamp(min=1) - 1
-            ids = ids.scatter(1, last, self.closing)
-        return value[..., :-1], self.inputs(ids)
+        ids = torch.where(is_token, self.other, PADDING)
+        return value[..., :-1], self.inputs(self._closed(ids))
 
     def row(self, output, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        if self.method == "forward":
+        if not self.is_own_row:
             return self.pooling(self.pack(output.last_hidden_state, inputs))
-        features = output if isinstance(output, torch.Tensor) else output.pooler_output
-        return features.float()
+        if isinstance(output, torch.Tensor):
+            return output.float()
+        return output.get("text_embeds", output.get("pooler_output")).float()
 
-    def tokens(self, output) -> torch.Tensor:
-        return output.last_hidden_state
+
+class Normalize(nn.Module):
+    """Scales rows to length 1."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return F.normalize(rows, dim=1)
+
+
+def _layer_after(settings: Mapping | None) -> nn.Module:
+    """Make a layer that follows the pooling: a dense one, or without settings `Normalize`."""
+    if settings is None:
+        return Normalize()
+    widths = settings["in_features"], settings["out_features"]
+    activation = str(settings["activation_function"]).rpartition(".")[2]
+    layers = nn.Linear(*widths, bias=settings["bias"]), getattr(nn, activation)()
+    return nn.Sequential(OrderedDict(zip(("linear", "activation"), layers, strict=True)))
 
 
 class TextSource(FolderSource):
     """A network of transformers for texts, with its tokenizer."""
 
     is_text = True
-    files = (*_TOKENIZER_FILES, *_SENTENCE_FILES)
+
+    @property
+    def files(self) -> list[str]:  # type: ignore[override]
+        return [*_FILES, *(f"{part}/{file}" for part in self._layers() for file in _LAYER_FILES)]
 
     def __init__(self, name: str, weights: object) -> None:
-        self.name, self.is_random, self.seed = name, weights is None, random_seed.get()
-        if weights not in ("DEFAULT", None):
+        super().__init__(name, weights)
+        if not hasattr(getattr(self.config, "text_config", self.config), "vocab_size"):
             raise ValueError(
-                f"weights={weights!r} is not accepted for {name!r}: 'DEFAULT' means those of its "
-                "folder, None random ones."
+                f"backbone={name!r} is a {self.config.model_type} network, which takes no texts."
             )
-        self.config = read_config(name)
         self.digest = self.digest_files()
         self.preprocessing = self.tokens("auto")
 
@@ -106,22 +144,29 @@ class TextSource(FolderSource):
         return Tokens(self, _checked_length(max_length, self.limits(), self.name))
 
     def encoder(self, max_length: int) -> Callable[[str], Sequence[int]]:
-        return _encoder(self.tokenizer_json(), max_length, self._filling())
+        network = get_network(self, self.preprocessing.input_size)
+        return _encoder(read_recipe(network.module.recipe), max_length)  # type: ignore[arg-type]
 
-    def _filling(self) -> str | None:
-        """Return the token that fills up all texts; None unless the network was trained so."""
-        if not self.config.model_type.startswith("siglip"):
-            return None
-        token = self._read("tokenizer_config.json").get("pad_token")
-        return token["content"] if isinstance(token, dict) else token
+    def tokenizing(self) -> dict:
+        """Return what turns texts into numbers."""
+        filling = None
+        if self.config.model_type.startswith("siglip"):  # was trained with texts filled up
+            filling = self._read("tokenizer_config.json").get("pad_token")
+            filling = filling["content"] if isinstance(filling, dict) else filling
+        of_sentences = self._read("config_sentence_transformers.json")
+        prompts, default = of_sentences.get("prompts"), of_sentences.get("default_prompt_name")
+        return {
+            "tokenizer": self._tokenizer_json(),
+            "filling": filling,
+            "prompt": (prompts or {}).get(default, ""),
+        }
 
-    def tokenizer_json(self) -> str:
+    def _tokenizer_json(self) -> str:
         """Return the tokenizer in the format of the package tokenizers."""
-        path = self.folder / "tokenizer.json"
-        if path.is_file():
-            return path.read_text("utf-8")
         transformers = import_transformers()
         try:
+            if not any((self.folder / file).is_file() for file in _VOCABULARIES):
+                raise FileNotFoundError(f"none of {', '.join(_VOCABULARIES)}")
             with quiet():
                 made = transformers.AutoTokenizer.from_pretrained(
                     str(self.folder), local_files_only=True, trust_remote_code=False
@@ -144,6 +189,7 @@ class TextSource(FolderSource):
             self._read("tokenizer_config.json").get("model_max_length"),
             self._read("sentence_bert_config.json").get("max_seq_length"),
         ]
+        most = most if most > 0 else _LARGE
         known = [int(n) for n in [most, *usual] if n is not None and 0 < n < _LARGE]
         return [min(known, default=_MAX_LENGTH), most]
 
@@ -151,41 +197,68 @@ class TextSource(FolderSource):
         path = self.folder / name
         return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
-    def _pooling(self) -> str:
-        """Return the pooling that the folder's configuration for sentences says, else the mean."""
-        modules: list = self._read("modules.json") or []
+    def _layers(self) -> dict[str, str]:
+        """Return the folders and kinds of the layers for sentences, behind the network."""
+        modules = self._read("modules.json")
         kinds = [str(part["type"]).rpartition(".")[2] for part in modules]
-        odd = [k for k in kinds if k not in ("Transformer", "Pooling", "Normalize")]
-        settings = self._read("1_Pooling/config.json")
+        return {
+            part.get("path", f"1_{kind}"): kind
+            for part, kind in zip(modules, kinds, strict=True)
+            if kind != "Transformer"
+        }
+
+    def _for_sentences(self) -> tuple[str, list[dict | None]]:
+        """Return the pooling that the folder's configuration says, else the mean, and what follows.
+
+        The latter are the settings of dense layers, and None for one that scales to length 1.
+        """
+        settings: dict = {}
+        after: list[dict | None] = []
+        odd = []
+        for path, kind in self._layers().items():
+            read = self._read(f"{path}/config.json")
+            if kind == "Pooling":
+                settings = read
+            elif kind == "Normalize" or "in_features" in read:
+                after.append(None if kind == "Normalize" else read | {"path": path})
+            else:
+                odd.append(kind)
         # One name, or before sentence-transformers 6 a flag for each: pooling_mode_cls_token.
         flags = [k for k, v in settings.items() if v is True and k.startswith("pooling_mode_")]
         modes = [settings["pooling_mode"]] if "pooling_mode" in settings else flags
         modes = [re.sub("^pooling_mode_|_tokens?$", "", str(mode)) for mode in modes]
-        if "Normalize" in kinds:  # which makes these equal
+        if after and after[0] is None:  # which makes these equal
             modes = ["mean" if mode == "mean_sqrt_len" else mode for mode in modes]
-        kind = _POOLINGS.get("+".join(modes) or "mean")
-        if odd or kind is None:
+        pooling = _POOLINGS.get("+".join(modes) or "mean")
+        if odd or pooling is None:
             warn(
                 f"{self.name} has {odd or modes} for sentences, which is not applied: its rows are "
                 "the mean of its tokens."
             )
-            return "avg"
-        return f"{kind}_unit" if "Normalize" in kinds else kind
+            return "avg", []
+        return pooling, after
 
     # -- the network ------------------------------------------------------------------------
     def build(self) -> nn.Module:
-        model = self.make()
+        model = self.make(unused=_NOT_OF_TEXTS)
         config = getattr(self.config, "text_config", self.config)
+        pooling, after = self._for_sentences()
         recipe = {
             "config": self.config.to_dict(),
-            "tokenizer": self.tokenizer_json(),
-            "filling": self._filling(),
+            **self.tokenizing(),
             "limits": self.limits(),
-            "pooling": self._pooling(),
-            "padding": max(0, config.pad_token_id or 0),
+            "pooling": pooling,
+            "after": after,
+            "padding": max(0, getattr(config, "pad_token_id", None) or 0),
             "method": "get_text_features" if hasattr(model, "get_text_features") else "forward",
         }
-        return TextModel(_text_part(model), recipe).ready()
+        with own_random_state(self.seed):
+            made = TextModel(_text_part(model), recipe)
+        for settings, layer in zip(after, made.after, strict=True):
+            if settings is not None and not self.is_random:
+                files = weights_files(self.folder / settings["path"], self.name)
+                layer.load_state_dict(read_state_dict(files[0]))
+        return made.ready()
 
 
 class SavedTextSource(GivenSource):
@@ -201,7 +274,7 @@ class SavedTextSource(GivenSource):
         return Tokens(self, _checked_length(max_length, self._recipe["limits"], self.name))
 
     def encoder(self, max_length: int) -> Callable[[str], Sequence[int]]:
-        return _encoder(self._recipe["tokenizer"], max_length, self._recipe.get("filling"))
+        return _encoder(self._recipe, max_length)
 
 
 def saved_text_source(name: str, state: Mapping[str, torch.Tensor]) -> SavedTextSource:
@@ -213,27 +286,26 @@ def saved_text_source(name: str, state: Mapping[str, torch.Tensor]) -> SavedText
 
 def _text_part(model: PreTrainedModel) -> PreTrainedModel:
     """Return what of a model embeds texts."""
-    if model.config.is_encoder_decoder:
+    if hasattr(model, "encoder") and hasattr(model, "decoder"):
         model = model.get_encoder()
-    for name in ("pooler", "vision_model"):
-        if getattr(model, name, None) is not None:
-            setattr(model, name, None)
+    if getattr(model, "vision_model", None) is not None:
+        model.vision_model = None  # type: ignore[assignment]
+    if hasattr(model, "pooler"):  # some models call it whether they have one or not
+        model.pooler = nn.Identity()
     model.config.use_cache = False
     return model
 
 
-def _encoder(
-    tokenizer_json: str, max_length: int, filling: str | None
-) -> Callable[[str], Sequence[int]]:
+def _encoder(settings: Mapping, max_length: int) -> Callable[[str], Sequence[int]]:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer = Tokenizer.from_str(settings["tokenizer"])
     tokenizer.no_padding()
-    if filling is not None:  # which the network sees as it does the other tokens
+    if (filling := settings["filling"]) is not None:  # seen by the network as other tokens are
         number = tokenizer.token_to_id(filling)
         tokenizer.enable_padding(length=max_length, pad_id=number, pad_token=filling)
     tokenizer.enable_truncation(max_length)
-    return lambda text: tokenizer.encode(text).ids
+    return lambda text: tokenizer.encode(settings["prompt"] + text).ids
 
 
 def _checked_length(asked: int | str, limits: Sequence[int], name: str) -> int:
@@ -246,4 +318,5 @@ def _checked_length(asked: int | str, limits: Sequence[int], name: str) -> int:
 
 
 # Their positions begin behind the number of the padding.
-_SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text", "xmod")
+_SHIFTED = ["roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text", "xmod"]
+_SHIFTED += ["ibert", "roberta-prelayernorm", "xlm-roberta-xl", "luke", "markuplm", "esm"]

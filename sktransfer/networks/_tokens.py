@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -22,15 +21,14 @@ class Vocabulary(Protocol):
 class Tokens:
     """The preprocessing of texts.
 
-    Texts are encoded one by one and padded together, to the longest of them or, with `length`, to
-    so many tokens.
+    Texts are encoded one by one and padded together, to the longest of them.
     """
 
     joins = True
     min_size: tuple[int, int] | None = None
 
-    def __init__(self, vocabulary: Vocabulary, max_length: int, length: int | None = None) -> None:
-        self._vocabulary, self.max_length, self.length = vocabulary, max_length, length
+    def __init__(self, vocabulary: Vocabulary, max_length: int) -> None:
+        self._vocabulary, self.max_length = vocabulary, max_length
         self._encode: Callable[[str], Sequence[int]] | None = None
 
     @property
@@ -42,12 +40,6 @@ class Tokens:
         """Its part of fingerprints."""
         return f"tokens:{self.max_length}"
 
-    def padded_to(self, length: int) -> Tokens:
-        """Return the same that pads all texts to one length."""
-        other = copy.copy(self)
-        other.length = length
-        return other
-
     def prepare(self, text: str) -> np.ndarray:
         """Return the numbers of a text's tokens, int64."""
         if self._encode is None:
@@ -58,7 +50,7 @@ class Tokens:
         self, texts: Sequence[torch.Tensor], device: torch.device | str = "cpu"
     ) -> torch.Tensor:
         """Pad texts on the right, with -1: int64 (n, longest)."""
-        longest = self.length or max(1, *map(len, texts))
+        longest = max(1, *map(len, texts))
         joined = torch.full((len(texts), longest), PADDING, dtype=torch.int64)
         for row, text in zip(joined, texts, strict=True):
             row[: len(text)] = text

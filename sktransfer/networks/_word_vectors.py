@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sktransfer.networks._blocks import END, LAST_STATES, START, SplitModel, read_recipe
+from sktransfer.networks._blocks import END, LAST_STATES, EmbeddingModel, read_recipe
 from sktransfer.networks._huggingface import files_digest
 from sktransfer.networks._inference import Pooling, get_network
 from sktransfer.networks._sources import (
@@ -30,8 +30,8 @@ _MAX_WORDS = 10_000  # of a text
 _SIF = 1e-3  # a in a / (a + p(w)), as in the paper
 
 
-class WordTable(SplitModel):
-    """Vectors of words; its inputs are texts as (n, n_words, width + 1), see :class:`TextModel`.
+class WordTable(EmbeddingModel):
+    """Vectors of words; its inputs are texts as (n, n_words, width + 1), the last one 1.
 
     `recipe` says how texts become rows of the table, so that the module alone is enough for that.
     """
@@ -39,18 +39,15 @@ class WordTable(SplitModel):
     table: torch.Tensor
 
     def __init__(self, table: torch.Tensor, recipe: dict, extra: Mapping[str, torch.Tensor]):
-        super().__init__(nn.Module(), {**recipe, "method": "forward"})
+        super().__init__(recipe)
         self.pooling = Pooling("avg_unit" if recipe.get("normalize") else "avg", "texts")
         self.register_buffer("table", table)
         self.names_of_extra = list(extra)
         for name, tensor in extra.items():
             self.register_buffer(name, tensor)
 
-    def values(self, x: torch.Tensor, keys: Sequence[str]) -> dict[str, torch.Tensor]:
-        return {START: x, LAST_STATES: x, END: self.pooling(x)}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.pooling(x)
+    def values(self, x: torch.Tensor, keys: list[str]) -> dict[str, torch.Tensor]:
+        return {LAST_STATES: x, END: self.pooling(x)}
 
     def example(self, n: int) -> torch.Tensor:
         return torch.ones(n, 1, self.table.shape[1] + 1)
@@ -60,8 +57,6 @@ class WordTable(SplitModel):
 
     def to(self, *args, **kwargs) -> WordTable:
         return self  # its forward pass does not read the table
-
-    inputs = pack = unpack = row = tokens = None  # type: ignore[assignment]
 
 
 class WordVectors(BuiltSource):

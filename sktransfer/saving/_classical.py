@@ -27,6 +27,7 @@ _HARMLESS = {
     "numpy.dtype",
     "sklearn.calibration._CalibratedClassifier",
     "sklearn.calibration._SigmoidCalibration",
+    "sklearn.compose._column_transformer._RemainderColsList",  # before scikit-learn 1.9
     "sklearn.compose._column_transformer.make_column_selector",
     "sklearn.metrics._scorer._CurveScorer",
     "sklearn.metrics._scorer._MultimetricScorer",

@@ -239,9 +239,8 @@ class Reader:
         n_columns, n_features = attributes["_n_image_columns"], attributes["n_features_out_"]
         allowed = [n_columns * width for width in (widths[-1:] if of_tuned else widths)]
         require(n_features in allowed, f"its n_features_out_ is {n_features}, not {allowed[-1]}")
-        is_of_texts = isinstance(estimator, PretrainedTextExtractor)
         estimator.backbone_ = backbone
-        setattr(estimator, "bad_texts_" if is_of_texts else "bad_images_", [])
+        setattr(estimator, f"bad_{estimator._content}_", [])
         for key, value in attributes.items():
             setattr(estimator, key, value)
         if of_tuned:

@@ -137,6 +137,8 @@ def _as_columns(X) -> tuple[list, list[str] | None]:
         name = getattr(X, "name", None)
         _check_size((len(X),))
         return [_cells(X)], [name] if isinstance(name, str) and name else None
+    if isinstance(X, np.ma.MaskedArray):
+        X = np.array(X.tolist(), dtype=object)  # None where it is masked
     if not isinstance(X, (list, tuple)) and hasattr(X, "__array__"):
         X = np.asarray(X)
     if isinstance(X, np.ndarray):

@@ -13,8 +13,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from tiny_transformers import make_text_folder
 
-from sktransfer import FineTuningClassifier, PretrainedFeatureExtractor
+from sktransfer import FineTuningClassifier, PretrainedFeatureExtractor, PretrainedTextExtractor
 
 distributed = pytest.importorskip("distributed")
 
@@ -54,6 +55,22 @@ def files(pictures, tmp_path):
 
 def assert_same_rows(rows, expected):
     np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_texts_are_dealt_out(client, tmp_path):
+    pytest.importorskip("transformers")
+    texts = [f"a {'good' if i % 3 else 'bad'} film {'very ' * (i % 7)}" for i in range(60)]
+    texts[7] = None
+    extractor = PretrainedTextExtractor(f"hf:{make_text_folder(tmp_path)}", memory=False)
+    expected = extractor.set_params(on_error="nan").fit_transform(texts)
+    with joblib.parallel_config("dask"):
+        rows = clone(extractor).fit(texts).transform(texts)
+    np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-5)
+    assert np.isnan(rows[7]).all()
+    model = make_pipeline(extractor.set_params(on_error="zero"), LogisticRegression())
+    search = GridSearchCV(model, {"pretrainedtextextractor__pooling": ["mean", "max"]}, cv=2)
+    with joblib.parallel_config("dask"):
+        assert search.fit(texts, np.arange(60) % 3 == 0).best_score_ > 0.8
 
 
 def test_rows_are_those_of_one_machine_in_order(client, files, pictures):

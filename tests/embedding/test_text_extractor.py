@@ -136,7 +136,11 @@ def test_the_folder_says_how_to_pool(sentences, pooled, tmp_path):
     [
         (["Transformer", "Pooling", "Dense"], {"pooling_mode": "cls"}, "Dense"),
         (["Transformer", "Pooling"], {"pooling_mode": "weightedmean"}, "weightedmean"),
-        (["Pooling"], {f"pooling_mode_{k}_token": True for k in ("cls", "max")}, "cls', 'max"),
+        (
+            ["Transformer", "Pooling"],
+            {f"pooling_mode_{k}_token": True for k in ("cls", "max")},
+            "cls', 'max",
+        ),
     ],
 )
 def test_what_the_folder_says_beyond_a_pooling(modules, pooling, named, tmp_path):
@@ -182,7 +186,10 @@ FORMS = {
     "pyarrow": lambda x: pl.DataFrame({"text": x}).to_arrow(),
     "rows": lambda x: [[text] for text in x],
     "column": lambda x: np.array(x, dtype=object)[:, None],
+    "masked": lambda x: np.ma.array(x),
 }
+if hasattr(np.dtypes, "StringDType"):  # NumPy 2
+    FORMS["StringDType"] = lambda x: np.array(x, dtype=np.dtypes.StringDType())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -229,6 +236,9 @@ def test_what_holds_no_texts_is_refused(X, error, message, bert):
 
 def test_missing_texts(bert):
     X = ["a good film", None, np.nan, pd.NA, 3, b"\xff", "bad"]
+    masked = np.ma.array(["good", "bad"], mask=[False, True])
+    with pytest.raises(ValueError, match=r"1 of 2 texts could not be read:\n  row 1 \(None\)"):
+        PretrainedTextExtractor(bert).fit_transform(masked)
     extractor = PretrainedTextExtractor(bert).fit(X)
     with pytest.raises(
         ValueError, match=r"5 of 7 texts could not be read:\n  row 1 \(None\)"
@@ -261,6 +271,24 @@ def test_each_text_goes_through_the_network_once(bert, monkeypatch, tmp_path):
     model = make_pipeline(PretrainedTextExtractor(bert, memory=tmp_path), LogisticRegression())
     GridSearchCV(model, {"logisticregression__C": [0.1, 1]}, cv=3).fit(X, y)
     assert sum(seen) == len(set(TEXTS))
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"pooling": ["mean", "cls", "last", "max", "auto"]},
+        {"layer": [None, 0, [1, 2], "all", -1]},
+        {"backbone": ["Bert", "GPT2"], "weights": ["DEFAULT", None]},
+    ],
+)
+def test_parameters_may_be_searched(grid, folders, bert):
+    if "backbone" in grid:
+        grid = grid | {"backbone": [f"hf:{folders[kind]}" for kind in grid["backbone"]]}
+    model = make_pipeline(PretrainedTextExtractor(bert), LogisticRegression(max_iter=1000))
+    grid = {f"pretrainedtextextractor__{name}": values for name, values in grid.items()}
+    X, y = pd.Series(TEXTS[:4] * 3, name="text"), [0, 1, 0, 1] * 3
+    search = GridSearchCV(model, grid, cv=2).fit(X, y)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
 
 
 def test_pickles_hold_no_weights(bert):

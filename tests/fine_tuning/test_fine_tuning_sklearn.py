@@ -118,6 +118,15 @@ def test_a_tuned_network_before_a_classical_model(stripes):
     assert pipe[:-1].transform(X).columns[0].endswith("tuned_000")
 
 
+def test_an_empty_part_of_a_table(stripes):
+    X, y = stripes
+    frame = pd.DataFrame({"photo": list(X)})
+    model = quick().fit(frame, y).set_output(transform="pandas")
+    assert model.transform(frame[:0]).shape == (0, model.n_features_out_)
+    with pytest.raises(ValueError, match="minimum of 1"):
+        model.predict(frame[:0])
+
+
 def test_validation_rows_through_a_pipeline(stripes):
     X, y = stripes
     with config_context(enable_metadata_routing=True):

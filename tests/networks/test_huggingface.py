@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_transformers import clear_networks
 
 from sktransfer import (
     FineTuningClassifier,
@@ -17,7 +18,6 @@ from sktransfer import (
     load_backbone,
     save,
 )
-from sktransfer.networks._inference import clear_networks
 
 transformers = pytest.importorskip("transformers")
 
@@ -101,7 +101,8 @@ def test_rows_are_those_of_transformers(kind, tmp_path):
         images = make_images(size=(36, 36))
     if MODELS[kind][1] == "ConvNext":
         images = make_images(size=(36, 36))
-    expected = own_output(folder, images).pooler_output.flatten(1)
+    output = own_output(folder, images)  # before transformers 5 a tensor, for CLIP and SigLIP
+    expected = getattr(output, "pooler_output", output).flatten(1)
     np.testing.assert_allclose(extract(folder, images), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -161,6 +162,10 @@ def test_layers_are_the_hidden_states(vit):
     expected = torch.cat([hidden[1][:, 0], hidden[2][:, 0]], dim=1)
     np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-5)
     assert extract(vit, images, layer="all").shape == (5, 3 * 16)
+    np.testing.assert_allclose(extract(vit, images, layer=2), expected[:, 16:], atol=1e-5)
+    ends = extract(vit, images, layer=[0, -1], cache_layers=["block1"])
+    expected = torch.cat([hidden[0][:, 0], model(**pixels).last_hidden_state[:, 0]], dim=1)
+    np.testing.assert_allclose(ends, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_feature_names_have_the_last_part_of_the_name(vit):
