@@ -43,7 +43,7 @@ _STAGE_ENDS = {
     "Inception3": r"maxpool[12]|Mixed_(5d|6e|7c)",
     "MNASNet": r"layers\.([7-9]|1[0126])",
     "MaxVit": r"stem|blocks\.\d+|classifier\.4",
-    "MobileNetV2": r"features\.(0|1|3|6|13|18)",
+    "MobileNetV2": r"features\.([0136]|1[0368])",
     "MobileNetV3": r"features\.(0|1|3|6|12|16)|classifier\.1",
     "MobileNetV3 13": r"features\.(0|1|3|8|12)|classifier\.1",
     "RegNet": r"stem|trunk_output\.block\d",

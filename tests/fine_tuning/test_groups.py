@@ -124,7 +124,8 @@ def test_a_splitter_without_splits(of_groups):
         quick(early_stopping=PredefinedSplit(np.full(48, -1))).fit(X, k)
 
 
-@pytest.mark.parametrize("splitter", SPLITTERS, ids=str)
+# StratifiedGroupKFold of scikit-learn 1.6 splits without groups.
+@pytest.mark.parametrize("splitter", SPLITTERS[:2], ids=str)
 def test_a_splitter_that_needs_groups(of_groups, splitter):
     X, k, _ = of_groups
     message = r"early_stopping: \w+ cannot split these 48 rows .*set_fit_request\(groups=True"
