@@ -140,7 +140,7 @@ class TransferCurveDisplay:
         if len(means) > 1:
             self._mark(ax, means[0], means[1], has_slope=not by_epoch)
         if by_epoch:
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         else:
             ax.set_xscale("log", base=2)
             ax.set_xticks(x, [f"{size:.0f}" for size in x])

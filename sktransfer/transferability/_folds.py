@@ -16,6 +16,8 @@ from sklearn.model_selection import (
 )
 from sklearn.utils import check_random_state
 
+from sktransfer.transferability._scores import are_missing
+
 Folds = list[tuple[np.ndarray, np.ndarray]]
 
 
@@ -37,14 +39,31 @@ class Estimate(NamedTuple):
 
 
 def make_folds(
-    y: np.ndarray, cv: object, groups: ArrayLike | None, is_classifier: bool, random_state: object
+    y: np.ndarray, cv: object, groups: np.ndarray | None, is_classifier: bool, random_state: object
 ) -> Folds:
     """Return the folds; those of a number are shuffled, stratified and keep groups together."""
     if isinstance(cv, (int, np.integer)) and not isinstance(cv, bool):
         kinds = (KFold, StratifiedKFold) if groups is None else (GroupKFold, StratifiedGroupKFold)
         cv = kinds[is_classifier](int(cv), shuffle=True, random_state=random_state)
-    splitter = check_cv(cv, y, classifier=is_classifier)
-    return [(train, test) for train, test in splitter.split(np.zeros(len(y)), y, groups)]
+    splitter, rows = check_cv(cv, y, classifier=is_classifier), np.arange(len(y))
+    # Folds may be masks.
+    return [(rows[train], rows[test]) for train, test in splitter.split(rows[:, None], y, groups)]
+
+
+def group_numbers(groups: ArrayLike | None, n_rows: int) -> np.ndarray | None:
+    """Number the groups in their order; a row whose label is missing is a group of its own."""
+    if groups is None:
+        return None
+    labels = np.asarray(groups, dtype=object)
+    if labels.shape not in ((n_rows,), (n_rows, 1)):
+        raise ValueError(
+            f"groups has shape {labels.shape}; it needs a label for each of {n_rows} rows."
+        )
+    labels = labels.ravel()
+    numbers: dict[object, int] = {}
+    missing = zip(labels.tolist(), are_missing(labels), range(n_rows), strict=True)
+    keys = [(is_missing, i if is_missing else label) for label, is_missing, i in missing]
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)
 
 
 def nested_order(
