@@ -155,6 +155,7 @@ class BackboneRankingDisplay:
             loc="center left",
             bbox_to_anchor=(1.01, 0.5),
             frameon=False,
+            fontsize="small",
             title="hollow: random weights" if self.gains_ else None,
         )
         self.ax_, self.figure_ = ax, ax.figure  # type: ignore[assignment]

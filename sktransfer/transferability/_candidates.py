@@ -151,12 +151,11 @@ class Candidate:
         out = np.empty((len(sample), backbone.n_features), dtype=np.float32)
         settings = self.settings | {"memory": False, "verbose": 0}
         seconds = []
-        for _ in range(4):
+        for _ in range(3):  # the first one decodes images whose rows were in the store
             since = time.perf_counter()
             embed_images(sample, backbone, out=out, **settings)  # type: ignore[arg-type]
             seconds.append(time.perf_counter() - since)
-        # The first run prepares the network, and decodes images whose rows were in the store.
-        return min(seconds[1:]) * 1000 / len(sample)
+        return min(seconds) * 1000 / len(sample)
 
 
 def make_candidates(
@@ -216,7 +215,9 @@ def _tell_apart(candidates: list[Candidate]) -> None:
         for key in ("weights", "preprocessing", "pooling", "value_range", "precision"):
             differs = any(n == name and o.get(key) != own.get(key) for n, o in settings)
             if differs and own[key] != default[key]:
-                candidate.label += f", {key}={str(own[key])[-40:]}"  # the end of a path
+                shown = own[key] if isinstance(own[key], dict) else {key: own[key]}
+                # Of a path its end.
+                candidate.label += "".join(f", {k}={str(v)[-40:]}" for k, v in shown.items())
         known = candidate.label, repr(own["layer"])  # the layer has a column of its own
         taken[known] += 1
         if taken[known] > 1:

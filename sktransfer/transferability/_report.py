@@ -153,11 +153,12 @@ class TransferReport:
                 f"The score still rises between the last two training sizes, by "
                 f"{self._rise.value:.3f}: more data would help."
             )
-        for name, what in (("pixels", "raw pixels"), ("dummy", "a prediction without images")):
+        known = {"pixels": "raw pixels", "tf-idf": "words by tf-idf", "dummy": "the dummy"}
+        for name, what in known.items():
             if name in self.verdicts_ and name != first and self.verdicts_[name] != "helps":
                 advice.append(
-                    f"The model is not shown to be better than {what}: check that the images show "
-                    "what y names, and that the preprocessing suits them."
+                    f"The model is not shown to be better than {what}: check that X shows what y "
+                    "names, and that the preprocessing suits it."
                 )
         return advice
 

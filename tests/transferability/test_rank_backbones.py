@@ -172,10 +172,13 @@ def test_a_list_of_weights():
 def test_labels_say_what_differs(faint):
     X, y = faint
     network = Filters(STRIPES)
-    own = {"layer": ["conv"], "pooling": "max"}
+    own = {"layer": "conv", "pooling": "max", "preprocessing": {"size": 32}}
     candidates = [extractor(network, **k) for k in ({}, own, {}, {"layer": "conv"})]
+    for candidate in candidates[::2]:
+        candidate.set_params(preprocessing="auto")
     ranking = rank_backbones(X, y, candidates, cv=2, random_state=0)
-    names = ["Filters", "Filters, pooling=max", "Filters #2", "Filters"]
+    names = ["Filters", "Filters, size=32, pooling=max", "Filters #2"]
+    names.append("Filters, size=24, crop=24")
     shown = zip(ranking.table_["backbone"], ranking.table_["layer"], strict=True)
     layers = ["embedding", "conv", "embedding", "conv"]
     assert sorted(shown) == sorted(zip(names, layers, strict=True))
