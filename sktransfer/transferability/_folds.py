@@ -51,7 +51,7 @@ def make_folds(
 
 
 def group_numbers(groups: ArrayLike | None, n_rows: int) -> np.ndarray | None:
-    """Number the groups in their order; a row whose label is missing is a group of its own."""
+    """Return sorted groups as 0, 1, …; a row whose label is missing is a group of its own."""
     if groups is None:
         return None
     labels = np.asarray(groups, dtype=object)
@@ -60,10 +60,11 @@ def group_numbers(groups: ArrayLike | None, n_rows: int) -> np.ndarray | None:
             f"groups has shape {labels.shape}; it needs a label for each of {n_rows} rows."
         )
     labels = labels.ravel()
-    numbers: dict[object, int] = {}
-    missing = zip(labels.tolist(), are_missing(labels), range(n_rows), strict=True)
-    keys = [(is_missing, i if is_missing else label) for label, is_missing, i in missing]
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)
+    cells = zip(labels.tolist(), are_missing(labels), range(n_rows), strict=True)
+    # Sorted as scikit-learn's splitters do; labels of several types by their types first.
+    keys = [(gone, type(label).__name__, i if gone else label) for label, gone, i in cells]
+    numbers = {key: number for number, key in enumerate(sorted(set(keys)))}
+    return np.array([numbers[key] for key in keys])
 
 
 def nested_order(

@@ -153,7 +153,8 @@ def h_score(X: ArrayLike | Spectrum, y: ArrayLike, *, shrinkage: bool = True) ->
         Labels of any type.
     shrinkage : bool, default=True
         Whether the covariance is shrunk towards a multiple of the identity, by as much as Ledoit
-        and Wolf estimate, and the score with it [2]_. False is the original score [1]_, which is
+        and Wolf estimate, and the score with it [2]_: it is 0 where their estimate is that
+        multiple, as for few columns without correlation. False is the original score [1]_, which is
         ``n_classes - 1`` for any X of as many columns as rows; a warning says so.
 
     Returns
