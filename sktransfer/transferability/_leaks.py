@@ -26,11 +26,13 @@ from sktransfer.transferability._alignment import (
     other_orientations,
 )
 from sktransfer.transferability._folds import group_numbers
+from sktransfer.transferability._table import as_frame
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from sktransfer.inspection._leaks import LeaksDisplay
+    from sktransfer.transferability._table import Table
 
 _N_NEIGHBORS = 10  # candidates of an image, and most partners of a row in the table
 _N_LOOKED_AT = 2  # of these, the nearest, which are tried mirrored, turned and cropped
@@ -134,8 +136,9 @@ def find_leaks(X_train, X_test=None, *, groups=None, threshold="auto", memory=No
     search = _Search(sides, groups)
     threshold = search.default_threshold() if is_auto else float(threshold)
     pairs = search.pairs(threshold)
+    listed = search.listed(*pairs)
     return Leaks(
-        table_=_as_table(search.listed(*pairs)),
+        table_=as_frame({name: listed[name] for name in _DTYPE.names or ()}),
         groups_=search.components(pairs[0]),
         threshold_=threshold,
         bad_images_=[bad for side in sides for bad in side.bad],
@@ -150,7 +153,7 @@ class Leaks:
 
     Attributes
     ----------
-    table_ : DataFrame, or a record array where pandas is missing
+    table_ : DataFrame, or Table where pandas is not installed
         One row a pair, the most similar first: ``test_row``, ``train_row`` (positions; within one
         set, of the later and the earlier row of the pair), ``similarity`` (NaN for a group) and
         ``kind``: ``"exact"`` (the same file or pixels), ``"copy"`` (re-saved, resized),
@@ -168,7 +171,7 @@ class Leaks:
         Number of training rows and, across a split, of test rows.
     """
 
-    table_: pd.DataFrame | np.recarray
+    table_: pd.DataFrame | Table
     groups_: np.ndarray
     threshold_: float
     bad_images_: list[BadRow]
@@ -176,7 +179,7 @@ class Leaks:
     _X: tuple = field(repr=False)
 
     def plot(self, *, ax=None, n_pairs=12) -> LeaksDisplay:
-        """Show the most similar pairs side by side: :class:`~sktransfer.inspection.LeaksDisplay`.
+        """Show the most similar pairs of each kind: :class:`~sktransfer.inspection.LeaksDisplay`.
 
         Parameters
         ----------
@@ -190,13 +193,14 @@ class Leaks:
         return LeaksDisplay.from_leaks(self, *self._X, n_pairs=n_pairs, ax=ax)
 
     def __str__(self) -> str:
-        return "\n".join([self._summary(), *([str(self.table_)] if len(self.table_) else [])])
+        return "\n".join(
+            [self._summary(), *([str(self.table_)] if len(self.table_["kind"]) else [])]
+        )
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        table = getattr(self.table_, "to_html", lambda **_: f"<pre>{self.table_}</pre>")
-        return f"<p>{self._summary()}</p>{table(max_rows=20)}"
+        return f"<p>{self._summary()}</p>{self.table_._repr_html_()}"  # type: ignore[operator]
 
     def _summary(self) -> str:
         kinds = np.asarray(self.table_["kind"])
@@ -366,7 +370,7 @@ class _Search:
         )
         return np.array_equal(a, b)
 
-    def listed(self, pairs, similarities, kinds) -> np.recarray:
+    def listed(self, pairs, similarities, kinds) -> np.ndarray:
         """Return the table: pairs of rows."""
         found: dict[tuple[int, int], tuple[float, str]] = {}
 
@@ -393,7 +397,7 @@ class _Search:
             if n_listed[row] <= _N_NEIGHBORS:
                 test_row = row - self.n_train if self.is_split else row
                 table.append((test_row, other, *found[row, other]))
-        return np.array(table, dtype=_DTYPE).view(np.recarray)
+        return np.array(table, dtype=_DTYPE)
 
     def _are_grouped(self, row: int, other: int) -> bool:
         return self.groups is not None and self.groups[row] == self.groups[other]
@@ -419,11 +423,3 @@ class _Search:
         n = self.n_rows + (0 if self.groups is None else self.groups.max() + 1)
         graph = coo_matrix((np.ones(len(a), dtype=bool), (a, b)), shape=(n, n))
         return connected_components(graph, directed=False)[1][: self.n_rows]
-
-
-def _as_table(table: np.recarray) -> pd.DataFrame | np.recarray:
-    try:
-        import pandas as pd
-    except ImportError:
-        return table
-    return pd.DataFrame.from_records(table)

@@ -24,7 +24,7 @@ class Table(dict):
         return as_html(self)
 
 
-def as_frame(columns: Mapping[str, Sequence]) -> pd.DataFrame | Table:
+def as_frame(columns: Mapping[str, Sequence | np.ndarray]) -> pd.DataFrame | Table:
     """Return a DataFrame of the columns; a `Table` of arrays if pandas is not installed."""
     try:
         import pandas as pd
