@@ -166,7 +166,7 @@ class TransferCurveDisplay:
                 label=f"{name} {ends[1] - ends[0]:+.3f}",
                 zorder=1,
             )
-        if not has_slope or len(own[0]) < 2:
+        if not has_slope or len(np.unique(own[0])) < 2:  # groups may make sizes equal
             return
         slopes = []
         for name, (x, mean), line in (

@@ -58,6 +58,11 @@ def test_curves_over_training_sizes():
     assert display.ax_.get_title() == "Transfer"
 
 
+def test_equal_sizes_have_no_slope():
+    display = TransferCurveDisplay([40, 40, 40], SCORES).plot()
+    assert set(display.marks_) == {"start", "asymptote"}
+
+
 def test_curves_over_epochs():
     epochs = {"pre-trained": [[0.5, 0.8, np.nan], [0.7, 0.8, 0.9]], "random": [[0.2, 0.3, 0.3]] * 2}
     display = TransferCurveDisplay([10], {}, epochs=epochs).plot(over="epochs")
