@@ -70,7 +70,7 @@ print(ranking)
 # ``ranking.best_`` is the extractor of the first row, ready for a pipeline.
 #
 # With 20 real images a class, the linear model ordered ten candidates as fine-tuning did with a
-# weighted Kendall's tau of 0.67, the mean of four sets; scores that need no cross-validation
-# reached 0.56 at most (``docs/benchmarks/transferability.py``).
+# weighted Kendall's tau of 0.68, the mean of five sets; scores that need no cross-validation
+# reached 0.62 at most (``docs/benchmarks/transferability.py``).
 ranking.plot()
 plt.show()
