@@ -9,10 +9,9 @@ from numpy.typing import ArrayLike
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils import check_consistent_length
 
 from sktransfer.inspection._axes import COLORS, new_axes, style_of
-from sktransfer.inspection._grid import image_shape_of, read_thumbnails, transform
+from sktransfer.inspection._grid import image_shape_of, one_a_row, read_thumbnails, transform
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -169,6 +168,7 @@ class EmbeddingDisplay:
         points = np.asarray(self.points)
         self.ax_ = ax if ax is not None else new_axes("EmbeddingDisplay", size=(8.0, 6.0))[0]
         self.figure_ = self.ax_.figure
+        self._frames = np.full(len(points), "black", dtype=object)  # of thumbnails
         self.scatters_ = self._draw_points(points)
         self.thumbnails_ = self._draw_thumbnails(points, n_thumbnails)
         self.ax_.set(xlabel=self.axis_names[0], ylabel=self.axis_names[1])
@@ -179,8 +179,8 @@ class EmbeddingDisplay:
         style: dict = {"s": 14, "linewidths": 0}
         if self.y is None:
             return [self.ax_.scatter(points[:, 0], points[:, 1], color=COLORS[0], **style)]
-        y = np.asarray(self.y)
-        check_consistent_length(points, y)
+        y = one_a_row(self.y, points)
+        y = y.astype(str) if y.dtype == object else y  # None beside labels, too
         labels = np.unique(y)
         if y.dtype.kind in "fiu" and len(labels) > 20:
             scatter = self.ax_.scatter(points[:, 0], points[:, 1], c=y, cmap="cividis", **style)
@@ -189,6 +189,7 @@ class EmbeddingDisplay:
         scatters = []
         for k, label in enumerate(labels):
             style["color"], style["marker"] = style_of(k)
+            self._frames[y == label] = style["color"]
             rows = points[y == label]
             scatters.append(self.ax_.scatter(rows[:, 0], rows[:, 1], label=label, **style))
         columns = -(-len(labels) // 20)
@@ -211,7 +212,8 @@ class EmbeddingDisplay:
             chosen, read_thumbnails(self.X, chosen, self.image_shape, _THUMBNAIL), strict=True
         ):
             box = OffsetImage(image, zoom=0.6)
-            annotation = AnnotationBbox(box, points[i], pad=0.1, bboxprops={"linewidth": 0.5})
+            frame = {"linewidth": 1.0, "edgecolor": self._frames[i]}
+            annotation = AnnotationBbox(box, points[i], pad=0.1, bboxprops=frame)
             self.ax_.add_artist(annotation)
             boxes.append(annotation)
         self.ax_.margins(0.08)

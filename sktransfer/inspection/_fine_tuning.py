@@ -79,7 +79,8 @@ class FineTuningDisplay:
 
         Parameters
         ----------
-        estimator : FineTuningClassifier, FineTuningRegressor, or a Pipeline that ends with one
+        estimator : FineTuningClassifier, FineTuningRegressor, a Pipeline that ends with one, or a
+            fitted search over these
         axes
             As of `plot`.
 
@@ -87,7 +88,8 @@ class FineTuningDisplay:
         -------
         display : FineTuningDisplay
         """
-        model = estimator[-1] if hasattr(estimator, "steps") else estimator
+        model = getattr(estimator, "best_estimator_", estimator)
+        model = model[-1] if hasattr(model, "steps") else model
         check_is_fitted(model)
         if not hasattr(model, "history_"):
             raise TypeError(
@@ -123,6 +125,8 @@ class FineTuningDisplay:
         curves = self._curves()
         panels = {label: [k for k in keys if k in curves] for label, keys in panels.items()}
         panels = {label: keys for label, keys in panels.items() if keys}
+        if not panels:
+            raise ValueError("The history has no epoch: with max_epochs=0 only the head is fitted.")
         if axes is None:
             axes = new_axes(type(self).__name__, len(panels), (6.4, 1.6 * len(panels) + 0.4))
         if len(axes) != len(panels):
@@ -173,6 +177,6 @@ class FineTuningDisplay:
             frozen.set_ylim(-0.3, self.n_stages + 0.3)  # type: ignore[union-attr]
             frozen.yaxis.set_major_locator(MaxNLocator(4, integer=True))  # type: ignore[union-attr]
         self.axes_[-1].set_xlabel("epoch")
-        self.axes_[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        self.axes_[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         self.figure_ = self.axes_[0].figure  # type: ignore[assignment]
         self.figure_.align_ylabels(self.axes_)

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer.images._images import BadImage, as_images
@@ -64,6 +66,28 @@ def image_shape_of(estimator) -> tuple[int, ...] | None:
     return next((shape for shape in shapes if shape is not None), None)
 
 
+def method_of(estimator, methods: Sequence[str]) -> str:
+    """Return the first of these methods that a fitted estimator has."""
+    if hasattr(estimator, "fit"):
+        check_is_fitted(estimator)
+    if found := [method for method in methods if hasattr(estimator, method)]:
+        return found[0]
+    raise TypeError(
+        f"{type(estimator).__name__} has no {' nor '.join(methods)}: give a fitted classifier or "
+        "regressor, or a pipeline that ends with one."
+    )
+
+
+def one_a_row(y: ArrayLike, X) -> np.ndarray:
+    """Return one label or number for each row of X."""
+    y = np.asarray(y)
+    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+    if y.ndim != 1:
+        raise ValueError(f"y must hold one label or number a row; its shape is {y.shape}.")
+    check_consistent_length(X, y)
+    return y
+
+
 def transform(extractor, X) -> np.ndarray:
     """Return the columns of X; an extractor that is not fitted yet is fitted on it, as a copy."""
     if not hasattr(extractor, "transform"):
@@ -85,6 +109,12 @@ def grid_axes(name: str, ax: Axes | None, n_rows: int, n_columns: int, n_lines: 
         return ax
     size = n_columns * _CELL_INCHES, n_rows * (_CELL_INCHES + n_lines * _LINE_INCHES) + 0.4
     return new_axes(name, size=(max(size[0], 3.0), size[1]))[0]
+
+
+def short(value: object, n: int = 18) -> str:
+    """Return a label or number as text that fits above a thumbnail."""
+    text = f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
+    return text if len(text) <= n else f"{text[: n - 1]}…"
 
 
 def pair_places(n: int, n_columns: int) -> list[tuple[float, int]]:

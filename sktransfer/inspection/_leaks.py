@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -79,7 +80,7 @@ class LeaksDisplay:
     def from_leaks(
         cls, leaks, X_train, X_test=None, *, n_pairs: int = 12, ax: Axes | None = None
     ) -> Self:
-        """Draw pairs that :func:`find_leaks` found, the most similar first.
+        """Draw pairs that :func:`find_leaks` found, the most similar of each kind.
 
         Parameters
         ----------
@@ -98,7 +99,14 @@ class LeaksDisplay:
         """
         table = getattr(leaks, "table_", leaks)
         names = ("test_row", "train_row", "similarity", "kind")
-        columns = [np.asarray(table[name])[:n_pairs] for name in names]
+        # The most similar pair of each kind, then the second ones: exact copies may be many.
+        seen: Counter[str] = Counter()
+        rank = []
+        for kind in table["kind"]:
+            rank.append(seen[kind])
+            seen[kind] += 1
+        chosen = np.sort(np.argsort(rank, kind="stable")[:n_pairs])
+        columns = [np.asarray(table[name])[chosen] for name in names]
         return cls(X_train, X_test, *columns).plot(ax=ax)
 
     def plot(self, *, ax: Axes | None = None, n_columns: int = 4) -> Self:

@@ -12,7 +12,9 @@ from sktransfer.inspection._grid import (
     draw_grid,
     grid_axes,
     image_shape_of,
+    one_a_row,
     read_thumbnails,
+    short,
     transform,
 )
 
@@ -170,15 +172,15 @@ class NeighborsDisplay:
         n_images, n_neighbors = neighbors.shape
         self.ax_ = grid_axes("NeighborsDisplay", ax, n_images, n_neighbors + 1, 2)
         self.figure_ = self.ax_.figure
-        labels = None if self.y_train is None else np.asarray(self.y_train)
+        labels = None if self.y_train is None else one_a_row(self.y_train, self.X_train)
         ours = read_thumbnails(self.X, range(n_images), self.image_shape)
         thumbnails, titles, places = [], [], []
         for i in range(n_images):
             thumbnails += [ours[i], *read_thumbnails(self.X_train, neighbors[i], self.image_shape)]
             titles.append(f"image {i}")
             for row, distance in zip(neighbors[i], distances[i], strict=True):
-                label = f"row {row}" if labels is None else f"{labels[row]} (row {row})"
-                titles.append(f"{label}\n{distance:.2f}")
+                label = "" if labels is None else f"{short(labels[row])}\n"
+                titles.append(f"{label}row {row}, {distance:.2f}")
             # The image itself stands a little apart.
             places += [(0.0, i), *((k + 1.2, i) for k in range(n_neighbors))]
         self.images_, self.texts_ = draw_grid(self.ax_, thumbnails, titles, places)

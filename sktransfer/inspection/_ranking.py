@@ -150,11 +150,12 @@ class BackboneRankingDisplay:
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
-        ax.set(xlabel="seconds per 1,000 images", ylabel=self.score_name, title="Backbones")
+        ax.set(xlabel="seconds per 1,000 rows", ylabel=self.score_name, title="Backbones")
         ax.legend(
             loc="center left",
             bbox_to_anchor=(1.01, 0.5),
             frameon=False,
+            fontsize="small",
             title="hollow: random weights" if self.gains_ else None,
         )
         self.ax_, self.figure_ = ax, ax.figure  # type: ignore[assignment]

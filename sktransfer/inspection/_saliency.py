@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import logit
 
-from sktransfer.images._images import as_images
+from sktransfer.images._images import BadImage, as_images
 from sktransfer.inspection._grid import (
     draw_grid,
     grid_axes,
     image_shape_of,
+    method_of,
     pair_places,
     read_thumbnails,
+    short,
 )
 from sktransfer.store._store import keep_nothing
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
     from matplotlib.text import Text
 
+_LEAST = 1e-6  # probability; forests give 0 and 1
 _METHODS = ("predict_proba", "decision_function", "predict")
 
 
@@ -111,7 +115,8 @@ class SaliencyDisplay:
         Parameters
         ----------
         estimator : fitted classifier or regressor
-            ``predict_proba`` is used, else ``decision_function``, else ``predict``.
+            The log-odds of ``predict_proba`` are explained, else ``decision_function``, else
+            ``predict``.
         X : list, array, Series or data frame of images
             The few images to explain. A data frame may hold other columns, too.
         target : label, default=None
@@ -133,7 +138,7 @@ class SaliencyDisplay:
         """
         shape = image_shape if image_shape is not None else image_shape_of(estimator)
         rows = _Rows(X, column, shape)
-        method = next(name for name in _METHODS if hasattr(estimator, name))
+        method = method_of(estimator, _METHODS)
         classes = [] if method == "predict" else list(estimator.classes_)
         if target is not None and target not in classes:
             known = f"one of {classes}" if classes else "None for an estimator without classes"
@@ -150,11 +155,14 @@ class SaliencyDisplay:
                     ]
                 )
                 k = scores[0].argmax() if target is None else classes.index(target)
-                maps.append(_spread(scores[0, k] - scores[1:, k], n_patches))
-                names.append(
-                    f"{classes[k]}: {scores[0, k]:.2f}" if classes else f"{scores[0, k]:.4g}"
-                )
-        name = {"predict_proba": "probability", "predict": "prediction"}.get(method, "score")
+                shown = f"{scores[0, k]:.2f}" if classes else f"{scores[0, k]:.4g}"
+                names.append(f"{short(classes[k])}: {shown}" if classes else shown)
+                of_target = scores[:, k]
+                if method == "predict_proba":
+                    # Probabilities near 1 hardly fall, whatever is hidden.
+                    of_target = logit(of_target.clip(_LEAST, 1 - _LEAST))
+                maps.append(_spread(of_target[0] - of_target[1:], n_patches))
+        name = {"predict_proba": "log-odds", "predict": "prediction"}.get(method, "score")
         display = cls(rows.images_only, np.array(maps), names, score_name=name, image_shape=shape)
         return display.plot(ax=ax)
 
@@ -192,7 +200,7 @@ class SaliencyDisplay:
             for m, image in zip(maps, self.images_[1::2], strict=True)
         ]
         self.ax_.set(xlim=(0, max(x for x, _ in places) + 1))
-        label = f"fall of the {self.score_name} where hidden"
+        label = f"fall of the\n{self.score_name} if hidden"
         self.figure_.colorbar(self.maps_[0], ax=self.ax_, label=label, shrink=0.8)
         self.ax_.set_title("What the prediction depends on")
         return self
@@ -225,7 +233,10 @@ class _Rows:
     def pixels(self, i: int) -> np.ndarray:
         """Return an image as an array (height, width) or (height, width, channels)."""
         if self._values is None:
-            return np.asarray(self._images.decode(i))
+            try:
+                return np.asarray(self._images.decode(i))
+            except BadImage as error:
+                raise ValueError(f"{self._images.where(i)}: {error}") from None
         values = self._values[i]
         return values if self._shape is None else values.reshape(*self._shape, -1)
 

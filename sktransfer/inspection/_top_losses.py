@@ -9,7 +9,15 @@ from numpy.typing import ArrayLike
 from sklearn.base import is_regressor
 from sklearn.utils import check_consistent_length
 
-from sktransfer.inspection._grid import draw_grid, grid_axes, image_shape_of, read_thumbnails
+from sktransfer.inspection._grid import (
+    draw_grid,
+    grid_axes,
+    image_shape_of,
+    method_of,
+    one_a_row,
+    read_thumbnails,
+    short,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,8 +107,7 @@ class TopLossesDisplay:
         if is_regressor(estimator):
             scores, classes = estimator.predict(X), None
         else:
-            method = "predict_proba"
-            method = method if hasattr(estimator, method) else "decision_function"
+            method = method_of(estimator, ("predict_proba", "decision_function"))
             scores, classes = getattr(estimator, method)(X), estimator.classes_
         shape = image_shape_of(estimator)
         options = {"n_images": n_images, "image_shape": shape, "ax": ax}
@@ -132,8 +139,10 @@ class TopLossesDisplay:
         -------
         display : TopLossesDisplay
         """
-        y_true, y_score = np.asarray(y_true), np.asarray(y_score)
+        y_true, y_score = one_a_row(y_true, X), np.asarray(y_score)
         check_consistent_length(y_true, y_score)
+        if y_score.dtype.kind not in "fiu":
+            raise ValueError("y_score holds labels: give what predict_proba returns.")
         if classes is None and y_score.ndim == 1:
             y_pred, loss = y_score, np.abs(y_score - y_true)
             order = np.argsort(-loss, kind="stable")
@@ -166,7 +175,7 @@ class TopLossesDisplay:
         self.ax_ = grid_axes("TopLossesDisplay", ax, n_lines, n_columns, 3)
         self.figure_ = self.ax_.figure
         titles = [
-            f"row {row}, {loss:.2f}\nis {_short(true)}\npredicted {_short(predicted)}"
+            f"row {row}, {loss:.3g}\nis {short(true)}\npredicted {short(predicted, 14)}"
             for row, true, predicted, loss in zip(*columns, strict=True)
         ]
         thumbnails = read_thumbnails(self.X, columns[0], self.image_shape)
@@ -193,8 +202,3 @@ def _predicted(y_score: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np
             "of the columns as classes"
         )
     return classes[y_score.argmax(axis=1)], y_score.max(axis=1)
-
-
-def _short(value: object) -> str:
-    text = f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
-    return text if len(text) <= 18 else f"{text[:17]}…"

@@ -140,7 +140,7 @@ class TransferCurveDisplay:
         if len(means) > 1:
             self._mark(ax, means[0], means[1], has_slope=not by_epoch)
         if by_epoch:
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         else:
             ax.set_xscale("log", base=2)
             ax.set_xticks(x, [f"{size:.0f}" for size in x])
@@ -166,7 +166,7 @@ class TransferCurveDisplay:
                 label=f"{name} {ends[1] - ends[0]:+.3f}",
                 zorder=1,
             )
-        if not has_slope or len(own[0]) < 2:
+        if not has_slope or len(np.unique(own[0])) < 2:  # groups may make sizes equal
             return
         slopes = []
         for name, (x, mean), line in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sktransfer.networks._backbone import Backbone
 
 BASELINES = ("random", "pixels", "dummy")
+_GRIDS = {"param_grid", "param_distributions"}  # of scikit-learn's searches
 _MAX_WORDS = 5000  # the most frequent words and pairs of them that tf-idf counts
 # Images resized as a whole, values in 0…1.
 _SIZE = (32, 32)
@@ -67,6 +69,28 @@ def make_baseline(kind: str, estimator: BaseEstimator, has_many_labels: bool) ->
     for name, part in networks_in(estimator).items():
         part = random_twin(part) if kind == "random" else without_network(part, has_many_labels)
         baseline = baseline.set_params(**{name: part}) if name else part
+    return _without(baseline, [*networks_in(estimator)], "weights" if kind == "random" else "")
+
+
+def _without(baseline: BaseEstimator, names: list[str], parameter: str) -> BaseEstimator:
+    """Return a baseline whose searches do not set this parameter of networks; ``""``: nor any."""
+    for outer, search in {"": baseline, **baseline.get_params()}.items():
+        keys = _GRIDS & vars(search).keys() if hasattr(search, "estimator") else ()
+        for key in keys:
+            start = f"{outer}__estimator" if outer else "estimator"
+            own = [name.removeprefix(start).removeprefix("__") for name in names]
+            starts = tuple(f"{name}__{parameter}" if name else parameter for name in own)
+            grids = getattr(search, key)
+            kept = [
+                {k: v for k, v in grid.items() if k not in own and not k.startswith(starts)}
+                for grid in ([grids] if isinstance(grids, Mapping) else grids)
+            ]
+            if any(kept):
+                search.set_params(**{key: kept})
+            elif outer:
+                baseline.set_params(**{outer: search.estimator})
+            else:
+                return search.estimator
     return baseline
 
 
@@ -127,7 +151,7 @@ def without_network(part: BaseEstimator, has_many_labels: bool = False) -> BaseE
         scaler, model = make_probe(3 * math.prod(_SIZE), not is_classifier(part))
         if is_classifier(part):
             model.set_params(class_weight=part.class_weight)
-        model = OneVsRestClassifier(model) if has_many_labels else model
+            model = OneVsRestClassifier(model) if has_many_labels else model
         return make_pipeline(without_network(pixels), scaler, model)
     raise TypeError(
         f"against='pixels' needs images, and {type(part).__name__} does not take them: leave it "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -66,14 +67,14 @@ class Candidate:
         own = self.extractor.get_params(deep=False)
         check_place(own["memory"], own["device"])
         if isinstance(layers, dict):
-            layers = layers.get(own["backbone"], None)
+            layers = layers.get(_name_of(own["backbone"]))
         if layers is None:
             # Of texts a layer may be a number, which the backbone knows by its name.
             self.layers = [own["layer"] if self.is_of_images else self._loaded().layer]  # type: ignore[list-item]
         elif layers == "stages":
             self.layers = [*self._loaded(layer=None).stage_names_to_layer, None]
         else:
-            self.layers = [layers] if isinstance(layers, str) else list(layers)
+            self.layers = _names_of(layers)  # type: ignore[assignment]
         flat = [*dict.fromkeys(name for layer in self.layers for name in _names_of(layer))]
         loaded = self._loaded(layer=flat)
         self.networks["own"] = HeldBackbone(loaded)
@@ -120,11 +121,8 @@ class Candidate:
                 kind: rows_[:, used].reshape(images.n_rows, -1).astype(float)
                 for kind, rows_ in self.columns.items()
             }
-            probe = make_probe(columns["own"].shape[1], is_regression)
             scores = {
-                kind: cross_val_score(probe, block, target, cv=folds, scoring=scoring)
-                if np.isfinite(block).all()
-                else np.full(len(folds), np.nan)
+                kind: evaluate(block, target, is_regression, folds, scoring)
                 for kind, block in columns.items()
             }
             score = estimate(scores["own"], folds)
@@ -137,14 +135,14 @@ class Candidate:
                 "score_se": score.error,
                 "gain": gain.value,
                 "gain_se": gain.error,
-                "seconds": self._seconds(layer, sample),
+                "seconds": self._seconds(layer, sample) * images.n_columns,
                 **_other_scores(columns["own"], target, is_regression),
             }
             rows.append(row | {"extractor": self._with(layer=layer)})
         return rows
 
     def _seconds(self, layer: Layer, sample: Rows) -> float:
-        """Measure resizing and the network, for 1,000 images; decoding is the same for all."""
+        """Measure resizing and the network, for 1,000 cells; decoding is the same for all."""
         from sktransfer.embedding._embed import embed_images
 
         backbone = self.networks["own"]
@@ -153,15 +151,16 @@ class Candidate:
         out = np.empty((len(sample), backbone.n_features), dtype=np.float32)
         settings = self.settings | {"memory": False, "verbose": 0}
         seconds = []
-        for _ in range(4):
+        for _ in range(3):  # the first one decodes images whose rows were in the store
             since = time.perf_counter()
             embed_images(sample, backbone, out=out, **settings)  # type: ignore[arg-type]
             seconds.append(time.perf_counter() - since)
-        # The first run prepares the network, and decodes images whose rows were in the store.
-        return min(seconds[1:]) * 1000 / len(sample)
+        return min(seconds) * 1000 / len(sample)
 
 
-def make_candidates(backbones: Sequence, weights: object, memory: object) -> list[Candidate]:
+def make_candidates(
+    backbones: Sequence, weights: object, layers: Layers, memory: object
+) -> list[Candidate]:
     """Return a candidate for each backbone, with a name of its own."""
     if not isinstance(backbones, (list, tuple)) or not backbones:
         raise ValueError(
@@ -189,9 +188,11 @@ def make_candidates(backbones: Sequence, weights: object, memory: object) -> lis
             raise ValueError(
                 f"pooling={extractor.pooling!r} depends on the texts of fit: rank with 'mean'."
             )
-        label = _name_of(extractor.backbone)
-        n_before = sum(c.label.partition(" #")[0] == label for c in candidates)
-        candidates.append(Candidate(extractor, f"{label} #{n_before + 1}" if n_before else label))
+        candidates.append(Candidate(extractor, _name_of(extractor.backbone)))
+    names = [candidate.label for candidate in candidates]
+    if isinstance(layers, dict) and (unknown := [key for key in layers if key not in names]):
+        raise ValueError(f"layers names {unknown}, and the backbones are {names}.")
+    _tell_apart(candidates)
     of_images = [candidate.is_of_images for candidate in candidates]
     if not any(of_images):
         return candidates
@@ -205,9 +206,27 @@ def make_candidates(backbones: Sequence, weights: object, memory: object) -> lis
     return candidates
 
 
+def _tell_apart(candidates: list[Candidate]) -> None:
+    """Add to the labels of namesakes what differs between them, or a number."""
+    settings = [(c.label, c.extractor.get_params(deep=False)) for c in candidates]
+    taken: Counter[tuple[str, str]] = Counter()
+    for candidate, (name, own) in zip(candidates, settings, strict=True):
+        default = type(candidate.extractor)(own["backbone"]).get_params(deep=False)
+        for key in ("weights", "preprocessing", "pooling", "value_range", "precision"):
+            differs = any(n == name and o.get(key) != own.get(key) for n, o in settings)
+            if differs and own[key] != default[key]:
+                shown = own[key] if isinstance(own[key], dict) else {key: own[key]}
+                # Of a path its end.
+                candidate.label += "".join(f", {k}={str(v)[-40:]}" for k, v in shown.items())
+        known = candidate.label, repr(own["layer"])  # the layer has a column of its own
+        taken[known] += 1
+        if taken[known] > 1:
+            candidate.label += f" #{taken[known]}"
+
+
 def _names_of(layer: Layer) -> list[str | None]:
     """Return the layers that are joined as the columns of a candidate."""
-    return [layer] if layer is None or isinstance(layer, str) else list(layer)
+    return list(layer) if isinstance(layer, (list, tuple)) else [layer]  # type: ignore[list-item]
 
 
 def _name_of(backbone: object) -> str:
@@ -248,6 +267,16 @@ def embed_all(candidates: list[Candidate], images: Rows) -> Rows:
         where = ", all in the error's bad_images."
         raise unreadable(first, rows, "Repair or drop these rows.", where)
     return sample
+
+
+def evaluate(
+    columns: np.ndarray, target: np.ndarray, is_regression: bool, folds: Folds, scoring: object
+) -> np.ndarray:
+    """Return the probe's score in each fold; NaN for columns that are not finite."""
+    if not np.isfinite(columns).all():
+        return np.full(len(folds), np.nan)
+    probe = make_probe(columns.shape[1], is_regression)
+    return cross_val_score(probe, columns, target, cv=folds, scoring=scoring, error_score="raise")
 
 
 def _other_scores(columns: np.ndarray, target: np.ndarray, is_regression: bool) -> dict[str, float]:

@@ -16,6 +16,8 @@ from sklearn.model_selection import (
 )
 from sklearn.utils import check_random_state
 
+from sktransfer.transferability._scores import are_missing
+
 Folds = list[tuple[np.ndarray, np.ndarray]]
 
 
@@ -37,14 +39,32 @@ class Estimate(NamedTuple):
 
 
 def make_folds(
-    y: np.ndarray, cv: object, groups: ArrayLike | None, is_classifier: bool, random_state: object
+    y: np.ndarray, cv: object, groups: np.ndarray | None, is_classifier: bool, random_state: object
 ) -> Folds:
     """Return the folds; those of a number are shuffled, stratified and keep groups together."""
     if isinstance(cv, (int, np.integer)) and not isinstance(cv, bool):
         kinds = (KFold, StratifiedKFold) if groups is None else (GroupKFold, StratifiedGroupKFold)
         cv = kinds[is_classifier](int(cv), shuffle=True, random_state=random_state)
-    splitter = check_cv(cv, y, classifier=is_classifier)
-    return [(train, test) for train, test in splitter.split(np.zeros(len(y)), y, groups)]
+    splitter, rows = check_cv(cv, y, classifier=is_classifier), np.arange(len(y))
+    # Folds may be masks.
+    return [(rows[train], rows[test]) for train, test in splitter.split(rows[:, None], y, groups)]
+
+
+def group_numbers(groups: ArrayLike | None, n_rows: int) -> np.ndarray | None:
+    """Return sorted groups as 0, 1, …; a row whose label is missing is a group of its own."""
+    if groups is None:
+        return None
+    labels = np.asarray(groups, dtype=object)
+    if labels.shape not in ((n_rows,), (n_rows, 1)):
+        raise ValueError(
+            f"groups has shape {labels.shape}; it needs a label for each of {n_rows} rows."
+        )
+    labels = labels.ravel()
+    cells = zip(labels.tolist(), are_missing(labels), range(n_rows), strict=True)
+    # Sorted as scikit-learn's splitters do; labels of several types by their types first.
+    keys = [(gone, type(label).__name__, i if gone else label) for label, gone, i in cells]
+    numbers = {key: number for number, key in enumerate(sorted(set(keys)))}
+    return np.array([numbers[key] for key in keys])
 
 
 def nested_order(

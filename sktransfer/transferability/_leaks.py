@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from sktransfer._rows import BadRow
+from sktransfer._rows import BadRow, unreadable
 from sktransfer.embedding._batches import n_decoding_threads
 from sktransfer.embedding._extractor import PretrainedFeatureExtractor
 from sktransfer.images._images import BadImage, as_images
@@ -25,11 +25,14 @@ from sktransfer.transferability._alignment import (
     have_equal_levels,
     other_orientations,
 )
+from sktransfer.transferability._folds import group_numbers
+from sktransfer.transferability._table import as_frame
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from sktransfer.inspection._leaks import LeaksDisplay
+    from sktransfer.transferability._table import Table
 
 _N_NEIGHBORS = 10  # candidates of an image, and most partners of a row in the table
 _N_LOOKED_AT = 2  # of these, the nearest, which are tried mirrored, turned and cropped
@@ -64,9 +67,10 @@ def find_leaks(X_train, X_test=None, *, groups=None, threshold="auto", memory=No
     X_test : list, array, Series or data frame of n_test images, default=None
         ``None``: compare the rows of `X_train` with each other.
     groups : array-like of shape (n_train,) or (n_train + n_test,), default=None
-        What is known to belong together, one label a row, training rows first. Pairs of a group
-        are not listed within one set, since :class:`~sklearn.model_selection.GroupKFold` keeps
-        them together. A group with rows on both sides of a split is listed as ``"group"``.
+        What is known to belong together, one label a row, training rows first; None or NaN where
+        nothing is known. Pairs of a group are not listed within one set, since
+        :class:`~sklearn.model_selection.GroupKFold` keeps them together. A group with rows on both
+        sides of a split is listed as ``"group"``.
     threshold : "auto" or float, default="auto"
         Least similarity of a pair that is listed, within 0…1. ``"auto"``: what a pair of different
         images of this data exceeds with a probability of 1e-6; see Notes.
@@ -81,7 +85,8 @@ def find_leaks(X_train, X_test=None, *, groups=None, threshold="auto", memory=No
     Raises
     ------
     TypeError, ValueError
-        If X is no collection of images, or a parameter is none of the above.
+        If X is no collection of images, none of its images can be read, or a parameter is none of
+        the above.
 
     See Also
     --------
@@ -119,16 +124,21 @@ def find_leaks(X_train, X_test=None, *, groups=None, threshold="auto", memory=No
     >>> leaks.groups_.tolist()
     [0, 1, 0, 1]
     """
-    if threshold != "auto" and not (isinstance(threshold, Real) and 0 <= float(threshold) <= 1):
+    is_auto = isinstance(threshold, str) and threshold == "auto"
+    if not is_auto and not (isinstance(threshold, Real) and 0 <= float(threshold) <= 1):
         raise ValueError(f'threshold must be "auto" or a number within 0…1; got {threshold!r}')
-    sides = [_Side(X_train, "X_train", memory)]
+    sides = [_Side(X_train, "X_train")]
     if X_test is not None:
-        sides.append(_Side(X_test, "X_test", memory))
+        sides.append(_Side(X_test, "X_test"))
+    groups = group_numbers(groups, sum(side.images.n_rows for side in sides))
+    for side in sides:
+        side.embed(memory)
     search = _Search(sides, groups)
-    threshold = search.default_threshold() if threshold == "auto" else float(threshold)
+    threshold = search.default_threshold() if is_auto else float(threshold)
     pairs = search.pairs(threshold)
+    listed = search.listed(*pairs)
     return Leaks(
-        table_=_as_table(search.listed(*pairs)),
+        table_=as_frame({name: listed[name] for name in _DTYPE.names or ()}),
         groups_=search.components(pairs[0]),
         threshold_=threshold,
         bad_images_=[bad for side in sides for bad in side.bad],
@@ -143,7 +153,7 @@ class Leaks:
 
     Attributes
     ----------
-    table_ : DataFrame, or a record array where pandas is missing
+    table_ : DataFrame, or Table where pandas is not installed
         One row a pair, the most similar first: ``test_row``, ``train_row`` (positions; within one
         set, of the later and the earlier row of the pair), ``similarity`` (NaN for a group) and
         ``kind``: ``"exact"`` (the same file or pixels), ``"copy"`` (re-saved, resized),
@@ -161,7 +171,7 @@ class Leaks:
         Number of training rows and, across a split, of test rows.
     """
 
-    table_: pd.DataFrame | np.recarray
+    table_: pd.DataFrame | Table
     groups_: np.ndarray
     threshold_: float
     bad_images_: list[BadRow]
@@ -169,7 +179,7 @@ class Leaks:
     _X: tuple = field(repr=False)
 
     def plot(self, *, ax=None, n_pairs=12) -> LeaksDisplay:
-        """Show the most similar pairs side by side: :class:`~sktransfer.inspection.LeaksDisplay`.
+        """Show the most similar pairs of each kind: :class:`~sktransfer.inspection.LeaksDisplay`.
 
         Parameters
         ----------
@@ -183,13 +193,14 @@ class Leaks:
         return LeaksDisplay.from_leaks(self, *self._X, n_pairs=n_pairs, ax=ax)
 
     def __str__(self) -> str:
-        return "\n".join([self._summary(), *([str(self.table_)] if len(self.table_) else [])])
+        return "\n".join(
+            [self._summary(), *([str(self.table_)] if len(self.table_["kind"]) else [])]
+        )
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        table = getattr(self.table_, "to_html", lambda **_: f"<pre>{self.table_}</pre>")
-        return f"<p>{self._summary()}</p>{table(max_rows=20)}"
+        return f"<p>{self._summary()}</p>{self.table_._repr_html_()}"  # type: ignore[operator]
 
     def _summary(self) -> str:
         kinds = np.asarray(self.table_["kind"])
@@ -207,17 +218,19 @@ class Leaks:
 class _Side:
     """One set: its images, their digests, thumbnails and columns."""
 
-    def __init__(self, X, name: str, memory: object) -> None:
+    def __init__(self, X, name: str) -> None:
+        self.X, self.name = X, name
         try:
             self.images = as_images(X)
-            extractor = PretrainedFeatureExtractor(on_error="nan", memory=memory)
-            columns = extractor.fit(X).transform(X)
         except (TypeError, ValueError) as error:
-            error.add_note(
-                f"This is about {name} of find_leaks. It takes no image_shape: give flat rows as "
-                "X.reshape(-1, height, width)."
-            )
+            error.add_note(f"This is about {name} of find_leaks.")
+            if "image_shape" in str(error):
+                error.add_note("It takes no image_shape: give X.reshape(-1, height, width).")
             raise
+
+    def embed(self, memory: object) -> None:
+        extractor = PretrainedFeatureExtractor(on_error="nan", memory=memory)
+        columns = extractor.fit(self.X).transform(self.X)
         self.columns = np.asarray(columns).reshape(len(self.images), -1)
         with ThreadPoolExecutor(n_decoding_threads(None)) as pool:
             read = list(pool.map(self._read, range(len(self.images))))
@@ -232,7 +245,11 @@ class _Side:
                 self.good.append(i)
                 continue
             reason = reasons.get(where) or str(read[i][1])
-            self.bad.append(BadRow(self.images.row(i), f"{name}, {where}", reason))
+            self.bad.append(BadRow(self.images.row(i), f"{self.name}, {where}", reason))
+        if not self.good:
+            first = f"{self.name} has no image that can be read:"
+            last = "find_leaks compares images: pandas' duplicated() finds equal texts."
+            raise unreadable(first, self.bad, last)
 
     def _read(self, i: int):
         try:
@@ -251,11 +268,11 @@ def _thumbnail(image: Image.Image | np.ndarray) -> np.ndarray:
 class _Search:
     """The readable images of both sets, rows numbered through; equal files are one image."""
 
-    def __init__(self, sides: list[_Side], groups) -> None:
+    def __init__(self, sides: list[_Side], groups: np.ndarray | None) -> None:
         self.is_split = len(sides) == 2
         self.n_train = sides[0].images.n_rows
         self.n_rows = sum(side.images.n_rows for side in sides)
-        self.groups = self._group_numbers(groups)
+        self.groups = groups
         images: list[tuple[_Side, int]] = []
         rows: list[list[int]] = []
         first: dict[bytes | None, int] = {}
@@ -282,18 +299,6 @@ class _Search:
         # Images of one row, or of one group, are not candidates of each other.
         first_rows = np.array([r[0] for r in rows], dtype=np.intp)
         self.unit = first_rows if self.groups is None else self.groups[first_rows]
-
-    def _group_numbers(self, groups) -> np.ndarray | None:
-        if groups is None:
-            return None
-        groups = np.asarray(groups)
-        if groups.shape != (self.n_rows,):
-            n_test = f" + {self.n_rows - self.n_train} test" if self.is_split else ""
-            raise ValueError(
-                f"groups has shape {groups.shape}; it needs one label for each of the "
-                f"{self.n_train} training{n_test} rows, training rows first"
-            )
-        return np.unique(groups, return_inverse=True)[1]
 
     def default_threshold(self) -> float:
         """Return what different images exceed with a probability of 1e-6; see find_leaks."""
@@ -365,7 +370,7 @@ class _Search:
         )
         return np.array_equal(a, b)
 
-    def listed(self, pairs, similarities, kinds) -> np.recarray:
+    def listed(self, pairs, similarities, kinds) -> np.ndarray:
         """Return the table: pairs of rows."""
         found: dict[tuple[int, int], tuple[float, str]] = {}
 
@@ -392,7 +397,7 @@ class _Search:
             if n_listed[row] <= _N_NEIGHBORS:
                 test_row = row - self.n_train if self.is_split else row
                 table.append((test_row, other, *found[row, other]))
-        return np.array(table, dtype=_DTYPE).view(np.recarray)
+        return np.array(table, dtype=_DTYPE)
 
     def _are_grouped(self, row: int, other: int) -> bool:
         return self.groups is not None and self.groups[row] == self.groups[other]
@@ -418,11 +423,3 @@ class _Search:
         n = self.n_rows + (0 if self.groups is None else self.groups.max() + 1)
         graph = coo_matrix((np.ones(len(a), dtype=bool), (a, b)), shape=(n, n))
         return connected_components(graph, directed=False)[1][: self.n_rows]
-
-
-def _as_table(table: np.recarray) -> pd.DataFrame | np.recarray:
-    try:
-        import pandas as pd
-    except ImportError:
-        return table
-    return pd.DataFrame.from_records(table)

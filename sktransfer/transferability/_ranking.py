@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,13 +11,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.base import clone
 from sklearn.utils import check_consistent_length
-from sklearn.utils.multiclass import type_of_target
 
 from sktransfer.images._images import as_images
 from sktransfer.texts._texts import as_texts
-from sktransfer.transferability._candidates import Layers, embed_all, make_candidates
-from sktransfer.transferability._folds import as_seed, make_folds
-from sktransfer.transferability._scores import finite, read_labels
+from sktransfer.transferability._candidates import Layers, embed_all, evaluate, make_candidates
+from sktransfer.transferability._folds import as_seed, group_numbers, make_folds
+from sktransfer.transferability._scores import as_plain, is_continuous, read_labels, read_numbers
 from sktransfer.transferability._table import (
     as_frame,
     as_html,
@@ -71,8 +71,8 @@ def rank_backbones(
     layers : "stages", list of str or None, dict or None, default=None
         The layers of each network that are candidates, all embedded in one pass: its stages and
         the embedding, the named ones (None is the embedding, a list of names joins their
-        columns), or those of a dict by the name of the backbone. ``None``: the embedding alone, or
-        the layer of an extractor.
+        columns), or those of a dict by the name of the backbone, or of its class. ``None``: the
+        embedding alone, or the layer of an extractor.
     weights : str, Path, None or list of these, default="DEFAULT"
         One for all backbones, or a list with one for each.
     scoring : str or callable, default=None
@@ -80,7 +80,8 @@ def rank_backbones(
     cv : int, splitter or iterable, default=5
         Folds of the probe. Those of a number are shuffled, and stratified in classification.
     groups : array-like of shape (n_samples,), default=None
-        Rows of a group are never on both sides of a fold.
+        Rows of a group are never on both sides of a fold. A row whose label is missing is a group
+        of its own.
     memory : str, Path, joblib.Memory, store, False or None, default=None
         Where rows are kept, as in :class:`PretrainedFeatureExtractor`. The rows are those of the
         extractor, so that a later search embeds nothing again.
@@ -129,11 +130,17 @@ def rank_backbones(
     >>> ranking.best_
     PretrainedFeatureExtractor(layer='stem')
     """
-    candidates = make_candidates(backbones, weights, memory)
+    candidates = make_candidates(backbones, weights, layers, memory)
     first = candidates[0]
     images = as_images(X, first.extractor.image_shape) if first.is_of_images else as_texts(X)
     target, is_regression = _read_target(y, images.n_rows, scoring)
+    score_name = name_of_score(scoring, is_regression)
+    groups = group_numbers(groups, images.n_rows)
     folds = make_folds(target, cv, groups, not is_regression, as_seed(random_state))
+    # What no probe can be fitted or scored on is found before anything is embedded.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        evaluate(np.zeros((len(target), 1)), target, is_regression, folds, scoring)
     for candidate in candidates:
         candidate.load(layers, images)
     sample = embed_all(candidates, images)
@@ -141,7 +148,7 @@ def rank_backbones(
     for candidate in candidates:
         rows += candidate.measure(images, sample, target, is_regression, folds, scoring)
     rows.sort(key=lambda row: (np.isnan(row["score"]), -row["score"]))
-    return BackboneRanking(rows, name_of_score(scoring, is_regression))
+    return BackboneRanking(rows, score_name)
 
 
 class BackboneRanking:
@@ -153,7 +160,7 @@ class BackboneRanking:
         A row for each candidate, the best first and those without a score last. ``backbone``,
         ``layer``, ``columns`` (their number); ``score`` of the probe and its standard error
         ``score_se``; ``gain`` over the random twin and its standard error ``gain_se``, paired by
-        folds; ``seconds`` for 1,000 decoded images on this machine, measured with 16;
+        folds; ``seconds`` for 1,000 rows, decoded, on this machine, measured with 16;
         ``logme``, ``h_score`` and ``transrate``, the latter two NaN in regression.
     best_ : PretrainedFeatureExtractor
         The first candidate, to be fitted.
@@ -203,7 +210,7 @@ class BackboneRanking:
                 plus_minus(gain, error, sign=True)
                 for gain, error in zip(c["gain"], c["gain_se"], strict=True)
             ],
-            "s / 1,000 images": c["seconds"],
+            "s / 1,000 rows": c["seconds"],
             "LogME": c["logme"],
             "H-score": c["h_score"],
             "TransRate": c["transrate"],
@@ -218,16 +225,16 @@ class BackboneRanking:
 
 def _read_target(y: ArrayLike, n_rows: int, scoring: object) -> tuple[np.ndarray, bool]:
     """Return y as an array, and whether it holds numbers to predict rather than labels."""
-    target = np.asarray(y)
+    target = as_plain(y)
     if target.ndim == 2 and target.shape[1] == 1:
         target = target.ravel()
     check_consistent_length(np.empty(n_rows), target)
     if target.dtype.kind in "iuf" and (
         (isinstance(scoring, str) and _OF_REGRESSORS.match(scoring))
         or len(np.unique(target)) > max(2, len(target) / 2)
-        or type_of_target(target, input_name="y").startswith("continuous")
+        or is_continuous(target)
     ):
-        return finite(target, "y", ensure_2d=False), True
+        return read_numbers(target), True
     if target.ndim > 1:
         raise ValueError(f"y must hold one label a row, or numbers; its shape is {target.shape}.")
     return read_labels(target), False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -119,6 +120,10 @@ class TransferReport:
         return TransferCurveDisplay.from_report(self, ax=ax, over=over)
 
     def _advise(self) -> list[str]:
+        if math.isnan(self.p_value_):
+            return [
+                "The difference was not tested: give at least two folds, and scores without NaN."
+            ]
         first, advice = self.baselines[0], []
         start, end = self.start_[first], self.asymptote_[first]
         if self.verdict_ == "hurts" and self._is_fine_tuned:
@@ -148,11 +153,12 @@ class TransferReport:
                 f"The score still rises between the last two training sizes, by "
                 f"{self._rise.value:.3f}: more data would help."
             )
-        for name, what in (("pixels", "raw pixels"), ("dummy", "a prediction without images")):
+        known = {"pixels": "raw pixels", "tf-idf": "words by tf-idf", "dummy": "the dummy"}
+        for name, what in known.items():
             if name in self.verdicts_ and name != first and self.verdicts_[name] != "helps":
                 advice.append(
-                    f"The model is not shown to be better than {what}: check that the images show "
-                    "what y names, and that the preprocessing suits them."
+                    f"The model is not shown to be better than {what}: check that X shows what y "
+                    "names, and that the preprocessing suits it."
                 )
         return advice
 
@@ -165,7 +171,7 @@ class TransferReport:
         return (
             f"{verdict}: {self.score_name} {plus_minus(gain.value, gain.error, sign=True)} "
             f"against {first}, p = {gain.p_value:.2g} "
-            f"(mean of {len(self.train_sizes_)} training sizes, {len(self.scores_[OWN])} folds)."
+            f"(training sizes: {len(self.train_sizes_)}, folds: {len(self.scores_[OWN])})."
         )
 
     def _curves(self) -> dict[str, list[str]]:

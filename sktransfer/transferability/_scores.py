@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.utils import check_array, check_consistent_length
-from sklearn.utils.multiclass import type_of_target
 
 from sktransfer._progress import warn
 
@@ -21,8 +21,8 @@ class Spectrum(NamedTuple):
 
     Attributes
     ----------
-    U : ndarray of shape (n_samples, k), float64
-    s : ndarray of shape (k,), float64
+    U : ndarray of shape (n_samples, rank), float64
+    s : ndarray of shape (rank,), float64
     n_features : int
         Of X.
     """
@@ -38,7 +38,9 @@ def spectrum(X: ArrayLike | Spectrum) -> Spectrum:
         return X
     X = finite(X, "X")
     U, s, _ = np.linalg.svd(X, full_matrices=False)
-    return Spectrum(U, s, X.shape[1])
+    # Directions that X has by rounding alone would count in scores that no scale changes.
+    is_real = s > np.finfo(float).eps * max(X.shape) * s[0]
+    return Spectrum(U[:, is_real], s[is_real], X.shape[1])
 
 
 def logme_score(X: ArrayLike | Spectrum, y: ArrayLike, *, task: str = "auto") -> float:
@@ -77,7 +79,8 @@ def logme_score(X: ArrayLike | Spectrum, y: ArrayLike, *, task: str = "auto") ->
     Notes
     -----
     X is not centred, as in the paper. With more columns than rows the published code counts the
-    surplus columns twice and diverges; this is the evidence itself, which stays finite.
+    surplus columns twice and diverges; this is the evidence itself, which stays finite. It is the
+    same for X times any number.
 
     References
     ----------
@@ -97,12 +100,14 @@ def logme_score(X: ArrayLike | Spectrum, y: ArrayLike, *, task: str = "auto") ->
         raise ValueError(
             f"task={task!r} is not accepted: one of 'auto', 'classification', 'regression'."
         )
-    if task == "regression" or (task == "auto" and _is_continuous(y)):
+    if task == "regression" or (task == "auto" and is_continuous(y)):
         targets = finite(y, "y", ensure_2d=False).reshape(len(U), -1)
     else:
-        codes, n_classes = classes_of(y)
+        codes, n_classes = classes_of(y, are_labels=task == "classification")
         targets = np.eye(n_classes)[codes]
-    return float(np.mean([_log_evidence(U, s**2, target) for target in targets.T]))
+    # The evidence is the same for X times any number; this one keeps the squares finite.
+    sigma = (s / s.max(initial=0)) ** 2
+    return float(np.mean([_log_evidence(U, sigma, target) for target in targets.T]))
 
 
 def _log_evidence(U: np.ndarray, sigma: np.ndarray, y: np.ndarray) -> float:
@@ -121,13 +126,13 @@ def _log_evidence(U: np.ndarray, sigma: np.ndarray, y: np.ndarray) -> float:
         gamma = (sigma / (sigma + t)).sum()
         m2 = (sigma * z2 / (sigma + t) ** 2).sum()
         residual = (z2 / (1 + sigma / t) ** 2).sum() + outside
-        # The small numbers are those of the published code: a constant y has neither.
-        alpha, beta = gamma / (m2 + 1e-5), (n - gamma) / (residual + 1e-5)
+        # The small number is that of the published code: a y that X gives exactly has no noise.
+        alpha, beta = gamma / max(m2, 1e-30), (n - gamma) / (residual + 1e-5)
         if abs(alpha / beta - t) <= 1e-6 * t:
             break
     # Σ log(alpha + beta sigma) over all columns less n_features log(alpha): what remains is
     # the same for every number of columns beyond the rank.
-    logs = np.log1p(beta / alpha * sigma).sum()
+    logs = np.log1p(sigma / (alpha / beta)).sum()
     evidence = n * np.log(beta / (2 * np.pi)) - logs - beta * residual - alpha * m2
     return evidence / (2 * n)
 
@@ -148,7 +153,8 @@ def h_score(X: ArrayLike | Spectrum, y: ArrayLike, *, shrinkage: bool = True) ->
         Labels of any type.
     shrinkage : bool, default=True
         Whether the covariance is shrunk towards a multiple of the identity, by as much as Ledoit
-        and Wolf estimate, and the score with it [2]_. False is the original score [1]_, which is
+        and Wolf estimate, and the score with it [2]_: it is 0 where their estimate is that
+        multiple, as for few columns without correlation. False is the original score [1]_, which is
         ``n_classes - 1`` for any X of as many columns as rows; a warning says so.
 
     Returns
@@ -183,8 +189,7 @@ def h_score(X: ArrayLike | Spectrum, y: ArrayLike, *, shrinkage: bool = True) ->
             f"X has {n_features} columns and {n} rows: the H-score without shrinkage is then "
             f"{n_classes - 1} for any columns. Use shrinkage=True, or a cross-validated classifier."
         )
-    Z = U * s
-    Z -= Z.mean(axis=0)
+    Z = _centred(U, s / s.max(initial=0))
     between = _class_sums(Z, codes, n_classes) / np.sqrt(np.bincount(codes))[:, None]
     between = between.T @ between / (n - 1)
     if not shrinkage:
@@ -257,7 +262,7 @@ def transrate_score(X: ArrayLike | Spectrum, y: ArrayLike, *, eps: float = 1e-4)
     >>> round(transrate_score(*load_iris(return_X_y=True)), 3)
     0.589
     """
-    if not eps > 0:
+    if not (isinstance(eps, Real) and eps > 0):
         raise ValueError(f"eps={eps!r} must be positive.")
     decomposed = spectrum(X)
     score = transrate_of(decomposed, y, eps)
@@ -275,10 +280,17 @@ def transrate_of(decomposed: Spectrum, y: ArrayLike, eps: float = 1e-4) -> float
     """Compute TransRate without a warning."""
     U, s, _ = decomposed
     codes, n_classes = classes_of(y, U)
-    Z = U * s
-    Z -= Z.mean(axis=0)
+    Z = _centred(U, s)
     within = [_coding_rate(Z[codes == c], eps) for c in range(n_classes)]
     return _coding_rate(Z, eps) - float(np.mean(within))
+
+
+def _centred(U: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """Return ``U diag(s)`` with columns of mean 0; those of a constant X are 0, not rounding."""
+    Z = U * s
+    Z -= Z.mean(axis=0)
+    Z[np.abs(Z) <= np.finfo(float).eps * len(Z) * s.max(initial=0)] = 0
+    return Z
 
 
 def _coding_rate(Z: np.ndarray, eps: float) -> float:
@@ -343,8 +355,10 @@ def leep_score(source_proba: ArrayLike, y: ArrayLike) -> float:
 
 
 # -- input -----------------------------------------------------------------------------------
-def _is_continuous(y: ArrayLike) -> bool:
-    return type_of_target(y, input_name="y").startswith("continuous")
+def is_continuous(y: ArrayLike) -> bool:
+    """Whether y holds numbers of which any has a fractional part."""
+    numbers = as_plain(y)
+    return numbers.dtype.kind == "f" and bool((numbers[np.isfinite(numbers)] % 1 > 0).any())
 
 
 def finite(values: ArrayLike, name: str, *, ensure_2d: bool = True) -> np.ndarray:
@@ -356,30 +370,74 @@ def finite(values: ArrayLike, name: str, *, ensure_2d: bool = True) -> np.ndarra
     return array
 
 
-def classes_of(y: ArrayLike, rows: np.ndarray | None = None) -> tuple[np.ndarray, int]:
-    """Return the labels as 0, 1, …, and how many classes there are."""
+def classes_of(
+    y: ArrayLike, rows: np.ndarray | None = None, *, are_labels: bool = False
+) -> tuple[np.ndarray, int]:
+    """Return the labels as 0, 1, …, and how many classes there are.
+
+    Numbers with fractional parts are refused, unless it is said that they are labels.
+    """
     if rows is not None:
         check_consistent_length(rows, y)
-    labels = np.asarray(y)
+    labels = as_plain(y)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
     if labels.ndim != 1:
         raise ValueError(f"y must hold one label a row; its shape is {labels.shape}.")
-    if labels.dtype.kind in "fcO":
-        missing = np.array([label is None or label != label for label in labels.tolist()])
-        _raise_if_any(missing, "y holds missing labels")
-    classes, codes = np.unique(labels, return_inverse=True)
+    _raise_if_any(are_missing(labels), "y holds missing labels")
+    if not are_labels and is_continuous(labels):
+        raise ValueError(
+            "y holds numbers with fractional parts, and labels are needed: logme_score takes "
+            "numbers, and y.astype(str) makes labels of them."
+        )
+    try:
+        classes, codes = np.unique(labels, return_inverse=True)
+    except TypeError:
+        kinds = sorted({type(label).__name__ for label in labels.tolist()})
+        raise TypeError(f"y mixes labels of the types {', '.join(kinds)}: use one.") from None
     if len(classes) < 2:
-        raise ValueError(f"y must have at least two classes; all labels are {classes[0]!r}.")
+        raise ValueError(
+            f"y must have at least two classes; all labels are {labels.tolist()[0]!r}."
+        )
     return codes, len(classes)
+
+
+def read_numbers(y: ArrayLike) -> np.ndarray:
+    """Return numbers to predict, of which some differ; a single column as one dimension."""
+    numbers = finite(y, "y", ensure_2d=False)
+    numbers = numbers[:, 0] if numbers.shape[1:] == (1,) else numbers
+    if (numbers == numbers[0]).all():
+        raise ValueError(f"y must have at least two values; all are {numbers.tolist()[0]!r}.")
+    return numbers
 
 
 def read_labels(y: ArrayLike) -> np.ndarray:
     """Return labels as an array that scikit-learn takes; 0 and 1 for each if a row has several."""
-    labels = np.asarray(y)
+    labels = as_plain(y)
     if labels.ndim == 2 and labels.shape[1] > 1:
         return labels
     labels = labels.reshape(len(labels))
     classes_of(labels)
-    return np.asarray(labels.tolist()) if labels.dtype == object else labels
+    return labels
+
+
+def are_missing(labels: np.ndarray) -> np.ndarray:
+    """Return which labels are None, NaN, infinite, NaT or pandas' NA."""
+    if labels.dtype.kind != "O":
+        return ~np.isfinite(labels) if labels.dtype.kind in "fc" else labels != labels
+    are_none = [label is None or type(label).__name__ == "NAType" for label in labels.tolist()]
+    return np.array([n or label != label for n, label in zip(are_none, labels, strict=True)], bool)
+
+
+def as_plain(y: ArrayLike) -> np.ndarray:
+    """Return y as an array, of Python objects only where no other type holds them."""
+    labels = np.asarray(y)
+    if labels.dtype != object:
+        return labels
+    plain = np.asarray(labels.tolist())
+    # Numbers beside texts would become texts.
+    is_mixed = plain.dtype.kind in "US" and not all(isinstance(x, str | bytes) for x in labels.flat)
+    return labels if is_mixed else plain
 
 
 def _raise_if_any(is_bad: np.ndarray, what: str) -> None:

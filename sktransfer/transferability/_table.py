@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from sklearn.metrics import get_scorer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +24,7 @@ class Table(dict):
         return as_html(self)
 
 
-def as_frame(columns: Mapping[str, Sequence]) -> pd.DataFrame | Table:
+def as_frame(columns: Mapping[str, Sequence | np.ndarray]) -> pd.DataFrame | Table:
     """Return a DataFrame of the columns; a `Table` of arrays if pandas is not installed."""
     try:
         import pandas as pd
@@ -55,9 +56,13 @@ def as_html(columns: Mapping[str, Sequence]) -> str:
 
 
 def name_of_score(scoring: object, is_regression: bool) -> str:
-    """Return what the parameter `scoring` measures, for headings."""
+    """Return what the parameter `scoring` measures, for headings; raise if it is no scorer."""
     if scoring is None:
         return "R²" if is_regression else "accuracy"
+    if not callable(scoring):
+        if not isinstance(scoring, str):
+            raise TypeError(f"scoring={scoring!r}: the name of one scorer, or a callable.")
+        get_scorer(scoring)
     return scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score")
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 from joblib import Parallel, delayed
 from numpy.typing import ArrayLike
-from sklearn.base import BaseEstimator, clone, is_classifier
+from sklearn.base import BaseEstimator, clone, is_classifier, is_regressor
 from sklearn.metrics import check_scoring
 from sklearn.utils import check_consistent_length, indexable
 
@@ -22,10 +22,10 @@ from sktransfer.transferability._baselines import (
     networks_in,
     takes_texts,
 )
-from sktransfer.transferability._folds import as_seed, make_folds, nested_order
+from sktransfer.transferability._folds import as_seed, group_numbers, make_folds, nested_order
 from sktransfer.transferability._leaks import find_leaks
 from sktransfer.transferability._report import OWN, TransferReport
-from sktransfer.transferability._scores import finite, read_labels
+from sktransfer.transferability._scores import read_labels, read_numbers
 from sktransfer.transferability._table import name_of_score
 
 # With as many rows and early stopping at "auto" an estimator holds out its own validation part.
@@ -68,7 +68,8 @@ def transfer_report(
         stratified, and hold whole groups, so that they may be a little larger.
     against : sequence of {"random", "pixels", "dummy"}, default=("random", "pixels", "dummy")
         The baselines. ``"random"``: the same estimator with ``weights=None``, other random weights
-        in each fold, so that no single draw of them decides. ``"pixels"``: the
+        in each fold, so that no single draw of them decides; a search does not search its
+        `weights`. ``"pixels"``: the
         same pipeline with images of 32 × 32 pixels as columns in place of the network's; for a
         fine-tuning estimator a scaled linear model of them. Texts have no pixels: in their place
         the words by tf-idf, ``"tf-idf"``. ``"dummy"``: the class frequencies,
@@ -77,7 +78,8 @@ def transfer_report(
         Folds; those of a number are shuffled, and stratified in classification. Five take half
         the time and find large differences only.
     groups : array-like of shape (n_samples,), default=None
-        Rows of a group are never on both sides of a fold.
+        Rows of a group are never on both sides of a fold. A row whose label is missing is a group
+        of its own.
     scoring : str or callable, default=None
         A scorer of scikit-learn. ``None``: the estimator's ``score``.
     n_jobs : int or None, default=None
@@ -132,6 +134,9 @@ def transfer_report(
     >>> report.verdict_
     'no evidence'
     """
+    is_estimator = hasattr(estimator, "fit") and not isinstance(estimator, type)
+    if not is_estimator or not (is_classifier(estimator) or is_regressor(estimator)):
+        raise TypeError(f"estimator={estimator!r} is neither a classifier nor a regressor.")
     if not networks_in(estimator):
         raise ValueError(
             f"{estimator!r} has no pre-trained network in it: give a fine-tuning estimator, or a "
@@ -140,10 +145,12 @@ def transfer_report(
     against = _checked_against(against)
     if any(map(takes_texts, networks_in(estimator).values())):
         against = ["tf-idf" if name == "pixels" else name for name in against]
-    X, y, groups = indexable(X, y, groups)
+    X, y = indexable(X, y)
     check_consistent_length(X, y)
     classifies, seed = is_classifier(estimator), as_seed(random_state)
-    target = read_labels(y) if classifies else finite(y, "y", ensure_2d=False)
+    target = read_labels(y) if classifies else read_numbers(y)
+    score_name = name_of_score(scoring, not classifies)
+    groups = group_numbers(groups, len(target))
     has_one_label = classifies and target.ndim == 1
     folds = make_folds(target, cv, groups, has_one_label, seed)
     n_least = max(2, len(np.unique(target))) if has_one_label else 2
@@ -157,7 +164,7 @@ def transfer_report(
     rng = np.random.RandomState(seed)
     parts = []
     for train, _ in folds:
-        own_groups = None if groups is None else np.asarray(groups)[train]
+        own_groups = None if groups is None else groups[train]
         order, ends = nested_order(target[train], own_groups, has_one_label, rng)
         stops = ends[np.minimum(np.searchsorted(ends, sizes), len(ends) - 1)]
         parts.append([train[order[:stop]] for stop in stops])
@@ -175,7 +182,7 @@ def transfer_report(
         np.mean([[len(part) for part in of_fold] for of_fold in parts], axis=0),
         by_epoch,
         folds,
-        score_name=name_of_score(scoring, not classifies),
+        score_name=score_name,
         is_fine_tuned=isinstance(estimator, BaseFineTuning),
     )
 
@@ -249,13 +256,16 @@ def _as_sizes(train_sizes: Sequence[float], n_rows: int, n_least: int) -> np.nda
     sizes = set()
     for size in np.atleast_1d(np.asarray(train_sizes, dtype=object)):
         is_count = isinstance(size, Integral)
-        if not (n_least <= size <= n_rows if is_count else 0 < size <= 1):
+        is_share = isinstance(size, Real) and 0 < float(size) <= 1
+        if not (n_least <= size <= n_rows if is_count else is_share):
             raise ValueError(
                 f"train_sizes holds {size!r}: whole numbers of rows from {n_least} to {n_rows}, "
                 "the rows of the smallest training part, or shares above 0 and up to 1.0 are "
                 "accepted."
             )
         sizes.add(int(size) if is_count else max(n_least, round(size * n_rows)))
+    if not sizes:
+        raise ValueError("train_sizes is empty: give at least one.")
     return np.array(sorted(sizes))
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
+from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
@@ -98,6 +99,12 @@ def test_leaks(X):
     assert len(LeaksDisplay.from_leaks(table, X, n_pairs=1).images_) == 2
 
 
+def test_leaks_of_every_kind_are_drawn(pictures):
+    kinds = ["exact"] * 6 + ["copy", "flip", "copy", "crop"]
+    table = {"kind": kinds, "test_row": range(10), "train_row": [11] * 10, "similarity": [1] * 10}
+    assert LeaksDisplay.from_leaks(table, pictures, n_pairs=5).test_row.tolist() == [0, 1, 6, 7, 9]
+
+
 def test_no_leaks(pictures):
     table = {"test_row": [], "train_row": [], "similarity": [], "kind": []}
     display = LeaksDisplay.from_leaks(table, pictures)
@@ -111,7 +118,7 @@ def test_neighbors(X, y, pictures):
     assert display.neighbors[:, 0].tolist() == [0, 1]
     np.testing.assert_allclose(display.distances[:, 0], 0, atol=1e-4)
     assert len(display.images_) == 2 * 4
-    assert titles(display)[:2] == ["image 0", "left (row 0)\n0.00"]
+    assert titles(display)[:2] == ["image 0", "left\nrow 0, 0.00"]
     assert not hasattr(extractor, "backbone_")
 
 
@@ -138,7 +145,7 @@ def test_top_losses_are_the_confident_mistakes(X):
     score[4:, 1] = 1 - score[4:, 0]
     display = TopLossesDisplay.from_predictions(X, y_true, score)
     assert list(display.rows) == [0, 3]
-    assert titles(display) == ["row 0, 0.90\nis a\npredicted b", "row 3, 0.80\nis b\npredicted a"]
+    assert titles(display) == ["row 0, 0.9\nis a\npredicted b", "row 3, 0.8\nis b\npredicted a"]
     binary = TopLossesDisplay.from_predictions(X, y_true, score[:, 1], classes=["a", "b"])
     assert list(binary.rows) == [0, 3]
     logits = np.log(score[:, 1] / score[:, 0])
@@ -173,6 +180,18 @@ def test_top_losses_check_the_columns(pictures, y):
         TopLossesDisplay.from_predictions(pictures, y, np.ones((12, 3)))
     with pytest.raises(ValueError, match="one column, which is of two classes"):
         TopLossesDisplay.from_predictions(pictures, y, np.ones(12), classes=[1, 2, 3])
+    with pytest.raises(ValueError, match="y_score holds labels: give what predict_proba returns"):
+        TopLossesDisplay.from_predictions(pictures, y, y)
+    with pytest.raises(ValueError, match=r"one label or number a row; its shape is \(12, 2\)"):
+        TopLossesDisplay.from_predictions(pictures, np.ones((12, 2)), np.ones((12, 2)))
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        TopLossesDisplay.from_predictions(pictures[:5], y, np.ones((12, 2)))
+
+
+def test_long_names_are_cut(pictures):
+    names = np.array(["a very long name of a class"] * 12)
+    display = NeighborsDisplay(pictures, pictures[:1], [[3]], [[0.5]], y_train=names[:, None])
+    assert titles(display.plot())[1] == "a very long name …\nrow 3, 0.50"
 
 
 # -- saliency --------------------------------------------------------------------------------
@@ -210,6 +229,27 @@ def test_saliency_finds_the_part_that_counts(corner_images, as_container):
     assert titles(display)[0].startswith("bright: 0.94")
     other = SaliencyDisplay.from_estimator(Corner(), X, n_patches=4, target="dark")
     np.testing.assert_allclose(other.maps, -display.maps)
+
+
+def test_saliency_of_a_sure_prediction(corner_images):
+    """A probability of 0.9999 hardly falls; its log-odds do."""
+    model = Corner()
+    proba = model.predict_proba
+    model.predict_proba = lambda X: (p := proba(X) ** 6) / p.sum(axis=1, keepdims=True)
+    display = SaliencyDisplay.from_estimator(model, corner_images[:1], n_patches=4)
+    assert titles(display)[0] == "bright: 1.00"
+    assert display.maps[0].max() > 1
+    assert display.score_name == "log-odds"
+
+
+def test_saliency_needs_predictions(pictures, y):
+    with pytest.raises(TypeError, match="has no predict_proba nor decision_function nor predict"):
+        SaliencyDisplay.from_estimator(PretrainedFeatureExtractor().fit(pictures), pictures[:1])
+    model = make_pipeline(PretrainedFeatureExtractor(), LogisticRegression())
+    with pytest.raises(NotFittedError, match="not fitted yet"):
+        SaliencyDisplay.from_estimator(model, pictures[:1])
+    with pytest.raises(ValueError, match=r"row 0.*holds None"):
+        SaliencyDisplay.from_estimator(model.fit(pictures, y), [None])
 
 
 def test_saliency_keeps_nothing_in_the_store(pictures, y, tmp_path):
@@ -270,6 +310,8 @@ def test_embedding(X, y, method):
     legend = [text.get_text() for text in display.ax_.get_legend().get_texts()]
     assert legend == ["left", "right"]
     assert 1 <= len(display.thumbnails_) <= 12
+    frames = {thumbnail.patch.get_edgecolor() for thumbnail in display.thumbnails_}
+    assert frames == {tuple(scatter.get_facecolor()[0]) for scatter in display.scatters_}
 
 
 def test_embedding_without_labels_or_with_numbers(pictures):
@@ -279,6 +321,11 @@ def test_embedding_without_labels_or_with_numbers(pictures):
     display = EmbeddingDisplay.from_features(many, np.tile(pictures, (3, 1, 1, 1)), np.arange(36.0))
     assert len(display.scatters_) == 1
     assert len(display.figure_.axes) == 2
+
+
+def test_embedding_with_labels_that_are_missing(pictures):
+    display = EmbeddingDisplay(pictures, np.eye(12, 2), ["a", None, "b"] * 4).plot()
+    assert [scatter.get_label() for scatter in display.scatters_] == ["None", "a", "b"]
 
 
 def test_embedding_with_an_unknown_method(pictures):

@@ -9,6 +9,7 @@ from made_cases import SMALL, STRIPES, Filters, extractor, stripes
 from matplotlib import pyplot as plt
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
@@ -55,6 +56,11 @@ def test_curves_over_training_sizes():
     assert display.ax_.get_xlabel() == "training rows"
     assert display.ax_.get_ylabel() == "accuracy"
     assert display.ax_.get_title() == "Transfer"
+
+
+def test_equal_sizes_have_no_slope():
+    display = TransferCurveDisplay([40, 40, 40], SCORES).plot()
+    assert set(display.marks_) == {"start", "asymptote"}
 
 
 def test_curves_over_epochs():
@@ -123,6 +129,19 @@ def test_a_history_of_an_estimator():
         display.plot(axes[:2])
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_history_of_a_search():
+    X, y = stripes(0, n=20)
+    tuned = FineTuningClassifier(Filters(STRIPES), **SMALL, random_state=0)
+    search = GridSearchCV(tuned, {"max_epochs": [1]}, cv=2).fit(X, y)
+    display = FineTuningDisplay.from_estimator(search)
+    assert display.lines_["lr"].get_xdata().tolist() == [1]
+    ticks = display.axes_[-1].xaxis.get_majorticklocs()
+    assert (ticks == np.round(ticks)).all()
+    with pytest.raises(ValueError, match="with max_epochs=0 only the head is fitted"):
+        FineTuningDisplay.from_estimator(tuned.set_params(max_epochs=0).fit(X, y))
+
+
 def test_only_fine_tuning_has_a_history():
     with pytest.raises(TypeError, match="LogisticRegression keeps no history_"):
         FineTuningDisplay.from_estimator(LogisticRegression().fit([[0], [1]], [0, 1]))
@@ -144,7 +163,7 @@ def test_scores_against_cost():
     legend = display.ax_.get_legend()
     assert texts(legend) == ["large", "small"]
     assert legend.get_title().get_text() == "hollow: random weights"
-    assert display.ax_.get_xlabel() == "seconds per 1,000 images"
+    assert display.ax_.get_xlabel() == "seconds per 1,000 rows"
     assert display.ax_.get_ylabel() == "accuracy"
 
 

@@ -127,8 +127,17 @@ def test_known_groups(photos):
     assert leaks.table_["kind"].tolist() == ["exact", "group"]
     assert leaks.table_["train_row"].tolist() == [0, 2]
     assert leaks.groups_.tolist() == [0, 1, 2, 0, 2]
-    with pytest.raises(ValueError, match=r"shape \(3,\).*3 training \+ 2 test rows"):
+    with pytest.raises(ValueError, match=r"groups has shape \(3,\); .* each of 5 rows"):
         find_leaks(photos[:3], photos[3:5], groups=[0, 1, 2])
+
+
+@pytest.mark.parametrize("missing", [None, np.nan, pd.NA])
+def test_a_row_whose_group_is_unknown_is_alone(photos, missing):
+    X = [photos[0], photos[1], photos[0], photos[1], photos[2]]
+    leaks = find_leaks(X, groups=["a", missing, missing, missing, "a"])
+    assert pairs_of(leaks) == {(2, 0), (3, 1)}
+    assert leaks.groups_.tolist() == [0, 1, 0, 1, 0]
+    assert len(find_leaks(X, groups=[1, 2, "1", 2, 3]).table_) == 1  # 1 is another group than "1"
 
 
 def test_many_equal_images_give_ten_partners_a_row(photos):
@@ -152,10 +161,18 @@ def test_unreadable_images_are_listed(photos):
     assert "2 unreadable" in str(leaks)
 
 
-def test_nothing_can_be_read():
-    leaks = find_leaks([None, b"no image"])
-    assert len(leaks.table_) == 0
-    assert len(leaks.bad_images_) == 2
+def test_a_set_of_which_nothing_can_be_read(photos):
+    with pytest.raises(ValueError, match="X_train has no image that can be read") as error:
+        find_leaks([None, b"no image"])
+    assert [bad.row for bad in error.value.bad_images] == [0, 1]
+    with pytest.raises(ValueError, match=r"X_test has no .*\n.*a good film.*\n.*equal texts"):
+        find_leaks(photos[:3], ["a good film"])
+
+
+def test_a_wrong_set_is_named_before_any_is_read(photos):
+    with pytest.raises(ValueError, match=r"0 sample\(s\)") as error:
+        find_leaks([b"no image"], [])
+    assert error.value.__notes__ == ["This is about X_test of find_leaks."]
 
 
 @pytest.mark.parametrize("images", ["one colour", "noise", "digits"])
@@ -174,7 +191,7 @@ def test_threshold(photos):
     X_test = [CHANGES["copy"](photos[3]), CHANGES["crop"](photos[8])]
     assert pairs_of(find_leaks(photos, X_test, threshold=0.9)) == {(0, 3)}
     assert find_leaks(photos, X_test, threshold=0.9).threshold_ == 0.9
-    for threshold in ("high", 1.5, -0.1, None):
+    for threshold in ("high", 1.5, -0.1, None, np.array([0.5, 0.6])):
         with pytest.raises(ValueError, match='threshold must be "auto" or a number within 0…1'):
             find_leaks(photos, X_test, threshold=threshold)
 
@@ -182,7 +199,7 @@ def test_threshold(photos):
 def test_flat_rows_are_refused_with_what_to_do():
     with pytest.raises(ValueError, match="image_shape") as error:
         find_leaks(np.zeros((5, 64)))
-    assert "reshape" in error.value.__notes__[0]
+    assert "reshape" in error.value.__notes__[1]
 
 
 def test_it_does_not_need_pandas():
@@ -205,6 +222,8 @@ def test_it_prints_well(photos):
     assert str(leaks).startswith("2 of 2 test rows have a twin in the training set")
     assert "1 exact, 1 flip" in repr(leaks)
     assert "<table" in leaks._repr_html_()
+    plt.close("all")
+    assert len(leaks.plot().images_) == 4
     plt.close("all")
     display = leaks.plot(n_pairs=1)
     assert len(display.images_) == 2

@@ -99,6 +99,7 @@ def test_it_prints(ranking):
     assert repr(ranking).startswith(
         "backbone    layer      columns  accuracy       gain over random"
     )
+    assert "s / 1,000 rows" in repr(ranking)
     assert "<td>Filters #2</td>" in ranking._repr_html_()
 
 
@@ -154,18 +155,33 @@ def test_stages_and_layers_by_name():
         "stem + stage1 + stage2 + stage3 + embedding": 32 + 48 + 96 + 192 + 1408,
     }
     candidates = ["builtin", extractor(Filters(STRIPES))]
-    table = rank_backbones(X, y, candidates, layers={"builtin": ["stem"]}, **rank).table_
-    assert table.set_index("backbone")["layer"].to_dict() == {
-        "builtin": "stem",
-        "Filters": "embedding",
-    }
+    layers = {"builtin": ["stem"], "Filters": "conv"}
+    table = rank_backbones(X, y, candidates, layers=layers, **rank).table_
+    assert table.set_index("backbone")["layer"].to_dict() == {"builtin": "stem", "Filters": "conv"}
+    with pytest.raises(ValueError, match=r"layers names \['resnet18'\], and the backbones are"):
+        rank_backbones(X, y, candidates, layers={"resnet18": ["stem"]}, **rank)
 
 
 def test_a_list_of_weights():
     X, y = stripes(1, n=12)
     table = rank_backbones(X, y, ["builtin"] * 2, weights=["DEFAULT", None], cv=2).table_
     table = table.set_index("backbone")
-    assert table["gain"]["builtin #2"] == 0  # it is its own twin
+    assert table["gain"]["builtin, weights=None"] == 0  # it is its own twin
+
+
+def test_labels_say_what_differs(faint):
+    X, y = faint
+    network = Filters(STRIPES)
+    own = {"layer": "conv", "pooling": "max", "preprocessing": {"size": 32}}
+    candidates = [extractor(network, **k) for k in ({}, own, {}, {"layer": "conv"})]
+    for candidate in candidates[::2]:
+        candidate.set_params(preprocessing="auto")
+    ranking = rank_backbones(X, y, candidates, cv=2, random_state=0)
+    names = ["Filters", "Filters, size=32, pooling=max", "Filters #2"]
+    names.append("Filters, size=24, crop=24")
+    shown = zip(ranking.table_["backbone"], ranking.table_["layer"], strict=True)
+    layers = ["embedding", "conv", "embedding", "conv"]
+    assert sorted(shown) == sorted(zip(names, layers, strict=True))
 
 
 def test_an_extractor_brings_its_settings(faint):
@@ -187,10 +203,11 @@ def test_labels_of_any_type(faint, ranking, names):
     assert got.table_["logme"][0] == pytest.approx(ranking.table_["logme"][0])
 
 
-@pytest.mark.parametrize("dtype", [float, int])
+@pytest.mark.parametrize("dtype", [float, int, object, "Float64"])
 def test_regression(dtype):
     X, y = stripes(0, contrast=25)
-    prices = (np.random.default_rng(0).permutation(80) * 3 + (y == "down") * 1000).astype(dtype)
+    prices = np.random.default_rng(0).permutation(80) * 3 + (y == "down") * 1000
+    prices = pd.Series(prices).astype(dtype)
     ranking = rank_backbones(X, prices, [extractor(Filters(STRIPES))], random_state=0)
     assert ranking.score_name == "R²"
     assert ranking.table_["score"][0] > 0.9
@@ -210,13 +227,15 @@ def test_a_scorer_of_regressors_means_regression():
 
 def test_groups_and_splitters(faint):
     X, y = faint
-    groups = np.arange(len(y)) // 8
+    groups = np.array(list("zebrafoxAO"))[np.arange(80) // 8]
     folds = [*GroupKFold(4).split(X, y, groups)]
     a, b = (
         rank_backbones(X, y, [extractor(Filters(STRIPES))], cv=cv, groups=groups).table_
-        for cv in (GroupKFold(4), folds)
+        for cv in (GroupKFold(4), [(np.isin(np.arange(80), train), test) for train, test in folds])
     )
     assert a["score"][0] == b["score"][0]
+    unknown = [None, *groups[1:]]
+    rank_backbones(X, y, [extractor(Filters(STRIPES))], cv=4, groups=unknown)
     c = rank_backbones(X, y, [extractor(Filters(STRIPES))], cv=4, groups=groups, scoring="roc_auc")
     assert c.table_["score"][0] > 0.9
 
@@ -296,6 +315,9 @@ def test_unreadable_images_are_listed(faint):
         ({"y": [*np.linspace(0, 1, 79), np.nan]}, "y holds NaN or infinity in 1 of 80 rows: 79"),
         ({"y": ["a", "b"]}, "inconsistent numbers of samples"),
         ({"y": np.eye(80, 2, dtype=int)}, r"y must hold one label a row, or numbers; .* \(80, 2\)"),
+        ({"y": [2.5] * 80}, "y must have at least two values; all are 2.5"),
+        ({"groups": [1, 2]}, r"groups has shape \(2,\); it needs a label for each of 80 rows"),
+        ({"scoring": "f9"}, "f9"),
         ({"layers": ["conv9"]}, "conv9"),
         (
             {
@@ -313,6 +335,22 @@ def test_errors(faint, change, message):
     arguments = {"y": y, "backbones": [extractor(Filters(STRIPES))], **change}
     with pytest.raises(ValueError, match=message):
         rank_backbones(X, arguments.pop("y"), arguments.pop("backbones"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"scoring": "f1"}, "pos_label=1 is not a valid label"),
+        ({"scoring": ["accuracy"]}, r"scoring=\['accuracy'\]: the name of one scorer"),
+        ({"cv": [(np.arange(0, 80, 2), np.arange(1, 80, 2))]}, "at least 2 classes"),
+    ],
+)
+def test_what_cannot_be_scored_is_found_before_an_image_is_read(faint, change, error):
+    X, y = faint
+    rows = Rows(list(X))
+    with pytest.raises((TypeError, ValueError), match=error):
+        rank_backbones(rows, y, [extractor(Filters(STRIPES), memory=False)], **change)
+    assert rows.n_read[1:].max() == 0
 
 
 def test_settings_reach_the_candidates():

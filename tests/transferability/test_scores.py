@@ -136,9 +136,16 @@ def test_right_labels_score_higher_than_shuffled_ones(score, noisy):
         lambda y: np.array([0.0, 1.0, 2.0])[y],
         lambda y: pd.Series(y, index=range(900, 1020)),
         lambda y: pd.Series(y).astype("category"),
+        lambda y: pd.Series(np.array(["ant", "bee", "wasp"])[y]).astype("string"),
+        lambda y: pd.Series(y).astype("Int64"),
+        lambda y: np.array([b"ant", b"bee", b"wasp"])[y],
+        lambda y: y[:, None],
         list,
     ],
-    ids=["str", "object", "gaps", "floats", "series", "category", "list"],
+    ids=[
+        *["str", "object", "gaps", "floats", "series", "category"],
+        *["string", "Int64", "bytes", "column", "list"],
+    ],
 )
 def test_labels_of_any_type(score, relabel, noisy):
     X, y = noisy
@@ -168,6 +175,27 @@ def test_float32_columns_and_frames(score, noisy):
     X, y = noisy
     expected = score(X.astype(np.float32).astype(np.float64), y)
     assert score(pd.DataFrame(X.astype(np.float32)), y) == pytest.approx(expected, rel=1e-12)
+
+
+@of_each_score
+@pytest.mark.parametrize("factor", [1e-8, 1e8, 1e200])
+def test_scale_of_the_columns(score, factor, noisy):
+    X, y = noisy
+    if score is not transrate_score:  # whose distortion is absolute
+        assert score(factor * X, y) == pytest.approx(score(X, y), rel=1e-9)
+
+
+@of_each_score
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
+def test_constant_columns_say_nothing(score, value, noisy):
+    y = noisy[1]
+    got = score(np.full((120, 4), value), y)
+    if score is not logme_score:
+        assert got == 0
+    elif value:  # X is not centred: one column fits the classes' shares
+        assert got == pytest.approx(logme_score(np.ones((120, 1)), y), rel=1e-6)
+    else:
+        assert got < logme_score(np.ones((120, 1)), y)
 
 
 def test_several_outputs_are_averaged(noisy):
@@ -201,10 +229,31 @@ def test_missing_values_are_named_by_their_rows(score, noisy):
     X[[3, 17], 0] = np.nan, np.inf
     with pytest.raises(ValueError, match=r"X holds NaN or infinity in 2 of 120 rows: 3, 17\."):
         score(X, y)
-    labels = y.astype(object)
-    labels[5] = None
+
+
+@of_each_score
+@pytest.mark.parametrize("missing", [None, np.nan, pd.NA, pd.NaT, np.inf])
+@pytest.mark.parametrize("dtype", [object, "string", "category"])
+def test_missing_labels_are_named_by_their_rows(score, missing, dtype, noisy):
+    X, y = noisy
+    labels = y.tolist() if dtype is object or missing is np.inf else [*map(str, y)]
+    labels[5], dtype = missing, "Float64" if missing is np.inf else dtype
     with pytest.raises(ValueError, match=r"y holds missing labels in 1 of 120 rows: 5\."):
-        score(np.nan_to_num(X, posinf=0), labels)
+        score(X, pd.Series(labels, dtype=dtype))
+
+
+@pytest.mark.parametrize("score", [*SCORES, lambda X, y: leep_score(np.eye(3)[y.astype(int)], y)])
+def test_labels_that_are_none(score, noisy):
+    X, y = noisy
+    if score is not logme_score:
+        with pytest.raises(
+            ValueError, match="fractional parts, and labels are needed: logme_score"
+        ):
+            score(X, y + 0.5)
+    mixed = y.astype(object)
+    mixed[mixed == 2] = "two"
+    with pytest.raises(TypeError, match="y mixes labels of the types int, str: use one"):
+        h_score(X, mixed)
 
 
 @of_each_score
@@ -224,6 +273,8 @@ def test_parameters_are_checked(noisy):
         logme_score(*noisy, task="clustering")
     with pytest.raises(ValueError, match="eps=0 must be positive"):
         transrate_score(*noisy, eps=0)
+    with pytest.raises(ValueError, match="eps='small' must be positive"):
+        transrate_score(*noisy, eps="small")
     with pytest.raises(ValueError, match=r"y holds NaN or infinity in 1 of 120 rows: 2\."):
         logme_score(noisy[0], [1.5, 2.5, np.nan] + [0.5] * 117, task="regression")
     with pytest.raises(ValueError, match="Row 1 of source_proba holds no probabilities"):

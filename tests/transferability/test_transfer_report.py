@@ -138,6 +138,10 @@ def test_a_single_fold_or_size_gives_no_evidence(faint):
     assert report.verdict_ == "no evidence"
     assert np.isnan([report.p_value_, report.slope_["random"].value]).all()
     assert report.start_ == report.asymptote_
+    assert report.advice_ == [
+        "The difference was not tested: give at least two folds, and scores without NaN."
+    ]
+    assert "p = nan (training sizes: 1, folds: 1)" in repr(report)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +238,31 @@ def test_a_search_is_compared_as_a_whole(faint):
         search, *faint, train_sizes=[1.0], cv=3, scoring="neg_log_loss", random_state=0
     )
     assert report.score_name == "neg_log_loss"
+    assert report.gain_["pixels"].value > 0.1
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_search_does_not_give_baselines_their_weights_back(faint, is_nested):
+    name = "pretrainedfeatureextractor"
+    grid = {f"{name}__weights": ["DEFAULT", None], f"{name}__layer": [None, "pool"]}
+    own = make_pipeline(extractor(Filters(STRIPES)), StandardScaler(), LogisticRegression())
+    search = GridSearchCV(own, [grid, {f"{name}__weights": ["DEFAULT"]}], cv=2)
+    search = make_pipeline("passthrough", search) if is_nested else search
+    report = transfer_report(search, *faint, train_sizes=[1.0], cv=3, random_state=0)
+    assert report.gain_["random"].value > 0.2
+    assert report.gain_["pixels"].value > 0.2
+
+
+@pytest.mark.parametrize("n_outputs", [1, 2])
+def test_a_search_over_fine_tuning(faint, n_outputs):
+    X, y = faint
+    targets = ((y == "down") * 5.0)[:, None].repeat(n_outputs, axis=1)
+    tuned = FineTuningRegressor(Filters(STRIPES), **SMALL, unfreeze=0, max_epochs=0)
+    search = GridSearchCV(tuned, {"unfreeze": [0, 1]}, cv=2)
+    against = ["random", "pixels"]
+    report = transfer_report(
+        search, X, targets, train_sizes=[1.0], cv=3, against=against, random_state=0
+    )
     assert report.gain_["pixels"].value > 0.1
 
 
@@ -340,6 +369,11 @@ def test_copies_on_both_sides_are_warned_of(faint, form):
         ({"train_sizes": [73]}, "train_sizes holds 73: whole numbers of rows from 2 to 72"),
         ({"train_sizes": [1]}, "train_sizes holds 1: "),
         ({"train_sizes": [1.5]}, "shares above 0 and up to 1.0"),
+        ({"train_sizes": ["all"]}, "train_sizes holds 'all': "),
+        ({"train_sizes": []}, "train_sizes is empty"),
+        ({"groups": [1]}, r"groups has shape \(1,\); it needs a label for each of 80 rows"),
+        ({"y": np.linspace(0, 1, 80)}, "y holds numbers with fractional parts"),
+        ({"scoring": "f9"}, "f9"),
         ({"y": ["a"] * 3}, "inconsistent numbers of samples"),
         ({"y": ["a"] * 80}, "y must have at least two classes"),
         ({"y": ["a", None] * 40}, "y holds missing labels in 40 of 80 rows: 1, 3"),
@@ -350,6 +384,21 @@ def test_errors(faint, change, message):
     arguments = {"estimator": model(FLAT), "y": y, **change}
     with pytest.raises(ValueError, match=message):
         transfer_report(arguments.pop("estimator"), X, arguments.pop("y"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"estimator": "builtin"}, "estimator='builtin' is neither a classifier nor a regressor"),
+        ({"estimator": extractor(Filters())}, "is neither a classifier nor a regressor"),
+        ({"estimator": LogisticRegression}, "is neither a classifier nor a regressor"),
+        ({"scoring": ["accuracy"]}, r"scoring=\['accuracy'\]: the name of one scorer"),
+    ],
+)
+def test_wrong_types(faint, change, message):
+    arguments = {"estimator": model(FLAT), **change}
+    with pytest.raises(TypeError, match=message):
+        transfer_report(arguments.pop("estimator"), *faint, **arguments)
 
 
 def test_unreadable_images_are_named_by_their_row_in_x(faint):
