@@ -181,7 +181,7 @@ class NeighborsDisplay:
             for row, distance in zip(neighbors[i], distances[i], strict=True):
                 label = "" if labels is None else f"{short(labels[row])}\n"
                 titles.append(f"{label}row {row}, {distance:.2f}")
-            # The image itself stands a little apart.
+            # A gap separates the image from its neighbours.
             places += [(0.0, i), *((k + 1.2, i) for k in range(n_neighbors))]
         self.images_, self.texts_ = draw_grid(self.ax_, thumbnails, titles, places)
         self.ax_.set_title("Nearest training images, with their distances")

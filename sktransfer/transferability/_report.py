@@ -139,7 +139,7 @@ class TransferReport:
         elif self.verdict_ == "helps" and first == "random" and end.p_value > ALPHA:
             how = "unfreeze more stages" if self._is_fine_tuned else "fine-tune the network"
             if start.p_value <= ALPHA:
-                advice.append(f"The gain is gone with all training rows: {how}.")
+                advice.append(f"With all training rows a gain is not shown: {how}.")
         if self.verdict_ != "helps":
             advice.append("Try another backbone: rank_backbones compares several.")
         if self.verdict_ == "no evidence":
