@@ -31,10 +31,10 @@ _METHODS = ("predict_proba", "decision_function", "predict")
 
 
 class SaliencyDisplay:
-    """How much a score falls when a part of the image is hidden [1]_.
+    """How much a score falls when a part of the image is hidden.
 
-    It needs no gradient, and so explains any pipeline from images to scores, an extractor with a
-    random forest as well as a fine-tuned network. It is made by :meth:`from_estimator`. All
+    Occlusion [1]_ needs no gradient, and so explains any pipeline from images to scores, an
+    extractor with a random forest as well as a fine-tuned network. It is made by :meth:`from_estimator`. All
     parameters are attributes.
 
     Parameters
