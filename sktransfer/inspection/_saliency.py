@@ -34,8 +34,8 @@ class SaliencyDisplay:
     """How much a score falls when a part of the image is hidden.
 
     Occlusion [1]_ needs no gradient, and so explains any pipeline from images to scores, an
-    extractor with a random forest as well as a fine-tuned network. It is made by :meth:`from_estimator`. All
-    parameters are attributes.
+    extractor with a random forest as well as a fine-tuned network. It is made by
+    :meth:`from_estimator`. All parameters are attributes.
 
     Parameters
     ----------
