@@ -1,4 +1,4 @@
-"""Where displays are drawn, and in which colours."""
+"""Axes and colours of the displays."""
 
 from __future__ import annotations
 

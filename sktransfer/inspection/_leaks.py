@@ -117,7 +117,7 @@ class LeaksDisplay:
         ax : matplotlib Axes, default=None
             ``None``: those of a new figure.
         n_columns : int, default=4
-            How many pairs stand in a line.
+            Number of pairs in a line.
 
         Returns
         -------

@@ -174,7 +174,7 @@ class SaliencyDisplay:
         ax : matplotlib Axes, default=None
             ``None``: those of a new figure.
         n_columns : int, default=3
-            How many images stand in a line.
+            Number of images in a line.
 
         Returns
         -------

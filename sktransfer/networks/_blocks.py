@@ -28,7 +28,7 @@ _Call = tuple[tuple, dict]
 
 
 class _Pass(threading.local):
-    """What the switches of a model do in this thread: note calls, or return `given`."""
+    """State of a model's switches in this thread: they note calls, or return `given`."""
 
     given: torch.Tensor | None = None
     hidden: torch.Tensor

@@ -211,7 +211,7 @@ def _most_similar(candidates: list[Preprocessing], processor, takes_bgr: bool) -
         pixels = (expected.transpose(1, 2, 0) * how.std + how.mean) * 255
         distances.append(np.abs(pixels - how.resize_crop(image)).mean())
     best = int(np.argmin(distances))
-    # Crops round their place to either side: a pixel's distance is no other size.
+    # Crops may differ by a pixel, as their place is rounded; that is not another size.
     values = candidates[best].resize_crop(image).astype(float)
     if distances[best] > 2 + 1.5 * np.abs(np.diff(values, axis=1)).mean():
         raise ValueError(

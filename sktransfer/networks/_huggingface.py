@@ -19,7 +19,7 @@ from sktransfer.networks._sources import BuiltSource, random_seed, skeleton, wei
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# What a network and its inputs are made of; the digest is of these.
+# Files that define a network and its inputs; the digest is of these.
 _WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
 _WEIGHTS += ["pytorch_model.bin.index.json"]
 # Settings of networks for images and sounds, which may have a vocabulary, too.

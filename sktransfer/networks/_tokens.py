@@ -12,7 +12,7 @@ PADDING = -1
 
 
 class Vocabulary(Protocol):
-    """What gives numbers to tokens: a source of texts' networks."""
+    """A source of text networks, which maps tokens to numbers."""
 
     def encoder(self, max_length: int) -> Callable[[str], Sequence[int]]:
         """Return what encodes a text as at most `max_length` tokens."""

@@ -1,4 +1,4 @@
-"""What a pre-trained network is compared with: the same untrained, pixels, and no image at all."""
+"""Baselines of a pre-trained network: random weights, pixels or tf-idf, and no image at all."""
 
 from __future__ import annotations
 

@@ -85,8 +85,8 @@ def find_leaks(X_train, X_test=None, *, groups=None, threshold="auto", memory=No
     Raises
     ------
     TypeError, ValueError
-        If X is no collection of images, none of its images can be read, or a parameter is none of
-        the above.
+        If X is not a collection of images, none of its images can be read, or a parameter has
+        another value.
 
     See Also
     --------
@@ -149,7 +149,7 @@ def find_leaks(X_train, X_test=None, *, groups=None, threshold="auto", memory=No
 
 @dataclass(frozen=True)
 class Leaks:
-    """What `find_leaks` found.
+    """Result of :func:`find_leaks`.
 
     Attributes
     ----------

@@ -109,7 +109,7 @@ def rank_backbones(
 
     The probe standardises the columns and fits a logistic regression with
     ``C=100 / n_columns``, or :class:`~sklearn.linear_model.RidgeCV`. LogME and the shrunk H-score
-    are of the columns as they are; TransRate, which depends on their scale, of the columns divided
+    are of the unscaled columns; TransRate, which depends on their scale, of the columns divided
     by one number, so that their mean variance is 1. Standard errors are corrected for the overlap
     of training sets [1]_.
 
@@ -137,7 +137,7 @@ def rank_backbones(
     score_name = name_of_score(scoring, is_regression)
     groups = group_numbers(groups, images.n_rows)
     folds = make_folds(target, cv, groups, not is_regression, as_seed(random_state))
-    # What no probe can be fitted or scored on is found before anything is embedded.
+    # Data that no probe can be fitted or scored on is refused before anything is embedded.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         evaluate(np.zeros((len(target), 1)), target, is_regression, folds, scoring)
@@ -152,7 +152,7 @@ def rank_backbones(
 
 
 class BackboneRanking:
-    """What :func:`rank_backbones` found.
+    """Result of :func:`rank_backbones`.
 
     Attributes
     ----------

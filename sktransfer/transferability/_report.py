@@ -23,7 +23,7 @@ ALPHA = 0.03
 
 
 class TransferReport:
-    """What :func:`transfer_report` found.
+    """Result of :func:`transfer_report`.
 
     Differences are of the pre-trained estimator less a baseline, and positive where pre-training
     is better. Each is a mean over folds, an ``Estimate`` with ``value``, ``error`` (standard
