@@ -189,7 +189,11 @@ class Normalisation(nn.Module):
             self.register_buffer("shift", (-mean / std).float(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.key is None else torch.addcmul(self.shift, x.float(), self.scale)
+        if self.key is None:
+            return x
+        if torch.compiler.is_compiling():  # torch 2.6 cannot export addcmul as ONNX
+            return x.float() * self.scale + self.shift
+        return torch.addcmul(self.shift, x.float(), self.scale)
 
 
 class EmbeddingNetwork(nn.Module):
