@@ -54,8 +54,8 @@ _dtype_before: torch.dtype | None = None  # the caller's, if it is another
 def own_settings() -> Iterator[None]:
     """Replace the caller's default dtype and device, autocast and gradient modes of torch.
 
-    In this context, in which every function builds, trains or runs a network, torch computes in
-    float32 on the CPU by default and records gradients.
+    Every function that builds, trains or runs a network does so in this context. By default torch
+    then computes in float32 on the CPU, and records gradients.
     """
     import torch
 

@@ -6,9 +6,9 @@ The network is a clock that computes `rate` images a second, beside this process
 reading are sleeps, which many threads do at once on any number of cores. All else is the
 library's own code. The ideal is the time of the slower of decoding and network alone. Printed
 is the median over the rounds of the ideal's time over the time taken, twice: of the scheduling
-alone, in slow motion (all costs `--slower` times as large, so that the library's own work between
-images, for which a machine of few cores has too few, hardly counts), and in real time on this
-machine. Last comes that work alone: processor time an image with nothing to
+alone, in slow motion, and in real time on this machine. In slow motion all costs are `--slower`
+times as large: the library's own work between images, which shares the few cores of this machine,
+then hardly counts. Last comes that work alone: processor time an image with nothing to
 wait for. Most of it holds Python's lock, so with any number of threads it has to be far less than
 the device's time for an image (125 µs).
 

@@ -253,10 +253,11 @@ class Workers:
         *,
         is_eager: bool = False,
     ) -> Iterator[_Result | None]:
-        """Yield ``work(item)`` in order, some being under way.
+        """Yield ``work(item)`` in order, while up to `depth` items are under way.
 
-        An item None waits for all of them and comes back as None. Unless `is_eager`, the first
-        result comes when `depth` items are under way: later ones are ready when asked for.
+        An item None waits for all of them and comes back as None. With `is_eager` all finished
+        results come before the next item is asked for; otherwise at most one, so that the number
+        of items under way does not fall.
         """
         under_way: deque[Future[_Result]] = deque()
         for item in items:

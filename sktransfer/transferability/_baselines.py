@@ -73,7 +73,7 @@ def make_baseline(kind: str, estimator: BaseEstimator, has_many_labels: bool) ->
 
 
 def _without(baseline: BaseEstimator, names: list[str], parameter: str) -> BaseEstimator:
-    """Return a baseline whose searches do not set this parameter of networks; ``""``: nor any."""
+    """Return a baseline whose searches do not set this parameter of networks; ``""``: any."""
     for outer, search in {"": baseline, **baseline.get_params()}.items():
         keys = _GRIDS & vars(search).keys() if hasattr(search, "estimator") else ()
         for key in keys:

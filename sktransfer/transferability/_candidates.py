@@ -207,7 +207,7 @@ def make_candidates(
 
 
 def _tell_apart(candidates: list[Candidate]) -> None:
-    """Add to the labels of namesakes what differs between them, or a number."""
+    """Add the settings that differ, or a number, to equal labels."""
     settings = [(c.label, c.extractor.get_params(deep=False)) for c in candidates]
     taken: Counter[tuple[str, str]] = Counter()
     for candidate, (name, own) in zip(candidates, settings, strict=True):
@@ -216,7 +216,7 @@ def _tell_apart(candidates: list[Candidate]) -> None:
             differs = any(n == name and o.get(key) != own.get(key) for n, o in settings)
             if differs and own[key] != default[key]:
                 shown = own[key] if isinstance(own[key], dict) else {key: own[key]}
-                # Of a path its end.
+                # The end of a path is more specific than its start.
                 candidate.label += "".join(f", {k}={str(v)[-40:]}" for k, v in shown.items())
         known = candidate.label, repr(own["layer"])  # the layer has a column of its own
         taken[known] += 1

@@ -96,6 +96,12 @@ def test_random_weights_are_the_same_every_time_and_leave_the_seed_alone():
     assert not torch.allclose(first, embed(load_backbone("builtin")))
 
 
+def test_a_callable_that_draws_random_weights_leaves_the_seed_alone():
+    before = torch.get_rng_state()
+    load_backbone(Tiny, preprocessing=SMALL)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_an_own_module_from_scratch():
     module = tiny()
     fresh = load_backbone(module, weights=None, preprocessing=SMALL)
