@@ -86,10 +86,11 @@ class BaseEmbedding(SuggestionMixin, TransformerMixin, BaseEstimator):
         """Load the network of the parameters, some of which `given` replaces."""
         from sktransfer.networks._backbone import load_backbone, with_cached_layers
 
-        names = ("backbone", "weights", "pooling", "preprocessing")
+        names = ("backbone", "weights", "layer", "pooling", "preprocessing")
         parameters = {name: getattr(self, name) for name in names} | given
-        layer = with_cached_layers(self.layer, getattr(self, "cache_layers", None))
-        return load_backbone(layer=layer, **parameters)
+        extra = getattr(self, "cache_layers", None)
+        parameters["layer"] = with_cached_layers(parameters["layer"], extra)
+        return load_backbone(**parameters)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -311,6 +311,13 @@ class BaseFineTuning(BaseEmbedding):
     def _has_random_weights(self) -> bool:
         return self.weights is None and isinstance(self.backbone, str)
 
+    def _load(self, **given) -> Backbone:
+        if not (isinstance(self.layer, str) and self.layer == "auto"):
+            return super()._load(**given)
+        backbone = super()._load(**given, layer=None)
+        is_joined = isinstance(self.backbone, str) and self.pooling == "auto" and backbone.has_maps
+        return super()._load(**given, layer="all") if is_joined else backbone
+
     def _new_head(self, backbone: Backbone, n_columns: int, seed: int) -> nn.Module:
         from sktransfer.fine_tuning._head import make_head
 

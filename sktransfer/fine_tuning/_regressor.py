@@ -33,9 +33,10 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
     weights : str, Path or None, default="DEFAULT"
         Name of torchvision's weights (``"IMAGENET1K_V2"``), or a local ``.pt``, ``.pth`` or
         ``.safetensors`` file. ``None``: random weights, for training from scratch.
-    layer : int, str, list of them or None, default=None
+    layer : int, str, list of them or None, default="auto"
         The stage after which the head is put. ``None``: the last one. A list, or ``"all"``: the
-        pooled outputs of several stages enter the head, joined.
+        pooled outputs of several stages enter the head, joined. ``"auto"``: ``"all"`` for
+        convolutional networks that are given by their name, otherwise ``None``.
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
         How a feature map becomes a row. ``"auto"``: as in the network itself. Tokens of texts:
         ``"mean"``, ``"max"``, ``"cls"`` or ``"last"``.
@@ -179,7 +180,7 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         backbone="builtin",
         *,
         weights="DEFAULT",
-        layer=None,
+        layer="auto",
         pooling="auto",
         preprocessing="auto",
         image_shape=None,

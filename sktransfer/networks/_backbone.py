@@ -310,6 +310,12 @@ class Backbone:
         return self.network.plan.names
 
     @property
+    def has_maps(self) -> bool:
+        """Whether its stages return maps, as those of convolutional networks do."""
+        plan = self.network.plan
+        return len(plan.shape(plan.last_map_key, self.input_size)) == 4
+
+    @property
     def stage_names_to_layer(self) -> list[str]:
         """Names of the stages up to the deepest of the layers asked for."""
         return self.stage_names[: max(self.layer_stages) + 1]
