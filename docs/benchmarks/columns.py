@@ -1,13 +1,14 @@
 """Columns of the last stage against those of the last two, the last three and all stages joined.
 
     python docs/benchmarks/columns.py [--networks mobilenet_v2 …] [--sizes 224 128]
-        [--per-class 10 50 0] [--draws 3] [--sets hymenoptera …] [--memory FOLDER]
+        [--per-class 10 50 0] [--draws 3] [--sets hymenoptera …] [--memory FOLDER] [--mixed]
 
 Balanced or plain accuracy (`BALANCED` in _fine_tuning_peers.py) on the test part, of two
 classifiers of standardised columns: the linear probe with which fine-tuning starts, which chooses
 its regularisation on training rows, and five nearest neighbours. "random" is the same network with
-random weights. A gain is against the last stage of the same network, size, training images and
-classifier; its standard error is that of the mean over sets and draws.
+random weights; it is left out with ``--mixed``, which draws both parts from all images, so that
+they are alike, and takes balanced accuracy. A gain is against the last stage of the same network,
+size, training images and classifier; its standard error is that of the mean over sets and draws.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
-from _fine_tuning_peers import SETS, WEIGHTS, read_set, score
+from _fine_tuning_peers import SETS, WEIGHTS, read_mixed, read_set, score
 from _report import save
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
@@ -62,7 +64,10 @@ def measure(network, size, is_random, name, options):
     figures = []
     for per_class in options.per_class:
         for seed in range(options.draws if per_class else 1):
-            X, y, X_test, y_test = read_set(name, per_class, seed, options.max_test)
+            if options.mixed:
+                X, y, X_test, y_test = read_mixed(name, per_class, seed)
+            else:
+                X, y, X_test, y_test = read_set(name, per_class, seed, options.max_test)
             rows, test = extractor.fit_transform(X), extractor.transform(X_test)
             for columns, part in joined(extractor).items():
                 for kind, got in predictions(rows[:, part], y, test[:, part], seed).items():
@@ -71,7 +76,9 @@ def measure(network, size, is_random, name, options):
                             "network": network, "size": size, "random": is_random, "set": name,
                             "per_class": per_class, "seed": seed, "columns": columns,
                             "width": rows[:, part].shape[1], "classifier": kind,
-                            "n_train": len(y), "score": score(name, y_test, got),
+                            "n_train": len(y),
+                            "score": balanced_accuracy_score(y_test, got) if options.mixed
+                            else score(name, y_test, got),
                         }
                     )  # fmt: skip
     return figures
@@ -122,6 +129,7 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 128])
     parser.add_argument("--per-class", type=int, nargs="+", default=[10, 50, 0], help="0: all")
     parser.add_argument("--sets", nargs="+", default=list(SETS))
+    parser.add_argument("--mixed", action="store_true", help="draw both parts from all images")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--max-test", type=int, default=0, help="test images a class; 0: all")
     parser.add_argument("--memory", default=None, help="folder of rows for the next run")
@@ -130,7 +138,7 @@ def main():
     figures = []
     for network in options.networks:
         for size in SIZES.get(network, options.sizes):
-            for is_random in (False, True):
+            for is_random in (False,) if options.mixed else (False, True):
                 for name in options.sets:
                     figures += measure(network, size, is_random, name, options)
                     print(network, size, "random" if is_random else "", name, flush=True)

@@ -11,6 +11,7 @@ from torch import nn
 
 from sktransfer import (
     FineTuningClassifier,
+    FineTuningRegressor,
     PretrainedFeatureExtractor,
     load,
     load_backbone,
@@ -172,3 +173,36 @@ def test_known_networks(stripes, backbone):
     moved = np.abs(model.transform(X[:2]) - frozen).max(0)
     assert moved[:below].max() < 1e-4 * max(1, np.abs(frozen).max()) < moved[below:].max() * 1e4
     assert state_of(model)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "layer"),
+    [
+        ({"backbone": "builtin"}, "all"),
+        ({"backbone": "squeezenet1_1", "weights": None}, "all"),
+        ({"backbone": "vit_b_16", "weights": None}, None),  # stages of tokens
+        ({"backbone": tiny_network}, None),
+        ({"backbone": "builtin", "pooling": "max"}, None),
+    ],
+    ids=["builtin", "squeezenet", "tokens", "own network", "own pooling"],
+)
+def test_auto_joins_the_stages_of_named_convolutional_networks(parameters, layer):
+    X = list(np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8))
+    settings = {"max_epochs": 0, "unfreeze": 0, **parameters}
+    if parameters["backbone"] != "vit_b_16":  # which takes images of one size
+        settings["preprocessing"] = {"size": 32, "crop": 32}
+    for cls in (FineTuningClassifier, FineTuningRegressor):
+        model = cls(**settings).fit(X, np.arange(6) % 2)
+        expected = cls(**settings, layer=layer).fit(X, np.arange(6) % 2)
+        assert model.backbone_.layer == layer
+        np.testing.assert_array_equal(model.transform(X), expected.transform(X))
+
+
+def test_a_file_of_auto_gives_the_same_columns(tmp_path):
+    X = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8)
+    settings = {"preprocessing": {"size": 32, "crop": 32}, "max_epochs": 1, "random_state": 0}
+    model = FineTuningClassifier(**settings).fit(list(X), np.arange(6) % 2)
+    for is_standalone in (False, True):
+        save(model, tmp_path / "model.skt", standalone=is_standalone)
+        loaded = load(tmp_path / "model.skt")
+        np.testing.assert_allclose(loaded.predict_proba(list(X)), model.predict_proba(list(X)))
