@@ -315,7 +315,9 @@ class BaseFineTuning(BaseEmbedding):
         if not (isinstance(self.layer, str) and self.layer == "auto"):
             return super()._load(**given)
         backbone = super()._load(**given, layer=None)
-        is_joined = isinstance(self.backbone, str) and self.pooling == "auto" and backbone.has_maps
+        # The built-in network joins two stages itself.
+        is_published = isinstance(self.backbone, str) and self.backbone != "builtin"
+        is_joined = is_published and self.pooling == "auto" and backbone.has_maps
         return super()._load(**given, layer="all") if is_joined else backbone
 
     def _new_head(self, backbone: Backbone, n_columns: int, seed: int) -> nn.Module:

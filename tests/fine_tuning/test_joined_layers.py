@@ -178,15 +178,15 @@ def test_known_networks(stripes, backbone):
 @pytest.mark.parametrize(
     ("parameters", "layer"),
     [
-        ({"backbone": "builtin"}, "all"),
+        ({"backbone": "builtin"}, None),
         ({"backbone": "squeezenet1_1", "weights": None}, "all"),
         ({"backbone": "vit_b_16", "weights": None}, None),  # stages of tokens
         ({"backbone": tiny_network}, None),
-        ({"backbone": "builtin", "pooling": "max"}, None),
+        ({"backbone": "squeezenet1_1", "weights": None, "pooling": "max"}, None),
     ],
     ids=["builtin", "squeezenet", "tokens", "own network", "own pooling"],
 )
-def test_auto_joins_the_stages_of_named_convolutional_networks(parameters, layer):
+def test_auto_joins_the_stages_of_published_convolutional_networks(parameters, layer):
     X = list(np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8))
     settings = {"max_epochs": 0, "unfreeze": 0, **parameters}
     if parameters["backbone"] != "vit_b_16":  # which takes images of one size
@@ -201,7 +201,7 @@ def test_auto_joins_the_stages_of_named_convolutional_networks(parameters, layer
 def test_a_file_of_auto_gives_the_same_columns(tmp_path):
     X = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8)
     settings = {"preprocessing": {"size": 32, "crop": 32}, "max_epochs": 1, "random_state": 0}
-    model = FineTuningClassifier(**settings).fit(list(X), np.arange(6) % 2)
+    model = FineTuningClassifier("squeezenet1_1", weights=None, **settings).fit(list(X), np.arange(6) % 2)
     for is_standalone in (False, True):
         save(model, tmp_path / "model.skt", standalone=is_standalone)
         loaded = load(tmp_path / "model.skt")
