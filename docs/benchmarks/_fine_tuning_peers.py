@@ -8,6 +8,8 @@ import numpy as np
 from _report import DATA
 
 SETS = ("hymenoptera", "flowers5", "dtd10", "brain_mri", "magnetic_tile")
+# For read_mixed: exposures of the same magnetic tile would be in both parts.
+MIXED_SETS = SETS[:4]
 BALANCED = {"magnetic_tile"}  # scored by balanced accuracy
 WEIGHTS = {
     "builtin": "DEFAULT",

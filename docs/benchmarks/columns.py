@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
-from _fine_tuning_peers import SETS, WEIGHTS, read_mixed, read_set, score
+from _fine_tuning_peers import MIXED_SETS, SETS, WEIGHTS, read_mixed, read_set, score
 from _report import save
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -128,13 +128,14 @@ def main():
     parser.add_argument("--networks", nargs="+", default=list(WEIGHTS))
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 128])
     parser.add_argument("--per-class", type=int, nargs="+", default=[10, 50, 0], help="0: all")
-    parser.add_argument("--sets", nargs="+", default=list(SETS))
+    parser.add_argument("--sets", nargs="+")
     parser.add_argument("--mixed", action="store_true", help="draw both parts from all images")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--max-test", type=int, default=0, help="test images a class; 0: all")
     parser.add_argument("--memory", default=None, help="folder of rows for the next run")
     parser.add_argument("--name", default="columns")
     options = parser.parse_args()
+    options.sets = options.sets or list(MIXED_SETS if options.mixed else SETS)
     figures = []
     for network in options.networks:
         for size in SIZES.get(network, options.sizes):

@@ -17,6 +17,7 @@ import warnings
 
 import numpy as np
 from _fine_tuning_peers import (
+    MIXED_SETS,
     SETS,
     WEIGHTS,
     input_settings,
@@ -50,7 +51,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--backbone", default="builtin", choices=list(WEIGHTS))
     parser.add_argument("--size", type=int, default=0, help="pixels; 0: the backbone's own")
-    parser.add_argument("--sets", nargs="+", default=list(SETS))
+    parser.add_argument("--sets", nargs="+")
     parser.add_argument("--per-class", type=int, default=20)
     parser.add_argument("--max-test", type=int, default=50)
     parser.add_argument("--mixed", action="store_true", help="draw both parts from all images")
@@ -60,6 +61,7 @@ def main():
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--name", default="fine_tuning_defaults")
     options = parser.parse_args()
+    options.sets = options.sets or list(MIXED_SETS if options.mixed else SETS)
     if options.threads:
         import torch
 
