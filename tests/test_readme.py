@@ -23,7 +23,7 @@ from sktransfer.transferability import find_leaks, rank_backbones, transfer_repo
 """
 # What would download is run with random weights, a small network in place of a large one.
 IN_PLACE = {
-    '("resnet50")': '("resnet18", weights=None)',
+    '("resnet50"': '("resnet18", weights=None',
     '("timm:xception41")': '("timm:mobilenetv3_small_050", weights=None)',
     '["builtin", "squeezenet1_1"]': '["builtin"]',
 }
