@@ -199,10 +199,11 @@ def test_auto_joins_the_stages_of_published_convolutional_networks(parameters, l
 
 
 def test_a_file_of_auto_gives_the_same_columns(tmp_path):
-    X = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8)
+    X = list(np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8))
     settings = {"preprocessing": {"size": 32, "crop": 32}, "max_epochs": 1, "random_state": 0}
-    model = FineTuningClassifier("squeezenet1_1", weights=None, **settings).fit(list(X), np.arange(6) % 2)
+    model = FineTuningClassifier("squeezenet1_1", weights=None, **settings)
+    model.fit(X, np.arange(6) % 2)
     for is_standalone in (False, True):
         save(model, tmp_path / "model.skt", standalone=is_standalone)
         loaded = load(tmp_path / "model.skt")
-        np.testing.assert_allclose(loaded.predict_proba(list(X)), model.predict_proba(list(X)))
+        np.testing.assert_allclose(loaded.predict_proba(X), model.predict_proba(X))
