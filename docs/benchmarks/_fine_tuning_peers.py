@@ -49,7 +49,7 @@ def read_set(name, per_class, seed, max_test=0):
     return *parts["train"], *parts["test"]
 
 
-def read_mixed(name, per_class, seed, max_test=120):
+def read_mixed(name, per_class, seed, max_test=0):
     """As :func:`read_set`, from both parts mixed: more test images, and no shift between them."""
     rng = np.random.default_rng(seed + 100)
     train, test = ([], []), ([], [])
@@ -57,16 +57,16 @@ def read_mixed(name, per_class, seed, max_test=120):
         paths = sorted(map(str, folder.parents[1].glob(f"*/{folder.name}/*.jpg")))
         paths = [paths[i] for i in rng.permutation(len(paths))]
         n_train = min(per_class, len(paths) // 2)
-        for (X, y), part in ((train, paths[:n_train]), (test, paths[n_train:][:max_test])):
+        for (X, y), part in ((train, paths[:n_train]), (test, paths[n_train:][: max_test or None])):
             X += part
             y += [folder.name] * len(part)
     return train[0], np.array(train[1]), test[0], np.array(test[1])
 
 
-def score(name, y_test, got):
+def score(name, y_test, got, is_mixed=False):
     from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
-    metric = balanced_accuracy_score if name in BALANCED else accuracy_score
+    metric = balanced_accuracy_score if is_mixed or name in BALANCED else accuracy_score
     return metric(y_test, got)
 
 

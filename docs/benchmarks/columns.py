@@ -18,7 +18,6 @@ import argparse
 import numpy as np
 from _fine_tuning_peers import MIXED_SETS, SETS, WEIGHTS, read_mixed, read_set, score
 from _report import save
-from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
@@ -64,10 +63,8 @@ def measure(network, size, is_random, name, options):
     figures = []
     for per_class in options.per_class:
         for seed in range(options.draws if per_class else 1):
-            if options.mixed:
-                X, y, X_test, y_test = read_mixed(name, per_class, seed)
-            else:
-                X, y, X_test, y_test = read_set(name, per_class, seed, options.max_test)
+            read = read_mixed if options.mixed else read_set
+            X, y, X_test, y_test = read(name, per_class, seed, options.max_test)
             rows, test = extractor.fit_transform(X), extractor.transform(X_test)
             for columns, part in joined(extractor).items():
                 for kind, got in predictions(rows[:, part], y, test[:, part], seed).items():
@@ -77,8 +74,7 @@ def measure(network, size, is_random, name, options):
                             "per_class": per_class, "seed": seed, "columns": columns,
                             "width": rows[:, part].shape[1], "classifier": kind,
                             "n_train": len(y),
-                            "score": balanced_accuracy_score(y_test, got) if options.mixed
-                            else score(name, y_test, got),
+                            "score": score(name, y_test, got, options.mixed),
                         }
                     )  # fmt: skip
     return figures

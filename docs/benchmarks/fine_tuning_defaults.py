@@ -27,7 +27,7 @@ from _fine_tuning_peers import (
     scores_of,
 )
 from _report import save
-from sklearn.metrics import balanced_accuracy_score, log_loss
+from sklearn.metrics import log_loss
 
 from sktransfer import FineTuningClassifier
 
@@ -86,8 +86,7 @@ def main():
                 figures.append(
                     {
                         "set": name, "seed": seed, "variant": variant,
-                        "score": balanced_accuracy_score(y_test, got) if options.mixed
-                        else score(name, y_test, got),
+                        "score": score(name, y_test, got, options.mixed),
                         "log_loss": log_loss(y_test, proba, labels=model.classes_),
                         "seconds": time.perf_counter() - start,
                     }
