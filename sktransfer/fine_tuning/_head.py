@@ -240,11 +240,13 @@ def fit_probe(
     flat = flat.astype(np.float32 if rows.size > 5e7 else np.float64, copy=False)
     mean, scale = _moments(flat, np.repeat(weight, n_views))
     z = (flat - mean.astype(flat.dtype)) / scale.astype(flat.dtype)
-    basis = None
+    span = None
     if len(z) < z.shape[1]:
         # An L2-penalised linear model is a combination of its rows: solve in their span.
-        left, values, basis = np.linalg.svd(z, full_matrices=False)
-        z = left * values
+        values, vectors = np.linalg.eigh(z @ z.T)
+        values = np.sqrt(np.maximum(values, np.finfo(z.dtype).eps * max(values[-1], 1.0)))
+        span = (vectors / values).T, z
+        z = vectors * values
     z = z.reshape(n, n_views, -1)
     if kind == "regression":
         coef, intercept = _ridge(z, target.reshape(n, -1), weight)
@@ -254,8 +256,8 @@ def fit_probe(
         parts = [_one_label(z, target[:, j], weight, rng) for j in range(n_outputs)]
         coef = np.stack([part[0] for part in parts])
         intercept = np.array([part[1] for part in parts])
-    if basis is not None:
-        coef = coef @ basis
+    if span is not None:
+        coef = coef @ span[0] @ span[1]
     coef = coef / scale
     return coef, intercept - coef @ mean
 
