@@ -314,11 +314,12 @@ class BaseFineTuning(BaseEmbedding):
     def _load(self, **given) -> Backbone:
         if not (isinstance(self.layer, str) and self.layer == "auto"):
             return super()._load(**given)
-        backbone = super()._load(**given, layer=None)
-        # The built-in network joins two stages itself.
+        # The built-in network joins two stages itself, and a module that is given as a head is made
+        # for the network's own embedding.
         is_published = isinstance(self.backbone, str) and self.backbone != "builtin"
-        is_joined = is_published and self.pooling == "auto" and backbone.has_maps
-        return super()._load(**given, layer="all") if is_joined else backbone
+        may_join = is_published and self._starts_as_probe and self.pooling == "auto"
+        backbone = super()._load(**given, layer=None)
+        return super()._load(**given, layer="all") if may_join and backbone.has_maps else backbone
 
     def _new_head(self, backbone: Backbone, n_columns: int, seed: int) -> nn.Module:
         from sktransfer.fine_tuning._head import make_head

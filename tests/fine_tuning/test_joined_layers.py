@@ -141,7 +141,7 @@ def test_a_batch_in_halves_gives_the_same_gradients(stripes):
     gradients = []
     for most in (None, 3):
         whole.zero_grad()
-        whole.most_at_once = most
+        whole.max_at_once = most
         whole(x).square().sum().backward()
         gradients.append([p.grad.clone() for p in whole.parameters() if p.grad is not None])
     for a, b in zip(*gradients, strict=True):
@@ -183,12 +183,13 @@ def test_known_networks(stripes, backbone):
         ({"backbone": "vit_b_16", "weights": None}, None),  # stages of tokens
         ({"backbone": tiny_network}, None),
         ({"backbone": "squeezenet1_1", "weights": None, "pooling": "max"}, None),
+        ({"backbone": "squeezenet1_1", "weights": None, "head_init": "random"}, None),
     ],
-    ids=["builtin", "squeezenet", "tokens", "own network", "own pooling"],
+    ids=["builtin", "squeezenet", "tokens", "own network", "own pooling", "random head"],
 )
 def test_auto_joins_the_stages_of_published_convolutional_networks(parameters, layer):
     X = list(np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8))
-    settings = {"max_epochs": 0, "unfreeze": 0, **parameters}
+    settings = {"max_epochs": 0, "unfreeze": 0, "random_state": 0, **parameters}
     if parameters["backbone"] != "vit_b_16":  # which takes images of one size
         settings["preprocessing"] = {"size": 32, "crop": 32}
     for cls in (FineTuningClassifier, FineTuningRegressor):
@@ -196,6 +197,13 @@ def test_auto_joins_the_stages_of_published_convolutional_networks(parameters, l
         expected = cls(**settings, layer=layer).fit(X, np.arange(6) % 2)
         assert model.backbone_.layer == layer
         np.testing.assert_array_equal(model.transform(X), expected.transform(X))
+
+
+def test_an_own_head_takes_the_networks_own_embedding():
+    X = list(np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8))
+    settings = {"weights": None, "preprocessing": {"size": 32, "crop": 32}, "max_epochs": 1}
+    model = FineTuningClassifier("resnet18", head=nn.Linear(512, 2), **settings)
+    assert model.fit(X, np.arange(6) % 2).transform(X).shape == (6, 512)
 
 
 def test_a_file_of_auto_gives_the_same_columns(tmp_path):
