@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from sktransfer._rows import Rows
+from sktransfer._rows import Rows, is_missing
 from sktransfer.images._cells import Cell, copy_cell, read_cell, unflatten
 from sktransfer.images._containers import (
     Container,
     as_columns,
     describe,
-    is_missing,
     is_tensor,
     read_image_shape,
     read_value_range,

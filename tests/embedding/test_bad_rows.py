@@ -54,6 +54,14 @@ def test_bad_rows_become_a_value(with_bad_rows, on_error, value):
     assert [bad.row for bad in extractor.bad_images_] == [2, 4]
 
 
+@pytest.mark.parametrize("container", [list, pd.Series])
+def test_the_first_row_may_hold_a_number(picture_files, container):
+    X = container([0, *picture_files[:2]])  # as fillna(0) leaves it
+    extractor = PretrainedFeatureExtractor(on_error="nan")
+    assert np.isnan(extractor.fit_transform(X)[:, 0]).tolist() == [True, False, False]
+    assert [bad.reason[:23] for bad in extractor.bad_images_] == ["the cell is of type int"]
+
+
 def test_nan_rows_are_imputed_in_a_pipeline(with_bad_rows):
     pipe = make_pipeline(PretrainedFeatureExtractor(on_error="nan"), SimpleImputer())
     assert np.isfinite(pipe.fit_transform(with_bad_rows)).all()

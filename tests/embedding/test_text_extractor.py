@@ -254,6 +254,7 @@ def test_missing_texts(bert):
         np.testing.assert_array_equal(rows[[0, 6]], good)
         np.testing.assert_array_equal(rows[1:6], np.full((5, 16), value, dtype=np.float32))
         assert [bad.row for bad in extractor.bad_texts_] == [1, 2, 3, 4, 5]
+        np.testing.assert_array_equal(extractor.fit_transform([3, "bad"])[1:], good[1:])
 
 
 def test_half_a_surrogate_pair_is_read(bert):
