@@ -257,6 +257,11 @@ def test_missing_texts(bert):
         np.testing.assert_array_equal(extractor.fit_transform([3, "bad"])[1:], good[1:])
 
 
+def test_verbose_counts_texts(bert, capsys):
+    PretrainedTextExtractor(bert, verbose=1).fit_transform(["good", "bad"])
+    assert "text/s" in capsys.readouterr().err
+
+
 def test_half_a_surrogate_pair_is_read(bert):
     assert np.isfinite(PretrainedTextExtractor(bert).fit_transform(["good \ud83d", "\x00"])).all()
 
