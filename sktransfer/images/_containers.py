@@ -222,7 +222,7 @@ def _from_frame(X, image_shape: Shape) -> Columns:
     for j, name in enumerate(names):
         column = X.iloc[:, j] if hasattr(X, "iloc") else X[name]
         if hasattr(column, "to_pylist"):
-            is_number = _is_arrow_number(column.type)
+            is_number = is_number_dtype(column.type)
             column = column.to_pandas() if is_number else _cells_of_arrow(column)
         if hasattr(column, "to_numpy"):
             column, is_number = _cells_of_series(column)
@@ -241,9 +241,11 @@ def _from_frame(X, image_shape: Shape) -> Columns:
 
 
 def is_number_dtype(dtype) -> bool:
-    """Whether a dtype of NumPy, pandas or polars is of numbers or booleans."""
+    """Whether a dtype of NumPy, pandas, polars or pyarrow is of numbers or booleans."""
     if hasattr(dtype, "is_numeric"):  # polars
         return dtype.is_numeric() or str(dtype) == "Boolean"
+    if hasattr(dtype, "num_fields"):  # pyarrow
+        return re.match("u?int|float|double|half|bool", str(dtype)) is not None
     return getattr(dtype, "kind", "O") in "biufc"
 
 
@@ -275,11 +277,7 @@ def _cells_of_arrow(column):
         return (column.combine_chunks() if is_chunked else column).to_numpy_ndarray()
     while hasattr(leaf, "value_type"):
         leaf = leaf.value_type
-    return np.asarray(column) if _is_arrow_number(leaf) else column.to_pylist()
-
-
-def _is_arrow_number(data_type) -> bool:
-    return re.match("u?int|float|double|half|bool", str(data_type)) is not None
+    return np.asarray(column) if is_number_dtype(leaf) else column.to_pylist()
 
 
 # -- arrays, tensors, lists ------------------------------------------------------------------
