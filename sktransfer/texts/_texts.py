@@ -124,14 +124,11 @@ def _as_columns(X) -> tuple[list, list[str] | None]:
         raise TypeError(f"X is a sparse {type(X).__name__}, which holds no texts.")
     if hasattr(X, "__dask_graph__"):
         X = X.compute()
-    if hasattr(X, "get_columns") or hasattr(X, "column_names"):  # polars, pyarrow
-        names = [str(name) for name in getattr(X, "column_names", None) or X.columns]
+    is_pandas = hasattr(X, "iloc") and hasattr(X, "columns")
+    if is_pandas or hasattr(X, "get_columns") or hasattr(X, "column_names"):  # polars, pyarrow …
         check_size(X.shape)
-        return [_cells(X[name]) for name in names], names
-    if hasattr(X, "iloc") and hasattr(X, "columns"):
-        check_size(X.shape)
-        names = list(X.columns)
-        columns = [_cells(X.iloc[:, j]) for j in range(len(names))]
+        names = list(X.column_names if hasattr(X, "column_names") else X.columns)
+        columns = [_cells(X.iloc[:, j] if is_pandas else X[name]) for j, name in enumerate(names)]
         return columns, names if all(isinstance(name, str) for name in names) else None
     if hasattr(X, "to_pylist") or (hasattr(X, "to_numpy") and hasattr(X, "dtype")):
         name = getattr(X, "name", None)
@@ -172,6 +169,5 @@ def _of_array(X: np.ndarray) -> list:
 
 
 def _cells(column) -> Sequence:
-    """Return a list of the cells of a column of pandas, polars or pyarrow."""
-    as_list = "to_pylist" if hasattr(column, "to_pylist") else "to_list"
-    return getattr(column, as_list)()
+    """Return a list of the cells of a column."""
+    return column.to_pylist() if hasattr(column, "to_pylist") else list(column)  # of pyarrow

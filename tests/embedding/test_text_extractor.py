@@ -172,6 +172,21 @@ def test_long_texts_are_cut(bert):
         PretrainedTextExtractor(bert, max_length=513).fit(TEXTS)
 
 
+class OfHuggingFace:
+    """The part of their Dataset that is read."""
+
+    column_names = ("text",)
+
+    def __init__(self, texts):
+        self.texts, self.shape = texts, (len(texts), 1)
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, key):
+        return self.texts if key == "text" else {"text": self.texts[key]}
+
+
 FORMS = {
     "tuple": tuple,
     "array": np.array,
@@ -184,6 +199,7 @@ FORMS = {
     "polars": lambda x: pl.Series("text", x),
     "polars frame": lambda x: pl.DataFrame({"text": x}),
     "pyarrow": lambda x: pl.DataFrame({"text": x}).to_arrow(),
+    "datasets": OfHuggingFace,
     "rows": lambda x: [[text] for text in x],
     "column": lambda x: np.array(x, dtype=object)[:, None],
     "masked": lambda x: np.ma.array(x),
