@@ -32,7 +32,7 @@ def as_texts(X) -> Texts:
         if first is not None and not any(isinstance(cell, (str, bytes)) for cell in column):
             where = f"the column {shown(names[j])} of X" if names and len(names) > 1 else "X"
             raise ValueError(
-                f"{where} holds {shown(first)} (a {type(first).__name__}) and the like, which are "
+                f"{where} holds {shown(first)} ({type(first).__name__}) and the like, which are "
                 "not texts: give the columns of strings alone, with a ColumnTransformer or X[[…]]."
             )
     return Texts(columns, names)
@@ -59,7 +59,7 @@ class Texts(Rows):
             except UnicodeDecodeError as error:
                 raise BadCell(f"its bytes are not UTF-8 ({error})") from error
         if not isinstance(cell, str):
-            raise BadCell(f"it is {shown(cell)}, a {type(cell).__name__}, not a string")
+            raise BadCell(f"it is {shown(cell)} ({type(cell).__name__}), not a string")
         return TextCell(str(cell))
 
     def where(self, i: int) -> str:

@@ -236,7 +236,7 @@ def test_several_columns(bert):
     [
         ("a text", TypeError, r"X is a single text \('a text'\)"),
         (None, TypeError, "X is None; X holds one text per row"),
-        ([1, 2], ValueError, r"X holds 1 \(a int\) and the like, which are not texts"),
+        ([1, 2], ValueError, r"X holds 1 \(int\) and the like, which are not texts"),
         (pd.DataFrame({"a": ["x"], "b": [2.5]}), ValueError, r"the column 'b' of X holds 2.5"),
         ([], ValueError, r"Found array with 0 sample\(s\)"),
         ([["a"], ["a", "b"]], ValueError, "lists of different lengths"),
@@ -261,7 +261,7 @@ def test_missing_texts(bert):
     ) as got:
         extractor.transform(X)
     reasons = [bad.reason for bad in got.value.bad_rows]
-    assert reasons[3] == "it is 3, a int, not a string"
+    assert reasons[3] == "it is 3 (int), not a string"
     assert "not UTF-8" in reasons[4]
     good = PretrainedTextExtractor(bert).fit_transform(["a good film", "bad"])
     for on_error, value in (("nan", np.nan), ("zero", 0.0)):
