@@ -69,7 +69,7 @@ def load_folder(path: str | Path, *, label: str | None = None) -> tuple[np.ndarr
     >>> [Path(path).name for path in paths], y.tolist()
     (['1.png', '1.png'], ['ant', 'bee'])
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.is_file():
         return _read_csv(path, label)
     if not path.is_dir():

@@ -87,6 +87,8 @@ def test_the_home_folder(tmp_path, monkeypatch):
     make_images(tmp_path, "pets/ant/a.png", "pets/bee/b.png")
     paths, _ = load_folder("~/pets")
     assert relative(paths, tmp_path) == ["pets/ant/a.png", "pets/bee/b.png"]
+    with pytest.raises(FileNotFoundError, match="'~no-user' is neither"):
+        load_folder("~no-user")
 
 
 @pytest.mark.parametrize(
