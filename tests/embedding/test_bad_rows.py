@@ -29,6 +29,7 @@ def test_raise_reports_all_bad_rows_and_keeps_the_good(with_bad_rows, count_embe
     assert "missing.png" in message
     assert "row 4" in message
     assert "truncated.png" in message
+    assert "The others are embedded and kept" in message
     assert 'on_error="nan"' in message
     assert [bad.row for bad in extractor.bad_images_] == [2, 4]
     assert caught.value.bad_images == extractor.bad_images_
@@ -41,8 +42,9 @@ def test_raise_reports_all_bad_rows_and_keeps_the_good(with_bad_rows, count_embe
 
 def test_many_bad_rows_are_counted(tmp_path):
     paths = [str(tmp_path / f"{i}.png") for i in range(30)]
-    with pytest.raises(ValueError, match=r"30 of 30 images[\s\S]*and 20 more"):
+    with pytest.raises(ValueError, match=r"30 of 30 images[\s\S]*and 20 more") as caught:
         PretrainedFeatureExtractor().fit_transform(paths)
+    assert "The others are" not in str(caught.value)  # there are none
 
 
 @pytest.mark.parametrize(("on_error", "value"), [("nan", np.nan), ("zero", 0.0)])
