@@ -25,8 +25,9 @@ _LAYOUTS = (
 def load_folder(path: str | Path, *, label: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """List the images of a folder and their labels.
 
-    No image is opened. Hidden files, and files whose suffix is not one of an image, are skipped.
-    Images are in the order of their names, or of the rows of the CSV file.
+    No image is opened. Hidden files, files whose suffix is not one of an image, and folders within
+    that of a class are skipped. Images are in the order of their names, or of the rows of the CSV
+    file.
 
     Parameters
     ----------
