@@ -15,11 +15,11 @@ import numpy as np
 
 
 @contextmanager
-def progress_bar(n_images: int) -> Iterator[Callable[[int], object]]:
-    """Show a progress bar; yield a function to call with each number of finished images."""
+def progress_bar(n: int, unit: str) -> Iterator[Callable[[int], object]]:
+    """Show a progress bar; yield a function to call with each number of finished units."""
     from tqdm.auto import tqdm
 
-    with tqdm(total=n_images, unit="image", unit_scale=n_images > 10_000) as bar:
+    with tqdm(total=n, unit=unit, unit_scale=n > 10_000) as bar:
         yield bar.update
 
 

@@ -61,6 +61,23 @@ def unreadable(first: str, bad: list[BadRow], last: str, where: str = "") -> Val
     return error
 
 
+def check_size(shape: tuple[int, ...]) -> None:
+    """Raise ValueError if an X of this shape has no rows, or no columns."""
+    # scikit-learn's estimator checks expect this wording.
+    for n, what in zip(shape[:2], ("sample", "feature"), strict=False):
+        if n == 0 and (what == "sample" or len(shape) == 2):
+            raise ValueError(
+                f"Found array with 0 {what}(s) (shape={shape}) while a minimum of 1 is required."
+            )
+
+
+def is_missing(cell: object) -> bool:
+    """Whether a cell is None, NaN, pandas.NA or NaT."""
+    if cell is None or type(cell).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(cell, (float, np.floating)) and bool(np.isnan(cell))
+
+
 class Rows(ABC):
     """A sequence of cells: the rows of X times its columns, row by row.
 

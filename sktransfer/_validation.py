@@ -207,7 +207,8 @@ def keep_index(estimator: BaseEstimator, columns: np.ndarray, X):
 def _is_flat(X) -> bool:
     """Whether scikit-learn should validate ``X``, as a table of numbers."""
     if hasattr(X, "columns"):
-        return all(is_number_dtype(dtype) for dtype in X.dtypes)
+        dtypes = X.dtypes if hasattr(X, "dtypes") else X.schema.types  # of pyarrow
+        return all(map(is_number_dtype, dtypes))
     if hasattr(X, "toarray"):  # scipy sparse
         return True
     if isinstance(X, (list, tuple)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from pathlib import Path
 
@@ -24,15 +25,16 @@ _LAYOUTS = (
 def load_folder(path: str | Path, *, label: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """List the images of a folder and their labels.
 
-    No image is opened. Hidden files, and files whose suffix is not one of an image, are skipped.
-    Images are in the order of their names, or of the rows of the CSV file.
+    No image is opened. Hidden files, files whose suffix is not one of an image, and folders within
+    that of a class are skipped. Images are in the order of their names, or of the rows of the CSV
+    file.
 
     Parameters
     ----------
     path : str or Path
         One of three: a folder with one folder of images for each class; a folder of images with
         one CSV file; a CSV file. A CSV file has a header, and the first column that names files
-        gives the images, relative to the folder of the CSV file.
+        gives the images, relative to the folder of the CSV file. ``~`` is expanded.
     label : str or None, default=None
         The column of the CSV file that gives the labels. ``None``: the only one beside the images.
 
@@ -68,7 +70,7 @@ def load_folder(path: str | Path, *, label: str | None = None) -> tuple[np.ndarr
     >>> [Path(path).name for path in paths], y.tolist()
     (['1.png', '1.png'], ['ant', 'bee'])
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.is_file():
         return _read_csv(path, label)
     if not path.is_dir():
@@ -111,7 +113,7 @@ def _read_csv(table: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{str(table)!r} has no rows below its header.")
     columns = [name for name in rows[0] if name is not None]
     first = rows[0]
-    image = next((c for c in columns if first[c] and (table.parent / first[c]).is_file()), None)
+    image = next((c for c in columns if first[c] and os.path.isfile(table.parent / first[c])), None)
     if image is None:
         raise ValueError(
             f"No column of {str(table)!r} names a file: its first row is {first}. Columns are "

@@ -72,6 +72,25 @@ def test_the_column_of_the_labels(tmp_path):
         load_folder(tmp_path, label="weight")
 
 
+def test_a_column_of_long_texts(tmp_path):
+    make_images(tmp_path, "a.png", "b.png")
+    text = "No file has so long a name. " * 10
+    (tmp_path / "t.csv").write_text(f"caption,photo,price\n{text},a.png,1\n{text},b.png,2\n")
+    paths, y = load_folder(tmp_path, label="price")
+    assert relative(paths, tmp_path) == ["a.png", "b.png"]
+    assert y.tolist() == [1, 2]
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    make_images(tmp_path, "pets/ant/a.png", "pets/bee/b.png")
+    paths, _ = load_folder("~/pets")
+    assert relative(paths, tmp_path) == ["pets/ant/a.png", "pets/bee/b.png"]
+    with pytest.raises(FileNotFoundError, match="'~no-user' is neither"):
+        load_folder("~no-user")
+
+
 @pytest.mark.parametrize(
     ("images", "tables", "message"),
     [

@@ -88,8 +88,8 @@ def test_out_of_memory_halves_the_batches(pictures, monkeypatch):
         with pytest.warns(UserWarning, match="batches of") as caught:
             close(extractor.transform(pictures), expected)
     assert [str(w.message).split(":")[0] for w in caught] == [
-        "Out of memory with 12 images at once",
-        "Out of memory with 6 images at once",
+        "Out of memory with a batch of 12",
+        "Out of memory with a batch of 6",
     ]
 
 

@@ -170,12 +170,12 @@ class Extractor(BaseEmbedding):
         # This attribute is not read back, as another thread may call transform, too.
         setattr(self, f"bad_{kind}_", bad)
         if bad and self.on_error == "raise":
-            kept = "The others are embedded and kept, so nothing is lost.\n"
+            are_kept = self.memory is not False and len(bad) < len(rows)
             raise unreadable(
                 f"{len(bad)} of {len(rows)} {kind} could not be read:",
                 bad,
-                f"{'' if self.memory is False else kept}"
-                'Repair or drop these rows, or set on_error="nan" or on_error="zero".',
+                ("The others are embedded and kept, so nothing is lost.\n" if are_kept else "")
+                + 'Repair or drop these rows, or set on_error="nan" or on_error="zero".',
                 f", all in bad_{kind}_.",
             )
         return columns

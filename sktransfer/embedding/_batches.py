@@ -316,7 +316,7 @@ class BatchLimit:
                 raise
             if len(batch) == 1:
                 raise MemoryError(
-                    f"Memory does not suffice for one image of shape {tuple(batch.shape[1:])}: "
+                    f"Memory does not suffice for one input of shape {tuple(batch.shape[1:])}: "
                     "use a smaller network or input size, precision='bfloat16' or another device."
                 ) from error
         # Outside the handler, so that the failed pass's tensors are no longer referred to.
@@ -326,7 +326,7 @@ class BatchLimit:
         if half < self.size:
             self.size = half
             warn(
-                f"Out of memory with {len(batch)} images at once: continuing with batches of "
+                f"Out of memory with a batch of {len(batch)}: continuing with batches of "
                 f"{half}. Set batch_size={half} to begin there."
             )
         halves = [self.forward(network, part, device) for part in batch.split(half)]

@@ -31,7 +31,7 @@ from sktransfer.embedding._batches import (
 from sktransfer.embedding._cluster import deal_out, is_outside_of_workers
 from sktransfer.networks._preprocessing import CallablePreprocessing
 from sktransfer.networks._tokens import Tokens
-from sktransfer.store._store import NO_STORE, Lock, Store, as_store, block_of, resolve_memory
+from sktransfer.store._store import Lock, Store, as_store, block_of, resolve_memory
 
 if TYPE_CHECKING:
     from sktransfer._rows import Cell
@@ -77,9 +77,9 @@ def embed_images(
     """
     backend, _ = get_active_backend()
     is_local = type(backend).__name__ in _LOCAL_BACKENDS or not is_outside_of_workers(backend)
-    with progress_bar(len(images)) if verbose else nullcontext() as progress:
+    with progress_bar(len(images), images.kind[:-1]) if verbose else nullcontext() as progress:
         if is_local:
-            store = NO_STORE if memory is False else as_store(memory, start)
+            store = as_store(memory, start)
             settings |= {"n_jobs": n_jobs, "progress": progress}
             return embed(images, backbone, out=out, store=store, **settings)
         bad: list[BadRow] = []

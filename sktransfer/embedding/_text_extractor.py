@@ -47,6 +47,7 @@ class PretrainedTextExtractor(Extractor):
 
     max_length : int or "auto", default="auto"
         Tokens after which a text is cut. ``"auto"``: what the network was trained with.
+        ``pooling="sif"`` and ``"tfidf"`` take whole texts.
 
     batch_size : int or "auto", default="auto"
         Texts sent through the network at once. It changes speed and memory, not results.

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from sktransfer._progress import error_text, shown
+from sktransfer._rows import is_missing
 from sktransfer.images._containers import (
     MASKED,
     describe,
-    is_missing,
     is_stream,
     is_tensor,
     typed_integers,

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from sktransfer._progress import shown
+from sktransfer._rows import check_size, is_missing
 from sktransfer.images._pixels import Samples
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _as_columns(X, image_shape: Shape) -> Columns:
     if isinstance(X, (list, tuple)) and type(X).__getitem__ in _PLAIN_ITEMS:
         return _from_sequence(X, image_shape)
     if is_sequence:
-        _check_size((len(X),))
+        check_size((len(X),))
         return [Container(X)], None, image_shape
     raise TypeError(
         f"X is of type {type(X).__name__}, which has no rows to index; give a list, array, "
@@ -133,13 +134,6 @@ def is_tensor(x) -> bool:
     """Whether `x` is a torch tensor, without importing torch for it."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, getattr(torch, "Tensor", ()))
-
-
-def is_missing(x) -> bool:
-    """Whether `x` is None, NaN, pandas.NA or NaT."""
-    if x is None or type(x).__name__ in ("NAType", "NaTType"):
-        return True
-    return isinstance(x, (float, np.floating)) and bool(np.isnan(x))
 
 
 def is_stream(x) -> bool:
@@ -218,7 +212,7 @@ def _refuse_single(X) -> None:
 
 # -- data frames and Series ------------------------------------------------------------------
 def _from_frame(X, image_shape: Shape) -> Columns:
-    _check_size(X.shape)
+    check_size(X.shape)
     if image_shape is not None and all(map(is_number_dtype, getattr(X, "dtypes", [None]))):
         rows = X.to_numpy()  # there may be thousands of columns of pixels
         if rows.dtype != object:
@@ -228,7 +222,7 @@ def _from_frame(X, image_shape: Shape) -> Columns:
     for j, name in enumerate(names):
         column = X.iloc[:, j] if hasattr(X, "iloc") else X[name]
         if hasattr(column, "to_pylist"):
-            is_number = _is_arrow_number(column.type)
+            is_number = is_number_dtype(column.type)
             column = column.to_pandas() if is_number else _cells_of_arrow(column)
         if hasattr(column, "to_numpy"):
             column, is_number = _cells_of_series(column)
@@ -247,9 +241,11 @@ def _from_frame(X, image_shape: Shape) -> Columns:
 
 
 def is_number_dtype(dtype) -> bool:
-    """Whether a dtype of NumPy, pandas or polars is of numbers or booleans."""
+    """Whether a dtype of NumPy, pandas, polars or pyarrow is of numbers or booleans."""
     if hasattr(dtype, "is_numeric"):  # polars
         return dtype.is_numeric() or str(dtype) == "Boolean"
+    if hasattr(dtype, "num_fields"):  # pyarrow
+        return re.match("u?int|float|double|half|bool", str(dtype)) is not None
     return getattr(dtype, "kind", "O") in "biufc"
 
 
@@ -281,11 +277,7 @@ def _cells_of_arrow(column):
         return (column.combine_chunks() if is_chunked else column).to_numpy_ndarray()
     while hasattr(leaf, "value_type"):
         leaf = leaf.value_type
-    return np.asarray(column) if _is_arrow_number(leaf) else column.to_pylist()
-
-
-def _is_arrow_number(data_type) -> bool:
-    return re.match("u?int|float|double|half|bool", str(data_type)) is not None
+    return np.asarray(column) if is_number_dtype(leaf) else column.to_pylist()
 
 
 # -- arrays, tensors, lists ------------------------------------------------------------------
@@ -299,7 +291,7 @@ def _from_array(X: np.ndarray, image_shape: Shape) -> Columns:
         return _from_numbers(X, image_shape)
     if kind not in "OUST":
         raise TypeError(f"X is an array of dtype {X.dtype}, which holds no images")
-    _check_size(X.shape)
+    check_size(X.shape)
     if X.ndim == 1:
         return _from_sequence(X, image_shape)
     has_images = any(isinstance(cell, (str, bytes, os.PathLike, Image.Image)) for cell in X[0])
@@ -321,15 +313,15 @@ def typed_integers(image: np.ndarray) -> np.ndarray:
 
 def _from_sequence(X, image_shape: Shape) -> Columns:
     """Split a 1-D sequence of cells, or of rows of cells or numbers."""
-    _check_size((len(X),))
+    check_size((len(X),))
     first = _first_cell(X)
-    if isinstance(first, (Number, np.number)):
+    if isinstance(first, Number) and all(isinstance(x, Number) or is_missing(x) for x in X):
         return _from_numbers(np.asarray(X), image_shape)
     if isinstance(first, (list, tuple)) and isinstance(X, (list, tuple, np.ndarray)):
         leaf = _first_cell(first)
-        if isinstance(X, (list, tuple)) and isinstance(leaf, (Number, np.number, list, tuple)):
+        if isinstance(X, (list, tuple)) and isinstance(leaf, (Number, list, tuple)):
             return _from_array(_numbers_of(X), image_shape)
-        if not isinstance(leaf, (Number, np.number, list, tuple)):
+        if not isinstance(leaf, (Number, list, tuple)):
             lengths = {len(row) if isinstance(row, (list, tuple)) else None for row in X}
             if len(lengths) > 1 or not first:
                 raise ValueError(
@@ -371,7 +363,7 @@ def _from_numbers(X, image_shape: Shape) -> Columns:
             f"instead: X is {what}. Reshape your data either using array.reshape(-1, 1) if your "
             "data has a single feature or array.reshape(1, -1) if it contains a single sample."
         )
-    _check_size(shape)
+    check_size(shape)
     if channels_first and X.is_complex():
         raise ValueError(f"Complex data not supported\nX is {what}, {X.dtype}")
     if len(shape) == 2:
@@ -441,15 +433,6 @@ def _flat_message(what: str) -> str:
     )
 
 
-def _check_size(shape: tuple[int, ...]) -> None:
-    # scikit-learn's estimator checks expect this wording.
-    for n, what in zip(shape[:2], ("sample", "feature"), strict=False):
-        if n == 0 and (what == "sample" or len(shape) == 2):
-            raise ValueError(
-                f"Found array with 0 {what}(s) (shape={shape}) while a minimum of 1 is required."
-            )
-
-
 def _refuse_labels(columns: list, names: list[str] | None) -> None:
     """Raise ValueError if one of several columns holds labels instead of images."""
     for name, column in zip(names or range(len(columns)), columns, strict=True):
@@ -464,10 +447,10 @@ def _refuse_labels(columns: list, names: list[str] | None) -> None:
 
 def _is_label(cell) -> bool:
     if not isinstance(cell, str):
-        return isinstance(cell, (Number, date, np.number, np.datetime64, np.timedelta64))
+        return isinstance(cell, (Number, date, np.datetime64, np.timedelta64))
     is_path = re.search(r"[/\\:]|\.\w+$", cell)  # not "St. Bernard"
     return bool(cell.strip()) and not is_path and not os.path.exists(cell)
 
 
 def _has_number(row) -> bool:
-    return any(isinstance(cell, (Number, np.number)) and not is_missing(cell) for cell in row)
+    return any(isinstance(cell, Number) and not is_missing(cell) for cell in row)

@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from sktransfer._rows import Rows
+from sktransfer._rows import Rows, is_missing
 from sktransfer.images._cells import Cell, copy_cell, read_cell, unflatten
 from sktransfer.images._containers import (
     Container,
     as_columns,
     describe,
-    is_missing,
     is_tensor,
     read_image_shape,
     read_value_range,
@@ -217,11 +216,11 @@ def _warning(seen: dict, place: Callable[[int], str]) -> str | None:
             n, first = len(images), min(images)
             low, high = images[first]
             where = f"the first is {place(first)}" if n > 1 else place(first)
-            count = f"{n} image{'s' if n > 1 else ''}"
+            count, were = (f"{n} images", "were") if n > 1 else ("1 image", "was")
             n_bits = max(8, int(max(high for _, high in images.values())).bit_length())
             top = 2 ** (n_bits + n_bits % 2) - 1  # of 8, 10, 12 … bits
             where = f"({where}: {low:.4g}…{high:.4g})"
-            sentences.append(text.format(images=count, where=where, top=top))
+            sentences.append(text.format(images=count, where=where, were=were, top=top))
     lows, highs = zip(*(ends for images in seen.values() for ends in images.values()), strict=True)
     return (
         f"{' '.join(sentences)} Set value_range=(low, high), the numbers that are black and white, "
@@ -229,19 +228,19 @@ def _warning(seen: dict, place: Callable[[int], str]) -> str | None:
     )
 
 
-_STRETCHED = " {where} were stretched, each from its own minimum…maximum, to 0…255."
+_STRETCHED = " {where} {were} stretched from the image's own minimum…maximum to 0…255."
 _TEXTS = {
-    "clipped": "{images} of floats slightly outside 0…1 {where} were clipped to 0…1.",
+    "clipped": "{images} of floats slightly outside 0…1 {where} {were} clipped to 0…1.",
     "0…255": (
-        "{images} of floats outside 0…1 {where} were read as 0…255. If they are, give X / 255. or "
-        'X.astype("uint8").'
+        "{images} of floats outside 0…1 {where} {were} read as 0…255. If that is right, give "
+        'X / 255. or X.astype("uint8").'
     ),
     "stretched": "{images} of numbers outside 0…255" + _STRETCHED,
     "stretched floats": "{images} of floats outside 0…1" + _STRETCHED,
-    "ranked": "{images} of numbers far apart {where} were read by the rank of each number.",
+    "ranked": "{images} of numbers far apart {where} {were} read by the rank of each number.",
     "dark 16 bits": (
-        "{images} of dtype uint16 {where} were read as 16 bits, 0…65535, of which they use less "
-        "than a quarter: they may need value_range=(0, {top})."
+        "{images} of dtype uint16 {where} {were} read as 16 bits, 0…65535, of which less than a "
+        "quarter is used: consider value_range=(0, {top})."
     ),
-    "dark floats": "{images} of floats within 0…1 {where} are almost black.",
+    "dark floats": "{images} of floats within 0…1 {where} {were} almost black.",
 }

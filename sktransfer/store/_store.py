@@ -15,7 +15,6 @@ from contextvars import ContextVar
 
 from sktransfer._progress import shown
 from sktransfer.store._disk import DiskStore
-from sktransfer.store._memory import FileStat as FileStat
 from sktransfer.store._memory import Lock as Lock
 from sktransfer.store._memory import MemoryStore
 

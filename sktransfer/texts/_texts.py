@@ -10,7 +10,7 @@ from numbers import Number
 import numpy as np
 
 from sktransfer._progress import shown
-from sktransfer._rows import BadCell, BadRow, Rows
+from sktransfer._rows import BadCell, BadRow, Rows, check_size, is_missing
 
 
 def as_texts(X) -> Texts:
@@ -28,11 +28,11 @@ def as_texts(X) -> Texts:
     """
     columns, names = _as_columns(X)
     for j, column in enumerate(columns):
-        first = next((cell for cell in column if not _is_missing(cell)), "")
-        if not isinstance(first, (str, bytes)):
+        first = next((cell for cell in column if not is_missing(cell)), None)
+        if first is not None and not any(isinstance(cell, (str, bytes)) for cell in column):
             where = f"the column {shown(names[j])} of X" if names and len(names) > 1 else "X"
             raise ValueError(
-                f"{where} holds {shown(first)} (a {type(first).__name__}) and the like, which are "
+                f"{where} holds {shown(first)} ({type(first).__name__}) and the like, which are "
                 "not texts: give the columns of strings alone, with a ColumnTransformer or X[[…]]."
             )
     return Texts(columns, names)
@@ -51,7 +51,7 @@ class Texts(Rows):
             cell = column[row]
         except Exception as error:
             raise BadCell(f"X[{row}] raises {type(error).__name__}: {error!s:.300}") from error
-        if _is_missing(cell):
+        if is_missing(cell):
             raise BadCell(f"the cell is missing: it holds {cell!r}")
         if isinstance(cell, bytes):
             try:
@@ -59,7 +59,7 @@ class Texts(Rows):
             except UnicodeDecodeError as error:
                 raise BadCell(f"its bytes are not UTF-8 ({error})") from error
         if not isinstance(cell, str):
-            raise BadCell(f"it is {shown(cell)}, a {type(cell).__name__}, not a string")
+            raise BadCell(f"it is {shown(cell)} ({type(cell).__name__}), not a string")
         return TextCell(str(cell))
 
     def where(self, i: int) -> str:
@@ -124,18 +124,15 @@ def _as_columns(X) -> tuple[list, list[str] | None]:
         raise TypeError(f"X is a sparse {type(X).__name__}, which holds no texts.")
     if hasattr(X, "__dask_graph__"):
         X = X.compute()
-    if hasattr(X, "get_columns") or hasattr(X, "column_names"):  # polars, pyarrow
-        names = [str(name) for name in getattr(X, "column_names", None) or X.columns]
-        _check_size(X.shape)
-        return [_cells(X[name]) for name in names], names
-    if hasattr(X, "iloc") and hasattr(X, "columns"):
-        _check_size(X.shape)
-        names = list(X.columns)
-        columns = [_cells(X.iloc[:, j]) for j in range(len(names))]
+    is_pandas = hasattr(X, "iloc") and hasattr(X, "columns")
+    if is_pandas or hasattr(X, "get_columns") or hasattr(X, "column_names"):  # polars, pyarrow …
+        check_size(X.shape)
+        names = list(X.column_names if hasattr(X, "column_names") else X.columns)
+        columns = [_cells(X.iloc[:, j] if is_pandas else X[name]) for j, name in enumerate(names)]
         return columns, names if all(isinstance(name, str) for name in names) else None
     if hasattr(X, "to_pylist") or (hasattr(X, "to_numpy") and hasattr(X, "dtype")):
         name = getattr(X, "name", None)
-        _check_size((len(X),))
+        check_size((len(X),))
         return [_cells(X)], [name] if isinstance(name, str) and name else None
     if isinstance(X, np.ma.MaskedArray):
         X = np.array(X.tolist(), dtype=object)  # None where it is masked
@@ -148,7 +145,7 @@ def _as_columns(X) -> tuple[list, list[str] | None]:
             f"X is of type {type(X).__name__}, which has no rows to index; give a list, array, "
             "Series or DataFrame of texts (for a generator or a set: list(X))."
         )
-    _check_size((len(X),))
+    check_size((len(X),))
     if isinstance(X[0], (list, tuple, np.ndarray)):
         lengths = {len(row) if isinstance(row, (list, tuple, np.ndarray)) else None for row in X}
         if len(lengths) > 1 or lengths == {0}:
@@ -167,26 +164,10 @@ def _of_array(X: np.ndarray) -> list:
         raise ValueError(f"Found array with dim {X.ndim}, while dim <= 2 is required: X is {X!r}.")
     if X.dtype.kind == "c":
         raise ValueError(f"Complex data not supported\nX is an array of dtype {X.dtype}")
-    _check_size(X.shape)
+    check_size(X.shape)
     return [X] if X.ndim == 1 else [X[:, j] for j in range(X.shape[1])]
 
 
 def _cells(column) -> Sequence:
-    """Return a list of the cells of a column of pandas, polars or pyarrow."""
-    as_list = "to_pylist" if hasattr(column, "to_pylist") else "to_list"
-    return getattr(column, as_list)()
-
-
-def _check_size(shape: tuple[int, ...]) -> None:
-    # scikit-learn's words, which its own checks look for.
-    for n, what in zip(shape[:2], ("sample", "feature"), strict=False):
-        if n == 0:
-            raise ValueError(
-                f"Found array with 0 {what}(s) (shape={shape}) while a minimum of 1 is required."
-            )
-
-
-def _is_missing(cell: object) -> bool:
-    if cell is None or type(cell).__name__ in ("NAType", "NaTType"):
-        return True
-    return isinstance(cell, (float, np.floating)) and bool(np.isnan(cell))
+    """Return a list of the cells of a column."""
+    return column.to_pylist() if hasattr(column, "to_pylist") else list(column)  # of pyarrow

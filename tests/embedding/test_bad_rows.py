@@ -29,6 +29,7 @@ def test_raise_reports_all_bad_rows_and_keeps_the_good(with_bad_rows, count_embe
     assert "missing.png" in message
     assert "row 4" in message
     assert "truncated.png" in message
+    assert "The others are embedded and kept" in message
     assert 'on_error="nan"' in message
     assert [bad.row for bad in extractor.bad_images_] == [2, 4]
     assert caught.value.bad_images == extractor.bad_images_
@@ -41,8 +42,9 @@ def test_raise_reports_all_bad_rows_and_keeps_the_good(with_bad_rows, count_embe
 
 def test_many_bad_rows_are_counted(tmp_path):
     paths = [str(tmp_path / f"{i}.png") for i in range(30)]
-    with pytest.raises(ValueError, match=r"30 of 30 images[\s\S]*and 20 more"):
+    with pytest.raises(ValueError, match=r"30 of 30 images[\s\S]*and 20 more") as caught:
         PretrainedFeatureExtractor().fit_transform(paths)
+    assert "The others are" not in str(caught.value)  # there are none
 
 
 @pytest.mark.parametrize(("on_error", "value"), [("nan", np.nan), ("zero", 0.0)])
@@ -52,6 +54,14 @@ def test_bad_rows_become_a_value(with_bad_rows, on_error, value):
     np.testing.assert_array_equal(rows[[2, 4]], value)
     assert np.isfinite(rows[[0, 1, 3]]).all()
     assert [bad.row for bad in extractor.bad_images_] == [2, 4]
+
+
+@pytest.mark.parametrize("container", [list, pd.Series])
+def test_the_first_row_may_hold_a_number(picture_files, container):
+    X = container([0, *picture_files[:2]])  # as fillna(0) leaves it
+    extractor = PretrainedFeatureExtractor(on_error="nan")
+    assert np.isnan(extractor.fit_transform(X)[:, 0]).tolist() == [True, False, False]
+    assert [bad.reason[:23] for bad in extractor.bad_images_] == ["the cell is of type int"]
 
 
 def test_nan_rows_are_imputed_in_a_pipeline(with_bad_rows):

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import joblib
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from sklearn.base import clone
@@ -197,6 +198,17 @@ def test_image_shape_leaves_other_forms_alone(pictures, picture_files):
     expected = flat.fit_transform(pictures.reshape(12, -1))
     for X in [picture_files, [[path] for path in picture_files], pictures, list(pictures)]:
         np.testing.assert_array_equal(flat.fit_transform(X), expected)
+
+
+def test_flat_rows_of_pyarrow(pictures):
+    rows = pictures.reshape(12, -1)
+    flat = PretrainedFeatureExtractor(image_shape=(40, 48, 3))
+    expected = flat.fit_transform(rows)
+    of_pixels = pa.table({f"pixel{j}": pixels for j, pixels in enumerate(rows.T)})
+    np.testing.assert_array_equal(flat.fit_transform(of_pixels), expected)
+    assert flat.feature_names_in_[-1] == "pixel5759"
+    of_images = pa.table({"image": pa.array(list(rows))})
+    np.testing.assert_array_equal(flat.fit_transform(of_images), expected)
 
 
 def test_set_params_after_fit_changes_nothing_fitted(pictures):

@@ -172,6 +172,21 @@ def test_long_texts_are_cut(bert):
         PretrainedTextExtractor(bert, max_length=513).fit(TEXTS)
 
 
+class OfHuggingFace:
+    """The part of their Dataset that is read."""
+
+    column_names = ("text",)
+
+    def __init__(self, texts):
+        self.texts, self.shape = texts, (len(texts), 1)
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, key):
+        return self.texts if key == "text" else {"text": self.texts[key]}
+
+
 FORMS = {
     "tuple": tuple,
     "array": np.array,
@@ -184,6 +199,7 @@ FORMS = {
     "polars": lambda x: pl.Series("text", x),
     "polars frame": lambda x: pl.DataFrame({"text": x}),
     "pyarrow": lambda x: pl.DataFrame({"text": x}).to_arrow(),
+    "datasets": OfHuggingFace,
     "rows": lambda x: [[text] for text in x],
     "column": lambda x: np.array(x, dtype=object)[:, None],
     "masked": lambda x: np.ma.array(x),
@@ -220,7 +236,7 @@ def test_several_columns(bert):
     [
         ("a text", TypeError, r"X is a single text \('a text'\)"),
         (None, TypeError, "X is None; X holds one text per row"),
-        ([1, 2], ValueError, r"X holds 1 \(a int\) and the like, which are not texts"),
+        ([1, 2], ValueError, r"X holds 1 \(int\) and the like, which are not texts"),
         (pd.DataFrame({"a": ["x"], "b": [2.5]}), ValueError, r"the column 'b' of X holds 2.5"),
         ([], ValueError, r"Found array with 0 sample\(s\)"),
         ([["a"], ["a", "b"]], ValueError, "lists of different lengths"),
@@ -245,7 +261,7 @@ def test_missing_texts(bert):
     ) as got:
         extractor.transform(X)
     reasons = [bad.reason for bad in got.value.bad_rows]
-    assert reasons[3] == "it is 3, a int, not a string"
+    assert reasons[3] == "it is 3 (int), not a string"
     assert "not UTF-8" in reasons[4]
     good = PretrainedTextExtractor(bert).fit_transform(["a good film", "bad"])
     for on_error, value in (("nan", np.nan), ("zero", 0.0)):
@@ -254,6 +270,12 @@ def test_missing_texts(bert):
         np.testing.assert_array_equal(rows[[0, 6]], good)
         np.testing.assert_array_equal(rows[1:6], np.full((5, 16), value, dtype=np.float32))
         assert [bad.row for bad in extractor.bad_texts_] == [1, 2, 3, 4, 5]
+        np.testing.assert_array_equal(extractor.fit_transform([3, "bad"])[1:], good[1:])
+
+
+def test_verbose_counts_texts(bert, capsys):
+    PretrainedTextExtractor(bert, verbose=1).fit_transform(["good", "bad"])
+    assert "text/s" in capsys.readouterr().err
 
 
 def test_half_a_surrogate_pair_is_read(bert):

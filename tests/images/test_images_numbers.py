@@ -114,21 +114,21 @@ def read(image):
 @pytest.mark.parametrize(
     ("numbers", "expected", "way"),
     [
-        (RAMP * 1.2 - 0.12, np.clip(RAMP * 1.2 - 0.12, 0, 1) * 255, "were clipped to 0…1"),
-        (RAMP * 1.5 - 0.25, np.clip(RAMP * 1.5 - 0.25, 0, 1) * 255, "were clipped to 0…1"),
-        (EIGHT_BITS, EIGHT_BITS, "were read as 0…255"),
-        (RAMP * 255.5 - 0.5, np.clip(RAMP * 255.5 - 0.5, 0, 255), "were read as 0…255"),
-        (RAMP * 301 - 1, np.clip(RAMP * 301 - 1, 0, 255), "were read as 0…255"),
-        (np.rint(RAMP * 16), np.rint(RAMP * 16), "were read as 0…255"),
-        (RAMP - 0.5, EIGHT_BITS, "outside 0…255 .* were stretched"),
-        (RAMP * 1.26, EIGHT_BITS, "outside 0…1 .* were stretched"),
-        (RAMP * 15.9, EIGHT_BITS, "outside 0…1 .* were stretched"),
-        (RAMP * 4.7 - 2.1, EIGHT_BITS, "were stretched"),
-        (RAMP * 2 - 1, EIGHT_BITS, "were stretched"),
-        (RAMP * 4095, EIGHT_BITS, "were stretched"),
-        (np.rint(RAMP * 4095).astype(np.int16), EIGHT_BITS, "were stretched"),
-        (np.rint(RAMP * 4000 - 1000).astype(np.int32), EIGHT_BITS, "were stretched"),
-        (np.rint(RAMP * 315 - 30), EIGHT_BITS, "were stretched"),
+        (RAMP * 1.2 - 0.12, np.clip(RAMP * 1.2 - 0.12, 0, 1) * 255, "was clipped to 0…1"),
+        (RAMP * 1.5 - 0.25, np.clip(RAMP * 1.5 - 0.25, 0, 1) * 255, "was clipped to 0…1"),
+        (EIGHT_BITS, EIGHT_BITS, "was read as 0…255"),
+        (RAMP * 255.5 - 0.5, np.clip(RAMP * 255.5 - 0.5, 0, 255), "was read as 0…255"),
+        (RAMP * 301 - 1, np.clip(RAMP * 301 - 1, 0, 255), "was read as 0…255"),
+        (np.rint(RAMP * 16), np.rint(RAMP * 16), "was read as 0…255"),
+        (RAMP - 0.5, EIGHT_BITS, "outside 0…255 .* was stretched"),
+        (RAMP * 1.26, EIGHT_BITS, "outside 0…1 .* was stretched"),
+        (RAMP * 15.9, EIGHT_BITS, "outside 0…1 .* was stretched"),
+        (RAMP * 4.7 - 2.1, EIGHT_BITS, "was stretched"),
+        (RAMP * 2 - 1, EIGHT_BITS, "was stretched"),
+        (RAMP * 4095, EIGHT_BITS, "was stretched"),
+        (np.rint(RAMP * 4095).astype(np.int16), EIGHT_BITS, "was stretched"),
+        (np.rint(RAMP * 4000 - 1000).astype(np.int32), EIGHT_BITS, "was stretched"),
+        (np.rint(RAMP * 315 - 30), EIGHT_BITS, "was stretched"),
     ],
 )
 def test_numbers_outside_their_range(numbers, expected, way):
@@ -148,9 +148,9 @@ def test_an_image_of_many_values_keeps_more_than_a_few_levels():
         order = np.argsort(numbers, axis=None)
         assert (np.diff(grey.ravel()[order]) >= 0).all()
         assert "value_range=" in warning
-    assert "1 image of numbers far apart (row 0: 0…20) were read by the rank" in read(far[20])[1]
+    assert "1 image of numbers far apart (row 0: 0…20) was read by the rank" in read(far[20])[1]
     few = np.array([[0.0, 0.1], [0.2, 1e6]])  # nothing to keep apart but one number
-    assert "were stretched" in read(few)[1]
+    assert "was stretched" in read(few)[1]
 
 
 @pytest.mark.parametrize("n_bits", [8, 10, 12, 14])
@@ -163,7 +163,7 @@ def test_dark_uint16_is_told(n_bits):
     pixels(images, 2)
     pixels(images, 3)
     message = warning_of(images)
-    assert f"1 image of dtype uint16 (row 0: {most - 90:.4g}…{most - 90:.4g}) were" in message
+    assert f"1 image of dtype uint16 (row 0: {most - 90:.4g}…{most - 90:.4g}) was" in message
     assert f"value_range=(0, {most}). Set" in message
     assert "less than a quarter" in message
 
@@ -182,7 +182,7 @@ def test_the_range_of_all_dark_images_is_told():
 def test_floats_of_12_bits_in_16_are_told():
     grey, warning = read(np.rint(RAMP * 4095) / 65535)
     assert grey.max() == 16
-    assert "floats within 0…1 (row 0: 0…0.06249) are almost black. Set value_range=(" in warning
+    assert "floats within 0…1 (row 0: 0…0.06249) was almost black. Set value_range=(" in warning
 
 
 def test_one_warning_names_column_and_all_kinds():
@@ -191,8 +191,8 @@ def test_one_warning_names_column_and_all_kinds():
     pixels(images[0::2], 0)
     pixels(images[:2], 1)
     message = warning_of(images)
-    assert "(row 0, column 'a': 9…9) were read as 0…255" in message
-    assert "(row 0, column 'b': -9…-9) were stretched" in message
+    assert "(row 0, column 'a': 9…9) was read as 0…255" in message
+    assert "(row 0, column 'b': -9…-9) was stretched" in message
 
 
 def test_notes_of_a_worker_come_home():

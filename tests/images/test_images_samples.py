@@ -186,7 +186,7 @@ def test_png_and_pgm_of_12_bits_in_16():
         images = as_images([file])
         pixels(images, 0)
         warning = images.take_warnings()
-        assert "1 image of dtype uint16 (row 0: 0…4095) were read as 16 bits" in warning
+        assert "1 image of dtype uint16 (row 0: 0…4095) was read as 16 bits" in warning
         assert "value_range=(0, 4095)" in warning
 
 
