@@ -43,9 +43,9 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         ``.safetensors`` file. ``None``: random weights, for training from scratch.
     layer : int, str, list of them or None, default="auto"
         The stage after which the head is put. ``None``: the last one. A list, or ``"all"``: the
-        pooled outputs of several stages enter the head, joined. ``"auto"``: ``"all"`` for
-        convolutional networks that are given by their name, except for ``"builtin"``, which joins
-        two stages itself; otherwise ``None``.
+        pooled outputs of several stages enter the head, joined. ``"auto"``: with
+        ``pooling="auto"``, ``"all"`` for convolutional networks that are given by their name,
+        except for ``"builtin"``, which joins two stages itself; otherwise ``None``.
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
         How a feature map becomes a row. ``"auto"``: as in the network itself. Tokens of texts:
         ``"mean"``, ``"max"``, ``"cls"`` or ``"last"``.
@@ -61,13 +61,14 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     unfreeze : int, "all", "gradual" or mapping, default="all"
         The stages that are trained with the head: none (0), the last k, all, or more and more
         until half of the epochs (``"gradual"``). A mapping has epochs, counted from 1, as
-        keys and numbers of stages or ``"all"`` as values. ``load_backbone(...).stages`` lists a
-        network's stages. The parameters and buffers of frozen stages do not change; without
+        keys and numbers of stages or ``"all"`` as values. ``load_backbone(...).stages.names``
+        lists the stages. The parameters and buffers of frozen stages do not change; without
         augmentation their outputs are computed once. Batch norms of unfrozen stages keep the
         statistics of pre-training, except with ``weights=None``.
     head : "linear", tuple of int or torch.nn.Module, default="linear"
         A linear layer; with a tuple, plus a perceptron of these hidden sizes; or a module that
-        takes embeddings (n, n_features) and returns scores (n, n_classes).
+        takes embeddings (n, n_features) and returns scores (n, n_classes); one that was made for
+        the network's own embedding needs ``layer=None``.
     head_init : {"linear_probe", "random"}, default="linear_probe"
         ``"linear_probe"``: the head starts as scikit-learn's logistic regression on the frozen
         embeddings, which distorts pre-training less than a random start [1]_; epoch 0 is the

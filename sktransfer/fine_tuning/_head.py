@@ -99,7 +99,8 @@ def _checked_copy(head: object, n_in: int, n_out: int) -> nn.Module:
     except Exception as error:
         raise ValueError(
             f"head={shown(head)} fails on embeddings of shape (2, {n_in}) ({type(error).__name__}: "
-            f"{error}). {takes}, and computes in float64 after double()."
+            f"{error}). {takes}, and computes in float64 after double(). "
+            "With layer=None the embeddings are those of the last stage alone."
         ) from error
     got = f"an object of type {type(scores).__name__}"
     if isinstance(scores, torch.Tensor):

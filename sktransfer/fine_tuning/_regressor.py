@@ -35,9 +35,9 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         ``.safetensors`` file. ``None``: random weights, for training from scratch.
     layer : int, str, list of them or None, default="auto"
         The stage after which the head is put. ``None``: the last one. A list, or ``"all"``: the
-        pooled outputs of several stages enter the head, joined. ``"auto"``: ``"all"`` for
-        convolutional networks that are given by their name, except for ``"builtin"``, which joins
-        two stages itself; otherwise ``None``.
+        pooled outputs of several stages enter the head, joined. ``"auto"``: with
+        ``pooling="auto"``, ``"all"`` for convolutional networks that are given by their name,
+        except for ``"builtin"``, which joins two stages itself; otherwise ``None``.
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
         How a feature map becomes a row. ``"auto"``: as in the network itself. Tokens of texts:
         ``"mean"``, ``"max"``, ``"cls"`` or ``"last"``.

@@ -198,6 +198,15 @@ def test_auto_joins_the_stages_of_published_convolutional_networks(parameters, l
         np.testing.assert_array_equal(model.transform(X), expected.transform(X))
 
 
+def test_a_head_for_the_last_stage_needs_layer_none():
+    X = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8)
+    settings = {"weights": None, "preprocessing": {"size": 32, "crop": 32}, "max_epochs": 0}
+    model = FineTuningClassifier("squeezenet1_1", head=nn.Linear(512, 2), **settings)
+    with pytest.raises(ValueError, match="With layer=None the embeddings are those of the last"):
+        model.fit(X, np.arange(6) % 2)
+    model.set_params(layer=None).fit(X, np.arange(6) % 2)
+
+
 def test_a_file_of_auto_gives_the_same_columns(tmp_path):
     X = list(np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8))
     settings = {"preprocessing": {"size": 32, "crop": 32}, "max_epochs": 1, "random_state": 0}
