@@ -1,4 +1,4 @@
-"""Which score foretells fine-tuning, what rank_backbones costs, and how often a verdict is false.
+"""Which score predicts fine-tuning, what rank_backbones costs, and how often a verdict is false.
 
     python docs/benchmarks/transferability.py [tau | cost | verdicts] [--sets hymenoptera ...]
 
