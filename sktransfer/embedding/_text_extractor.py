@@ -55,11 +55,11 @@ class PretrainedTextExtractor(Extractor):
         ``"auto"``: ``"cuda"``, then ``"mps"``, then ``"cpu"``; or any torch device by its name.
 
     precision : {"float32", "tf32", "bfloat16", "float16"}, default="float32"
-        What the network computes in. The columns are float32 always.
+        Number format of the network's computations; the columns are always float32.
 
     n_jobs : int or None, default=None
         Threads. ``None`` and -1 mean as many as torch uses in this process. Under a joblib
-        backend of a cluster (dask, ray, spark) the texts are dealt out to its workers.
+        backend of a cluster (dask, ray, spark) the texts are distributed to its workers.
 
     memory : str, Path, joblib.Memory, store, False or None, default=None
         Where rows are kept. ``None``: in this process, at most 512 MiB. A folder: on disk, for
