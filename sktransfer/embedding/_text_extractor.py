@@ -36,12 +36,12 @@ class PretrainedTextExtractor(Extractor):
     pooling : {"auto", "mean", "cls", "last", "max", "sif", "tfidf"}, default="auto"
         How the vectors of a text's tokens become a row. ``"auto"``: as the network's own
         configuration for sentences says, else their mean. ``"cls"``: the first one; ``"last"``:
-        the last one, for decoders. Of word vectors also ``"sif"``, a mean that weights frequent
-        words less, without the first principal component of the texts of `fit` [1]_; and
+        the last one, for decoders. For word vectors also ``"sif"``, a mean that weights
+        frequent words less, without the first principal component of the texts of `fit` [1]_; and
         ``"tfidf"``, a mean weighted by the inverse document frequency in the texts of `fit`.
 
     layer : int, str, list of them or None, default=None
-        Of a transformer, the hidden states whose pooled vectors are the columns. ``None``: the
+        For a transformer, the hidden states whose pooled vectors are the columns. ``None``: the
         last ones. 0: before the first block; 3: after the third; -1: the last ones. A list: their
         pooled vectors, joined. ``"all"``: those after each block.
 

@@ -86,7 +86,7 @@ def rank_backbones(
         Where rows are kept, as in :class:`PretrainedFeatureExtractor`. The rows are those of the
         extractor, so that a later search embeds nothing again.
     random_state : int, RandomState instance or None, default=None
-        Of the shuffling of folds.
+        Seed of the shuffling of folds.
 
     Returns
     -------
