@@ -61,6 +61,7 @@ probabilities = model.predict_proba(X_test)
 folder = Path(tempfile.mkdtemp())
 save(model, folder / "model.sktransfer", standalone=True)
 loaded = load(folder / "model.sktransfer")
+loaded.set_params(pretrainedfeatureextractor__memory=False)  # a file does not hold it
 
 export(model, folder / "model.pt2", format="torch")
 extra = {"sktransfer": ""}

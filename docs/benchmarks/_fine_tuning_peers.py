@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import numpy as np
-from _report import DATA
+from _report import DATA, data_set
 
 SETS = ("hymenoptera", "flowers5", "dtd10", "brain_mri", "magnetic_tile")
 # For read_mixed: exposures of the same magnetic tile would be in both parts.
@@ -39,7 +39,7 @@ def read_set(name, per_class, seed, max_test=0):
         X, y = [], []
         # The test images are the same for every seed.
         draw = rng if part == "train" else np.random.default_rng(0)
-        for folder in sorted((DATA / "data" / name / part).iterdir()):
+        for folder in sorted((data_set(name) / part).iterdir()):
             paths = sorted(map(str, folder.glob("*.jpg")))
             if limit:
                 paths = [paths[i] for i in draw.permutation(len(paths))[:limit]]
@@ -53,7 +53,7 @@ def read_mixed(name, per_class, seed, max_test=0):
     """As :func:`read_set`, from both parts mixed: more test images, and no shift between them."""
     rng = np.random.default_rng(seed + 100)
     train, test = ([], []), ([], [])
-    for folder in sorted((DATA / "data" / name / "train").iterdir()):
+    for folder in sorted((data_set(name) / "train").iterdir()):
         paths = sorted(map(str, folder.parents[1].glob(f"*/{folder.name}/*.jpg")))
         paths = [paths[i] for i in rng.permutation(len(paths))]
         n_train = min(per_class, len(paths) // 2)

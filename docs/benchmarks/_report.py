@@ -16,6 +16,17 @@ DATA = Path(os.environ.get("SKTRANSFER_DATA", Path(__file__).parents[3] / "share
 RESULTS = Path(__file__).parent / "results"
 
 
+def data_set(name: str) -> Path:
+    """Return the folder of a data set."""
+    folder = DATA / "data" / name
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"{folder} does not exist. Set the environment variable SKTRANSFER_DATA to the folder "
+            "that holds data/ and weights/."
+        )
+    return folder
+
+
 def machine() -> dict[str, Any]:
     """Describe what the figures depend on."""
     import torch

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _report import DATA, save
+from _report import DATA, data_set, save
 from joblib import Memory
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -57,7 +57,7 @@ N_SHOTS, N_DRAWS = 10, 10
 
 def load_set(name):
     """Paths, labels, groups that must not be split, and the score."""
-    root = DATA / "data" / name
+    root = data_set(name)
     paths = sorted(p for part in ("train", "test") for p in (root / part).rglob("*.jpg"))
     y = np.array([p.parent.name for p in paths])
     groups, score = np.arange(len(y)), accuracy_score

@@ -1,7 +1,7 @@
 """What the built-in backbone's pre-training is worth as a start for fine-tuning.
 
     python docs/benchmarks/from_scratch.py [--sets hymenoptera dtd10] [--sizes 50 200 0]
-        [--seeds 3] [--scratch-epochs 30]
+        [--seeds 3] [--scratch-epochs 20]
 
 The same network, the same training images (50, 200 or all of a set, drawn anew for each seed, as
 many of each class as the set has in proportion), the same test part:
@@ -42,7 +42,7 @@ def main():
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[50, 200, 0], help="0: all")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--scratch-epochs", type=int, default=30)
+    parser.add_argument("--scratch-epochs", type=int, default=20)
     parser.add_argument("--backbone", default="builtin")
     parser.add_argument("--name", default="from_scratch")
     options = parser.parse_args()

@@ -2,9 +2,9 @@
 
     python docs/benchmarks/gpu.py [--device cuda] [--seconds 240] [--only PART …] [--quick]
 
-It needs no network: weights are random, images are made. The parts come in the order of what
-they tell; one that fails says so, one for which no time is left is skipped, and the others go
-on. Figures: gpu.json in $OUT, or in results/. `--quick` takes small sizes, which run on a CPU,
+It needs no network: weights are random, images are made. The most important parts come
+first; one that fails says so, one for which no time is left is skipped, and the others still run.
+Figures: gpu.json in $OUT, or in results/. `--quick` takes small sizes, which run on a CPU,
 too; `--only` takes the names of parts that `--list` prints.
 """
 

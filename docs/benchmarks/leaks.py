@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import torch
-from _report import DATA, save
+from _report import data_set, save
 from PIL import Image
 
 from sktransfer import PretrainedFeatureExtractor
@@ -51,7 +51,7 @@ def curve(table, default, tiles, train, test):
 
 
 def magnetic_tile():
-    folder = DATA / "data" / "magnetic_tile"
+    folder = data_set("magnetic_tile")
     files = list(csv.DictReader((folder / "files.csv").open()))
     paths = [str(folder / file["file"]) for file in files]
     groups = np.array([int(file["tile_group"]) for file in files])
@@ -86,7 +86,7 @@ def changed(image, how, rng):
 
 def planted(name):
     """Changed copies of some images, looked for among all."""
-    paths = sorted(map(str, (DATA / "data" / name).glob("*/*/*.jpg")))
+    paths = sorted(map(str, data_set(name).glob("*/*/*.jpg")))
     rng = np.random.default_rng(0)
     rows = rng.permutation(len(paths))[:N_PLANTED]
     leaks = find_leaks(paths)
@@ -101,7 +101,7 @@ def planted(name):
 
 
 def ten_thousand():
-    z = np.load(DATA / "data" / "tiny_imagenet_64" / "val.npz")
+    z = np.load(data_set("tiny_imagenet_64") / "val.npz")
     headers = [z["jpeg_header_0"].tobytes(), z["jpeg_header_1"].tobytes()]
     blob, offset, header = z["blob"], z["offset"], z["header"]
     X = [headers[header[i]] + blob[offset[i] : offset[i + 1]].tobytes() for i in range(10_000)]

@@ -14,7 +14,7 @@ Features of the built-in network, a scaler and logistic regression, cross-valida
 import warnings
 
 import numpy as np
-from _report import DATA, save
+from _report import data_set, save
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -46,7 +46,7 @@ def former(image):
 
 
 def scans(n_per_class):
-    folders = sorted((DATA / "data" / "brain_mri" / "train").iterdir())
+    folders = sorted((data_set("brain_mri") / "train").iterdir())
     paths = [path for folder in folders for path in sorted(folder.glob("*.jpg"))[:n_per_class]]
     images = [np.asarray(Image.open(path).convert("L")) for path in paths]
     return images, np.repeat(np.arange(len(folders)), n_per_class)

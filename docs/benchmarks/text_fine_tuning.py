@@ -22,7 +22,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from _report import DATA, RESULTS, save
+from _report import RESULTS, data_set, save
 
 from sktransfer import FineTuningClassifier
 
@@ -37,7 +37,7 @@ def minilm():
 
 def read_texts(name, n, seed):
     """Texts and labels: `n` of them drawn at random, or all."""
-    with (DATA / "data" / "text" / f"{name}.tsv").open(newline="") as file:
+    with (data_set("text") / f"{name}.tsv").open(newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     chosen = np.random.RandomState(seed).permutation(len(rows))[: n or len(rows)]
     texts = np.array([rows[i]["text"] for i in chosen], dtype=object)

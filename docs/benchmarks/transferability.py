@@ -1,4 +1,4 @@
-"""Which score foretells fine-tuning, what rank_backbones costs, and how often a verdict is false.
+"""Which score predicts fine-tuning, what rank_backbones costs, and how often a verdict is false.
 
     python docs/benchmarks/transferability.py [tau | cost | verdicts] [--sets hymenoptera ...]
 
@@ -22,7 +22,7 @@ import time
 import warnings
 
 import numpy as np
-from _report import DATA, save
+from _report import DATA, data_set, save
 from scipy.special import softmax
 from scipy.stats import weightedtau
 from sklearn.linear_model import LogisticRegression
@@ -60,7 +60,7 @@ def cpu_seconds(call):
 def load_part(name, part, per_class, rng):
     """Paths and labels of at most so many images of each class."""
     paths, y = [], []
-    for folder in sorted((DATA / "data" / name / part).iterdir()):
+    for folder in sorted((data_set(name) / part).iterdir()):
         files = sorted(folder.rglob("*.jpg"))
         for k in rng.permutation(len(files))[:per_class]:
             paths.append(str(files[k]))

@@ -34,7 +34,7 @@ class PretrainedFeatureExtractor(Extractor):
 
     layer : int, str, list of them or None, default=None
         Which layer gives the columns. ``None``: the input of the classification head. The name
-        of a stage or module (``"layer3"``), or of ``"hf:…"`` networks the number of the hidden
+        of a stage or module (``"layer3"``), or for ``"hf:…"`` networks the number of the hidden
         states: its pooled output; lower stages give low-level features. A list: their pooled
         outputs, joined. ``"all"``: those of all stages between the stem and the head, joined;
         scale them by a :class:`~sklearn.preprocessing.StandardScaler`.

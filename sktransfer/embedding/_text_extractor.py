@@ -36,12 +36,12 @@ class PretrainedTextExtractor(Extractor):
     pooling : {"auto", "mean", "cls", "last", "max", "sif", "tfidf"}, default="auto"
         How the vectors of a text's tokens become a row. ``"auto"``: as the network's own
         configuration for sentences says, else their mean. ``"cls"``: the first one; ``"last"``:
-        the last one, for decoders. Of word vectors also ``"sif"``, a mean that weights frequent
-        words less, without the first principal component of the texts of `fit` [1]_; and
+        the last one, for decoders. For word vectors also ``"sif"``, a mean that weights
+        frequent words less, without the first principal component of the texts of `fit` [1]_; and
         ``"tfidf"``, a mean weighted by the inverse document frequency in the texts of `fit`.
 
     layer : int, str, list of them or None, default=None
-        Of a transformer, the hidden states whose pooled vectors are the columns. ``None``: the
+        For a transformer, the hidden states whose pooled vectors are the columns. ``None``: the
         last ones. 0: before the first block; 3: after the third; -1: the last ones. A list: their
         pooled vectors, joined. ``"all"``: those after each block.
 
@@ -56,11 +56,11 @@ class PretrainedTextExtractor(Extractor):
         ``"auto"``: ``"cuda"``, then ``"mps"``, then ``"cpu"``; or any torch device by its name.
 
     precision : {"float32", "tf32", "bfloat16", "float16"}, default="float32"
-        What the network computes in. The columns are float32 always.
+        Number format of the network's computations; the columns are always float32.
 
     n_jobs : int or None, default=None
         Threads. ``None`` and -1 mean as many as torch uses in this process. Under a joblib
-        backend of a cluster (dask, ray, spark) the texts are dealt out to its workers.
+        backend of a cluster (dask, ray, spark) the texts are distributed to its workers.
 
     memory : str, Path, joblib.Memory, store, False or None, default=None
         Where rows are kept. ``None``: in this process, at most 512 MiB. A folder: on disk, for

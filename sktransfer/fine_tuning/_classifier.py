@@ -42,11 +42,11 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         Name of torchvision's weights (``"IMAGENET1K_V2"``), or a local ``.pt``, ``.pth`` or
         ``.safetensors`` file. ``None``: random weights, for training from scratch.
     layer : int, str, list of them or None, default="auto"
-        The stage after which the head is put. ``None``: the last one. A list, or ``"all"``: the
-        pooled outputs of several stages enter the head, joined. ``"auto"``: ``"all"`` for
-        convolutional networks that are given by their name, with ``pooling="auto"`` and a head that
-        starts from a linear probe, except for ``"builtin"``, which joins two stages itself;
-        otherwise ``None``.
+        The stage after which the head is put: its name, or for ``"hf:…"`` networks the number of
+        the hidden states. ``None``: the last one. A list, or ``"all"``: the pooled outputs of
+        several stages enter the head, joined. ``"auto"``: ``"all"`` for convolutional networks
+        that are given by their name, with ``pooling="auto"`` and a head that starts from a linear
+        probe, except for ``"builtin"``, which joins two stages itself; otherwise ``None``.
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
         How a feature map becomes a row. ``"auto"``: as in the network itself. Tokens of texts:
         ``"mean"``, ``"max"``, ``"cls"`` or ``"last"``.
@@ -62,8 +62,8 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     unfreeze : int, "all", "gradual" or mapping, default="all"
         The stages that are trained with the head: none (0), the last k, all, or more and more
         until half of the epochs (``"gradual"``). A mapping has epochs, counted from 1, as
-        keys and numbers of stages or ``"all"`` as values. ``load_backbone(...).stages`` lists a
-        network's stages. The parameters and buffers of frozen stages do not change; without
+        keys and numbers of stages or ``"all"`` as values. ``load_backbone(...).stages.names``
+        lists the stages. The parameters and buffers of frozen stages do not change; without
         augmentation their outputs are computed once. Batch norms of unfrozen stages keep the
         statistics of pre-training, except with ``weights=None``.
     head : "linear", tuple of int or torch.nn.Module, default="linear"

@@ -34,11 +34,11 @@ class FineTuningRegressor(RegressorMixin, BaseFineTuning):
         Name of torchvision's weights (``"IMAGENET1K_V2"``), or a local ``.pt``, ``.pth`` or
         ``.safetensors`` file. ``None``: random weights, for training from scratch.
     layer : int, str, list of them or None, default="auto"
-        The stage after which the head is put. ``None``: the last one. A list, or ``"all"``: the
-        pooled outputs of several stages enter the head, joined. ``"auto"``: ``"all"`` for
-        convolutional networks that are given by their name, with ``pooling="auto"`` and a head that
-        starts from a linear probe, except for ``"builtin"``, which joins two stages itself;
-        otherwise ``None``.
+        The stage after which the head is put: its name, or for ``"hf:…"`` networks the number of
+        the hidden states. ``None``: the last one. A list, or ``"all"``: the pooled outputs of
+        several stages enter the head, joined. ``"auto"``: ``"all"`` for convolutional networks
+        that are given by their name, with ``pooling="auto"`` and a head that starts from a linear
+        probe, except for ``"builtin"``, which joins two stages itself; otherwise ``None``.
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
         How a feature map becomes a row. ``"auto"``: as in the network itself. Tokens of texts:
         ``"mean"``, ``"max"``, ``"cls"`` or ``"last"``.

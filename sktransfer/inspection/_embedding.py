@@ -36,7 +36,7 @@ class EmbeddingDisplay:
         Labels: a colour and a marker each, or numbers of more than 20 values: a colour scale.
     axis_names : tuple of two str, default=("", "")
     image_shape : tuple of int, default=None
-        Of flat rows of pixels.
+        For flat rows of pixels.
 
     Attributes
     ----------
@@ -88,13 +88,13 @@ class EmbeddingDisplay:
         X : list, array, Series or data frame of n_samples images
         y : array-like of shape (n_samples,), default=None
         method : {"pca", "tsne"} or transformer, default="pca"
-            Of scikit-learn, on standardised columns. ``"tsne"`` shows clusters, but distances
+            Reduces the standardised columns. ``"tsne"`` shows clusters, but distances
             between them mean nothing.
         n_thumbnails : int, default=30
             How many at most; they do not overlap.
         random_state : int, RandomState instance or None, default=0
         ax : matplotlib Axes, default=None
-            As of `plot`.
+            As in `plot`.
 
         Returns
         -------
@@ -124,9 +124,9 @@ class EmbeddingDisplay:
         ----------
         features : array-like of shape (n_samples, n_features)
         X, y, method, n_thumbnails, random_state, ax
-            As of `from_estimator`.
+            As in `from_estimator`.
         image_shape : tuple of int, default=None
-            Of flat rows of pixels.
+            For flat rows of pixels.
 
         Returns
         -------

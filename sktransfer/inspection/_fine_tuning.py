@@ -82,7 +82,7 @@ class FineTuningDisplay:
         estimator : FineTuningClassifier, FineTuningRegressor, a Pipeline that ends with one, or a
             fitted search over these
         axes
-            As of `plot`.
+            As in `plot`.
 
         Returns
         -------

@@ -91,7 +91,7 @@ class LeaksDisplay:
         n_pairs : int, default=12
             How many pairs are drawn at most.
         ax : matplotlib Axes, default=None
-            As of `plot`.
+            As in `plot`.
 
         Returns
         -------

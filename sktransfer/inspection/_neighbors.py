@@ -40,7 +40,7 @@ class NeighborsDisplay:
     y_train : array-like of shape (n_train,), default=None
         Labels, for the titles.
     image_shape : tuple of int, default=None
-        Of flat rows of pixels.
+        For flat rows of pixels.
 
     Attributes
     ----------
@@ -101,9 +101,9 @@ class NeighborsDisplay:
             Labels, for the titles.
         n_neighbors : int, default=5
         metric : str or callable, default="cosine"
-            As of :class:`sklearn.neighbors.NearestNeighbors`.
+            As in :class:`sklearn.neighbors.NearestNeighbors`.
         ax : matplotlib Axes, default=None
-            As of `plot`.
+            As in `plot`.
 
         Returns
         -------
@@ -142,9 +142,9 @@ class NeighborsDisplay:
         features_train, features : array-like of shape (n_images, n_features)
             The columns of `X_train` and of `X`.
         X_train, X, y_train, n_neighbors, metric, ax
-            As of `from_estimator`.
+            As in `from_estimator`.
         image_shape : tuple of int, default=None
-            Of flat rows of pixels.
+            For flat rows of pixels.
 
         Returns
         -------

@@ -77,7 +77,7 @@ class BackboneRankingDisplay:
         ----------
         ranking : BackboneRanking
         ax
-            As of `plot`.
+            As in `plot`.
 
         Returns
         -------

@@ -46,7 +46,7 @@ class SaliencyDisplay:
         What is explained, for instance the class and its score.
     score_name : str, default="score"
     image_shape : tuple of int, default=None
-        Of flat rows of pixels.
+        For flat rows of pixels.
 
     Attributes
     ----------
@@ -128,9 +128,9 @@ class SaliencyDisplay:
         batch_size : int, default=64
             Images given to the estimator at once.
         image_shape : tuple of int, default=None
-            Of flat rows of pixels; ``None``: that of the estimator, or of its extractor.
+            For flat rows of pixels. ``None``: that of the estimator, or of its extractor.
         ax : matplotlib Axes, default=None
-            As of `plot`.
+            As in `plot`.
 
         Returns
         -------

@@ -42,7 +42,7 @@ class TopLossesDisplay:
     loss : array-like of shape (n_images,)
         The score of the predicted class, or the absolute error of a number.
     image_shape : tuple of int, default=None
-        Of flat rows of pixels.
+        For flat rows of pixels.
 
     Attributes
     ----------
@@ -98,7 +98,7 @@ class TopLossesDisplay:
         n_images : int, default=12
             How many are drawn at most.
         ax : matplotlib Axes, default=None
-            As of `plot`.
+            As in `plot`.
 
         Returns
         -------
@@ -131,9 +131,9 @@ class TopLossesDisplay:
             columns.
         n_images : int, default=12
         image_shape : tuple of int, default=None
-            Of flat rows of pixels.
+            For flat rows of pixels.
         ax : matplotlib Axes, default=None
-            As of `plot`.
+            As in `plot`.
 
         Returns
         -------

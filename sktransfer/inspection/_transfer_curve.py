@@ -85,7 +85,7 @@ class TransferCurveDisplay:
         ----------
         report : TransferReport
         ax, over
-            As of `plot`.
+            As in `plot`.
 
         Returns
         -------

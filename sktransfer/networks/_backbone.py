@@ -68,7 +68,7 @@ def load_backbone(
         None: what enters the classification head. Or the name of a stage, a sub-module or an
         operation (``"layer3"``, ``"layer3.0.conv1"``, ``"layer3.0.add"``), or a list of them,
         whose pooled outputs are joined in that order; None in a list is the embedding. Or
-        ``"all"``: every stage between the stem and the head, the last one as the embedding. Of a
+        ``"all"``: every stage between the stem and the head, the last one as the embedding. For a
         network of transformers also the number of its hidden states: 0 before the first block, -1
         the last ones.
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"

@@ -52,7 +52,7 @@ def rank_backbones(
     """Rank pre-trained networks, and layers of them, by a linear model on their columns.
 
     Each network and its twin with random weights embed the images; a linear model on the columns,
-    the probe, is cross-validated. Whatever a probe gains over the random twin is owed to
+    the probe, is cross-validated. What a probe gains over the random twin comes from
     pre-training.
 
     Read more in the :ref:`User Guide <transferability>`.
@@ -86,7 +86,7 @@ def rank_backbones(
         Where rows are kept, as in :class:`PretrainedFeatureExtractor`. The rows are those of the
         extractor, so that a later search embeds nothing again.
     random_state : int, RandomState instance or None, default=None
-        Of the shuffling of folds.
+        Seed of the shuffling of folds.
 
     Returns
     -------

@@ -85,7 +85,7 @@ def transfer_report(
     n_jobs : int or None, default=None
         Fits at the same time, in threads, which share the embeddings kept in memory.
     random_state : int, RandomState instance or None, default=None
-        Of folds and parts, and of all estimators whose `random_state` is None.
+        Seed of folds and parts, and of all estimators whose `random_state` is None.
 
     Returns
     -------
