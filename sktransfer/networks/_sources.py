@@ -120,7 +120,7 @@ class NamedSource(Source):
                     f"fitted ({got[:19]}… now, {self.digest[:19]}… then): put the old file back, "
                     "or fit again."
                 )
-            state = _weights.read_state_dict(path)
+            state = _weights.read_state_dict(path, module.state_dict().keys())
             what = f"{self.name}, {path}"
             _weights.fit_state_dict(module, state, head_layers, what)
         freeze(module)
