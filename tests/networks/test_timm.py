@@ -113,6 +113,8 @@ def test_linear_layers_of_timm_are_heads(name):
         ("timm:xception4", None, ValueError, "Did you mean 'timm:xception41'"),
         ("timm:nothing-like-it", None, ValueError, r"no such network. list_backbones\('timm:\*'\)"),
         ("timm:resnet18", "A1", ValueError, "'A1' is not accepted for a timm network: give the"),
+        ("timm:resnet18.A1", None, ValueError, r"tag \(A1\) .*Known are .*'resnet18.a1_in1k'"),
+        ("timm:botnet50ts_256", "DEFAULT", ValueError, "publishes no weights of this network; a "),
     ],
 )
 def test_errors(name, weights, error, message):
@@ -120,15 +122,14 @@ def test_errors(name, weights, error, message):
         load_backbone(name, weights=weights)
 
 
-def test_no_network(monkeypatch):
+@pytest.mark.parametrize("name", ["resnet26", "vit_base_patch16_224_in21k"])  # an old name
+def test_no_network(name, monkeypatch):
     def fails(name, pretrained):
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr(timm, "create_model", fails)
-    with pytest.raises(
-        OSError, match=r"no route to the hub[^$]*from: https://huggingface.co/timm/"
-    ):
-        load_backbone("timm:resnet26")
+    with pytest.raises(OSError, match=r"no route to the hub[^$]*from: https://huggingface.co/"):
+        load_backbone(f"timm:{name}")
 
 
 def test_timm_is_optional(monkeypatch):
