@@ -188,6 +188,15 @@ def test_a_layer_that_does_not_always_run():
         backbone.embed_batch(torch.full((2, 3, 16, 16), 255, dtype=torch.uint8))
 
 
+def test_a_network_that_draws_random_numbers_is_warned_of():
+    class Dropping(Net):
+        def forward(self, x):
+            return self.fc(nn.functional.dropout(self.features(x).mean((2, 3)), 0.5))
+
+    with pytest.warns(UserWarning, match="Dropping draws random numbers in eval mode, so that its"):
+        load_backbone(Dropping(), preprocessing=SIZE)
+
+
 @pytest.fixture(scope="module")
 def stripes():
     """Images of vertical and horizontal stripes, and their labels."""
