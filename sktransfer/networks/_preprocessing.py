@@ -296,7 +296,14 @@ class CallablePreprocessing:
     def resize_crop(self, image: np.ndarray | Image.Image) -> np.ndarray:
         """Apply the user's function; float32 (channels, height, width)."""
         image = np.asarray(image)
-        got = self.function(image)
+        try:
+            got = self.function(image)
+        except Exception as error:
+            error.add_note(
+                "The function given as `preprocessing` got a uint8 array (height, width, 3): a "
+                "transform of torchvision needs v2.ToImage() before it."
+            )
+            raise
         pixels = np.asarray(got, dtype=np.float32)
         if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
             raise ValueError(

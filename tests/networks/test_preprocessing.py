@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision.models import get_model_weights
 from torchvision.transforms import functional as F
+from torchvision.transforms import v2
 
 from sktransfer import load_backbone
 from sktransfer.networks._preprocessing import (
@@ -180,6 +181,10 @@ def test_a_callable_that_returns_the_wrong_thing():
     message = re.escape("returned ndarray of shape (240, 320, 3) for an image of shape (240, 320")
     with pytest.raises(ValueError, match=message):
         load_backbone("builtin", preprocessing=lambda image: image)
+    transforms = get_model_weights("resnet18")["DEFAULT"].transforms()
+    with pytest.raises(TypeError, match=r"got a uint8 array .* needs v2.ToImage\(\) before it"):
+        load_backbone("builtin", preprocessing=transforms)
+    load_backbone("builtin", preprocessing=v2.Compose([v2.ToImage(), transforms]))
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
