@@ -179,8 +179,9 @@ class Traced:
 
     def __init__(self, root: nn.Module, graph: fx.Graph, output: fx.Node, tracer: _Tracer):
         self.root, self.graph, self.output = root, graph, output
-        # Hooks and untraceable code may read values, not only shapes.
-        self._needs_values = tracer.has_own_code or any(is_patched(m) for m in root.modules())
+        # Hooks and untraceable code may read values, not only shapes; a skeleton has none.
+        needs_values = tracer.has_own_code or any(is_patched(m) for m in root.modules())
+        self._needs_values = needs_values and not any(p.is_meta for p in root.parameters())
         self.nodes = [node for node in graph.nodes if node.op != "output"]
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.input = self.nodes[0]

@@ -196,7 +196,10 @@ class StagePlan:
             return {}
         from timm.models import group_parameters
 
-        matcher = root.group_matcher(coarse=True)  # type: ignore[operator]
+        try:
+            matcher = root.group_matcher(coarse=True)  # type: ignore[operator]
+        except AssertionError:  # rdnet has no coarse groups
+            return {}
         groups = group_parameters(root, matcher, reverse=True)
         members: dict[object, list[str]] = {}
         for name in weights:

@@ -107,6 +107,22 @@ def test_linear_layers_of_timm_are_heads(name):
     assert backbone.stage_names[-1] == "head"
 
 
+# One has no coarse groups of parameters; the other sets `forward` on instances.
+@pytest.mark.parametrize("name", ["rdnet_tiny", "fasternet_t0"])
+def test_networks_that_differ_from_others(name):
+    backbone = load_backbone(f"timm:{name}", weights=None, preprocessing={"size": 64})
+    module, pixels = backbone.network.module, torch.zeros((2, 3, 64, 64), dtype=torch.uint8)
+    assert backbone.stage_names[0] == "stem"
+    assert backbone.stage_names[-1] == "head"
+    how = backbone.preprocessing
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (how.mean, how.std))
+    with torch.no_grad():
+        features = module.forward_features((pixels / 255 - mean) / std)
+        expected = module.forward_head(features, pre_logits=True)
+    (got,) = backbone.embed_batch(pixels)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "weights", "error", "message"),
     [
