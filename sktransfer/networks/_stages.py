@@ -94,7 +94,9 @@ class StagePlan:
             )
         self.traced, self.network_name = traced, name
         self._map_shapes = self._large_shapes(input_size)
-        start = self._head_start()
+        # timm makes a network without its head for num_classes=0.
+        is_headless = getattr(traced.root, "num_classes", None) == 0
+        start = len(traced.nodes) if is_headless else self._head_start()
         self._has_head = start < len(traced.nodes)
         end = start - 1
         self._embedding = traced.crossing[end] if self._has_head else traced.output
