@@ -173,6 +173,9 @@ def test_outputs_that_cannot_be_had():
 
     with pytest.raises(TypeError, match="Two returns tuple: its forward has to return one tensor"):
         load_backbone(Two(), preprocessing=SIZE)
+    recurrent = nn.Sequential(nn.Flatten(2), nn.LSTM(16 * 16, 5))
+    with pytest.raises(TypeError, match="Sequential returns tuple: its forward has to return one"):
+        load_backbone(recurrent, preprocessing=SIZE)
 
 
 def test_a_layer_that_does_not_always_run():
