@@ -94,6 +94,8 @@ class Preprocessing:
         if self.resize_on == "device" and self.interpolation not in _METHODS_OF_DEVICES:
             accepted = f"with resize_on='device' one of {list(_METHODS_OF_DEVICES)} is accepted."
             raise _refused("interpolation", self.interpolation, accepted)
+        for name, kind in ("interpolation", str), ("fast_decode", bool), ("resize_on", str):
+            object.__setattr__(self, name, kind(getattr(self, name)))  # NumPy's have another repr
 
     @property
     def joins(self) -> bool:

@@ -168,6 +168,12 @@ def halves(image):
     return np.transpose(image[:32, :32], (2, 0, 1)) / 510
 
 
+def test_scalars_of_numpy_are_those_of_python():
+    plain = {"size": 40, "mean": 0.5, "std": 0.25, "interpolation": "bicubic", "fast_decode": False}
+    given = {name: np.asarray(value)[()] for name, value in plain.items()}
+    assert repr(Preprocessing(**given)) == repr(Preprocessing(**plain))
+
+
 def test_a_callable():
     backbone = load_backbone("builtin", preprocessing=halves)
     assert backbone.input_size == (3, 32, 32)
