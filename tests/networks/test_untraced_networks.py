@@ -191,6 +191,26 @@ def test_a_layer_that_does_not_always_run():
         backbone.embed_batch(torch.full((2, 3, 16, 16), 255, dtype=torch.uint8))
 
 
+def test_a_forward_that_makes_tensors_on_the_cpu():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.fc = nn.LSTM(16, 5, batch_first=True), nn.Linear(5, 3)
+
+        def rows(self, x):
+            start = torch.zeros(1, x.size(0), 5).to("cpu")
+            return self.lstm(x[:, 0], (start, start))[0][:, -1]
+
+        def forward(self, x):
+            return self.fc(self.rows(x))
+
+    network, pixels = Recurrent(), torch.full((2, 3, 16, 16), 255, dtype=torch.uint8)
+    how = {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
+    (got,) = load_backbone(network, preprocessing=how).embed_batch(pixels)
+    with torch.no_grad():
+        torch.testing.assert_close(got, network.rows(torch.ones(2, 3, 16, 16)))
+
+
 def test_a_network_that_draws_random_numbers_is_warned_of():
     class Dropping(Net):
         def forward(self, x):
