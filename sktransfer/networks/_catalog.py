@@ -148,9 +148,10 @@ def list_backbones(pattern: str | None = None, *, timm: bool = False) -> Backbon
 
 
 def _matches(name: str, pattern: str) -> bool:
+    pattern = pattern.lower()
     if any(sign in pattern for sign in "*?["):
         return fnmatch(name, pattern)
-    return pattern.lower() in name.lower()
+    return pattern in name
 
 
 @functools.cache

@@ -179,8 +179,11 @@ class Traced:
 
     def __init__(self, root: nn.Module, graph: fx.Graph, output: fx.Node, tracer: _Tracer):
         self.root, self.graph, self.output = root, graph, output
-        # Hooks and untraceable code may read values, not only shapes.
-        self._needs_values = tracer.has_own_code or any(is_patched(m) for m in root.modules())
+        # Where shapes are found. Hooks and untraceable code may read values, which a skeleton does
+        # not have; `forward` may make tensors on the CPU.
+        needs_values = tracer.has_own_code or any(is_patched(m) for m in root.modules())
+        is_skeleton = any(p.is_meta for p in root.parameters())
+        self._devices = ["meta"] if is_skeleton else ["meta", "cpu"][needs_values:]
         self.nodes = [node for node in graph.nodes if node.op != "output"]
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.input = self.nodes[0]
@@ -281,6 +284,8 @@ class Traced:
         module = copy_with_parameters(self.root).eval()
         with torch.no_grad():
             expected = module(x.clone())
+            if not isinstance(expected, torch.Tensor):
+                return False
             got = fx.GraphModule(module, self.graph)(x.clone())
         scale = float(expected.nan_to_num(0, 0, 0).abs().max())
         return torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * scale, equal_nan=True)
@@ -288,20 +293,28 @@ class Traced:
     def shapes(self, input_size: tuple[int, ...]) -> dict[fx.Node, tuple[int, ...]]:
         """Return the shape of every tensor in the graph for 2 black images."""
         if input_size not in self._shapes:
-            device = "cpu" if self._needs_values else "meta"
-            copied = (
-                copy_with_parameters(self.root) if self._needs_values else _meta_copy(self.root)
-            )
-            x = torch.zeros((2, *input_size), device=device)
-            run = _ShapeRun(copied.eval(), self.graph, device)
-            with torch.no_grad():
+            for device in self._devices:
                 try:
-                    run.run(x)
+                    self._shapes[input_size] = self._shapes_on(device, input_size)
+                    break
                 except Exception:
-                    copied(x)  # its own error is clearer
-                    raise
-            self._shapes[input_size] = run.shapes
+                    if device == self._devices[-1]:
+                        raise
         return self._shapes[input_size]
+
+    def _shapes_on(
+        self, device: str, input_size: tuple[int, ...]
+    ) -> dict[fx.Node, tuple[int, ...]]:
+        copied = _meta_copy(self.root) if device == "meta" else copy_with_parameters(self.root)
+        x = torch.zeros((2, *input_size), device=device)
+        run = _ShapeRun(copied.eval(), self.graph, device)
+        with torch.no_grad():
+            try:
+                run.run(x)
+            except Exception:
+                copied(x)  # its own error is clearer
+                raise
+        return run.shapes
 
 
 class _ShapeRun(fx.Interpreter):

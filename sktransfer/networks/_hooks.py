@@ -9,6 +9,7 @@ import threading
 import torch
 from torch import nn
 
+from sktransfer._progress import warn
 from sktransfer._threads import process_lock
 from sktransfer.networks._graph import (
     Stage,
@@ -42,6 +43,11 @@ class HookedPlan:
         self._layers = [path for path, _ in module.named_modules(remove_duplicate=False) if path]
         self._runs: dict[tuple[int, ...], _RecordedPass] = {}
         self._head = self._run(input_size).head
+        if self._run(input_size).is_random:
+            warn(
+                f"{name} draws random numbers in eval mode, so that its rows are random. A dropout "
+                "has to be a module or get training=self.training."
+            )
         self.names = ["body", "head"] if self._head else ["body"]
         self.stage_keys = [self.embedding_key, ""][: len(self.names)]
 
@@ -122,8 +128,10 @@ class _RecordedPass:
         copied = copy_with_parameters(module).eval()
         for name, part in copied.named_modules():
             part.register_forward_hook(functools.partial(self._note, name))
+        state = torch.get_rng_state()
         with torch.no_grad():
             self.output = copied(torch.zeros((2, *input_size)))
+        self.is_random = not torch.equal(torch.get_rng_state(), state)
         name, value = self._last
         # The last linear layer, if the network returns its output.
         self.head = name if value is self.output else ""

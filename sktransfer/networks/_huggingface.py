@@ -145,12 +145,38 @@ class FolderSource(BuiltSource):
         return files_digest([*files, *weights_files(folder, self.name)])
 
     def make(self, unused: tuple[str, ...] = ()) -> PreTrainedModel:
-        """Make the model with its weights, or with random ones; see :func:`load_model`."""
+        """Make the model as float32 and without heads, with its weights or random ones.
+
+        Weights whose names begin with one of `unused` may be missing.
+        """
         if self.is_random:
             with own_random_state(self.seed), quiet():
                 return _make_model(self.config)
-        state = None if self.path is None else _weights.read_state_dict(self.path)
-        return load_model(self.folder, self.name, self.config, state, unused=unused)
+        place = self.path or self.folder
+        options = {"config": self.config, "local_files_only": True, "output_loading_info": True}
+        options |= {"dtype": torch.float32}
+        if self.path is not None:
+            options["state_dict"] = dict(_weights.read_state_dict(self.path))
+        try:
+            with quiet():
+                model, info = _model_class(self.config).from_pretrained(
+                    None if self.path else str(place), **options
+                )
+        except Exception as error:
+            raise ValueError(
+                f"backbone={self.name!r}: its weights in {str(place)!r} cannot be "
+                f"loaded ({type(error).__name__}: {error!s:.300})."
+            ) from error
+        missing = sorted(map(str, info["missing_keys"]))
+        if any("pooler" in key for key in missing) and hasattr(model, "pooler"):
+            model.pooler = None  # it was not trained
+        missing = [key for key in missing if not key.startswith(unused) and "mask_token" not in key]
+        if missing := [key for key in missing if "pooler" not in key]:
+            raise ValueError(
+                f"backbone={self.name!r}: {str(place)!r} lacks the weights of "
+                f"{missing[:5]}, {len(missing)} in all."
+            )
+        return model
 
 
 def make_skeleton(settings: Mapping) -> PreTrainedModel:
@@ -198,41 +224,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if has_bars:
             logging.enable_progress_bar()
-
-
-def load_model(
-    folder: Path,
-    name: str,
-    config: PretrainedConfig,
-    state: Mapping[str, torch.Tensor] | None = None,
-    *,
-    unused: tuple[str, ...] = (),
-) -> PreTrainedModel:
-    """Load a model with its weights, or those of `state`, as float32, without heads.
-
-    Weights whose names begin with one of `unused` may be missing.
-    """
-    place = str(folder) if state is None else "the file given as weights"
-    options = {"config": config, "local_files_only": True, "output_loading_info": True}
-    options |= {"dtype": torch.float32}
-    try:
-        with quiet():
-            source = {"state_dict": dict(state)} if state else {}
-            model, info = _model_class(config).from_pretrained(
-                None if state else str(folder), **source, **options
-            )
-    except Exception as error:
-        raise ValueError(
-            f"backbone={name!r}: its weights in {place!r} cannot be loaded "
-            f"({type(error).__name__}: {error!s:.300})."
-        ) from error
-    missing = sorted(map(str, info["missing_keys"]))
-    if any("pooler" in key for key in missing) and hasattr(model, "pooler"):
-        model.pooler = None  # it was not trained
-    missing = [key for key in missing if not key.startswith(unused) and "mask_token" not in key]
-    if missing := [key for key in missing if "pooler" not in key]:
-        raise ValueError(
-            f"backbone={name!r}: {place!r} lacks the weights of {missing[:5]}, "
-            f"{len(missing)} in all."
-        )
-    return model

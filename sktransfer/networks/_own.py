@@ -58,7 +58,7 @@ def own_source(backbone: nn.Module | Callable, weights: object) -> ModuleSource:
     if path is not None:
         module = _copied(module, name)
         plan = plan_stages(module, module_preprocessing(module).input_size, name)
-        state = _weights.read_state_dict(path)
+        state = _weights.read_state_dict(path, module.state_dict().keys())
         _weights.fit_state_dict(module, state, plan.head_layers(), f"{name}, {path}")
     elif weights is None:
         module = _reset(_copied(module, name), name)

@@ -94,6 +94,8 @@ class Preprocessing:
         if self.resize_on == "device" and self.interpolation not in _METHODS_OF_DEVICES:
             accepted = f"with resize_on='device' one of {list(_METHODS_OF_DEVICES)} is accepted."
             raise _refused("interpolation", self.interpolation, accepted)
+        for name, kind in ("interpolation", str), ("fast_decode", bool), ("resize_on", str):
+            object.__setattr__(self, name, kind(getattr(self, name)))  # NumPy's have another repr
 
     @property
     def joins(self) -> bool:
@@ -296,7 +298,14 @@ class CallablePreprocessing:
     def resize_crop(self, image: np.ndarray | Image.Image) -> np.ndarray:
         """Apply the user's function; float32 (channels, height, width)."""
         image = np.asarray(image)
-        got = self.function(image)
+        try:
+            got = self.function(image)
+        except Exception as error:
+            error.add_note(
+                "The function given as `preprocessing` got a uint8 array (height, width, 3): a "
+                "transform of torchvision needs v2.ToImage() before it."
+            )
+            raise
         pixels = np.asarray(got, dtype=np.float32)
         if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
             raise ValueError(

@@ -225,6 +225,15 @@ class TimmSource(NamedSource):
                 "('timm:vit_base_patch16_224.augreg_in21k') with weights='DEFAULT'; "
                 f"{_ACCEPTED}"
             )
+        try:
+            config = timm.get_pretrained_cfg(self.model_name)
+        except RuntimeError as error:  # about the tag
+            known = timm.list_pretrained(f"{bare}.*")
+            raise ValueError(f"backbone={shown(name)}: {error} Known are {known}.") from error
+        if self.is_published and config and not config.has_weights:
+            raise ValueError(
+                f"backbone={shown(name)}: timm publishes no weights of this network; {_ACCEPTED}"
+            )
         # Kept for the first build(), so that the network is made once.
         self._made = self._pretrained() if self.is_published else super().build()
         self.digest = self.digest_weights()
@@ -268,13 +277,15 @@ class TimmSource(NamedSource):
         from huggingface_hub import try_to_load_from_cache
 
         place = self._place()
+        if not place:
+            return False
         if place.startswith("https:"):
             return _weights.cache_path(place).exists()
         found = [try_to_load_from_cache(place, name) for name in _HUB_FILES]
         return any(isinstance(path, str) for path in found)
 
     def _place(self) -> str:
-        """Return the name of a repository of the hub, or a file's address."""
+        """Return the name of a repository of the hub, or a file's address; ``""`` if unknown."""
         config = import_timm().get_pretrained_cfg(self.model_name)
         return config.hf_hub_id or config.url if config else self.model_name.partition(":")[2]
 

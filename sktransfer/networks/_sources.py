@@ -22,7 +22,7 @@ from sktransfer.networks._preprocessing import AnyPreprocessing
 RANDOM_SEED = 0
 # The seed of random weights, weights=None.
 random_seed: ContextVar[int] = ContextVar("random_seed", default=RANDOM_SEED)
-_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+_SUFFIXES = (".pt", ".pth", ".pth.tar", ".bin", ".ckpt", ".safetensors")
 
 
 class Source(ABC):
@@ -120,7 +120,7 @@ class NamedSource(Source):
                     f"fitted ({got[:19]}… now, {self.digest[:19]}… then): put the old file back, "
                     "or fit again."
                 )
-            state = _weights.read_state_dict(path)
+            state = _weights.read_state_dict(path, module.state_dict().keys())
             what = f"{self.name}, {path}"
             _weights.fit_state_dict(module, state, head_layers, what)
         freeze(module)
@@ -146,7 +146,7 @@ def weights_path(weights: object) -> Path | None:
     if not isinstance(weights, (str, os.PathLike)) or not is_path(weights):
         return None
     path = Path(os.path.abspath(os.path.expanduser(weights)))
-    if path.suffix.lower() not in _SUFFIXES:
+    if not path.name.lower().endswith(_SUFFIXES):
         raise ValueError(
             f"weights={shown(weights)}: a weights file ends in one of {', '.join(_SUFFIXES)}."
         )

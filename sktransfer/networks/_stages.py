@@ -94,7 +94,9 @@ class StagePlan:
             )
         self.traced, self.network_name = traced, name
         self._map_shapes = self._large_shapes(input_size)
-        start = self._head_start()
+        # timm makes a network without its head for num_classes=0.
+        is_headless = getattr(traced.root, "num_classes", None) == 0
+        start = len(traced.nodes) if is_headless else self._head_start()
         self._has_head = start < len(traced.nodes)
         end = start - 1
         self._embedding = traced.crossing[end] if self._has_head else traced.output
@@ -196,7 +198,10 @@ class StagePlan:
             return {}
         from timm.models import group_parameters
 
-        matcher = root.group_matcher(coarse=True)  # type: ignore[operator]
+        try:
+            matcher = root.group_matcher(coarse=True)  # type: ignore[operator]
+        except AssertionError:  # rdnet has no coarse groups
+            return {}
         groups = group_parameters(root, matcher, reverse=True)
         members: dict[object, list[str]] = {}
         for name in weights:

@@ -146,4 +146,5 @@ def _read_words(path: Path) -> list[str]:
         import pandas as pd
 
         return pd.read_parquet(path).iloc[:, 0].astype(str).tolist()
-    return path.read_text("utf-8").splitlines()
+    with open(path, encoding="utf-8") as file:  # str.splitlines() would split at "\x85", too
+        return [line.rstrip("\n") for line in file]

@@ -7,7 +7,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -99,15 +99,18 @@ def state_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+def read_state_dict(path: Path, own: Set[str] = frozenset()) -> dict[str, torch.Tensor]:
     """Read the tensors of a weights file by name; floating-point ones become float32.
 
-    No code in the file is run: the file is safetensors, or read with ``weights_only=True``.
+    Names lose the prefix of what the network was part of, unless one is in `own`, the network's
+    names. No code in the file is run: the file is safetensors, or read with ``weights_only=True``.
     """
     state = _unwrap(_read(path), path)
     _check_tensors(state, path)
     names = list(state)
-    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in names)), None):
+    while own.isdisjoint(names) and (
+        prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in names)), None)
+    ):
         names = [name.removeprefix(prefix) for name in names]
     values = [tensor.resolve_neg() for tensor in state.values()]
     tensors = [t.float() if t.is_floating_point() else t for t in values]

@@ -146,6 +146,22 @@ def test_weights_file_for_an_own_module(tmp_path):
     assert backbone.fingerprint == load_backbone(tiny(), preprocessing=SMALL).fingerprint
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+def test_weights_file_for_an_own_module_around_another(prefix, tmp_path):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny()
+
+        def forward(self, x):
+            return self.model(x)
+
+    given, path = Around(), tmp_path / "around.pt"
+    torch.save({f"{prefix}{key}": value for key, value in given.state_dict().items()}, path)
+    backbone = load_backbone(Around(), weights=path, preprocessing=SMALL)
+    torch.testing.assert_close(backbone.network.module.state_dict(), given.state_dict())
+
+
 # -- fingerprints ----------------------------------------------------------------------------
 def test_fingerprints_tell_everything_apart():
     other = tiny()
@@ -215,7 +231,9 @@ def test_clones_share_one_network(monkeypatch):
     clear_networks()
     n_read = []
     read = _weights.read_state_dict
-    monkeypatch.setattr(_weights, "read_state_dict", lambda path: n_read.append(path) or read(path))
+    monkeypatch.setattr(
+        _weights, "read_state_dict", lambda *args: n_read.append(args) or read(*args)
+    )
     found = []
 
     def work():

@@ -20,6 +20,7 @@ def test_the_whole_list():
 
 def test_patterns():
     assert [row.name for row in list_backbones("vgg1?")] == ["vgg11", "vgg13", "vgg16", "vgg19"]
+    assert [row.name for row in list_backbones("Inception*")] == ["inception_v3"]
     assert "wide_resnet50_2" in [row.name for row in list_backbones("RESNET")]
     assert list_backbones("nothing") == []
     with pytest.raises(TypeError, match="pattern=3 is not a string"):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision.models import get_model_weights
 from torchvision.transforms import functional as F
+from torchvision.transforms import v2
 
 from sktransfer import load_backbone
 from sktransfer.networks._preprocessing import (
@@ -167,6 +168,12 @@ def halves(image):
     return np.transpose(image[:32, :32], (2, 0, 1)) / 510
 
 
+def test_scalars_of_numpy_are_those_of_python():
+    plain = {"size": 40, "mean": 0.5, "std": 0.25, "interpolation": "bicubic", "fast_decode": False}
+    given = {name: np.asarray(value)[()] for name, value in plain.items()}
+    assert repr(Preprocessing(**given)) == repr(Preprocessing(**plain))
+
+
 def test_a_callable():
     backbone = load_backbone("builtin", preprocessing=halves)
     assert backbone.input_size == (3, 32, 32)
@@ -180,6 +187,10 @@ def test_a_callable_that_returns_the_wrong_thing():
     message = re.escape("returned ndarray of shape (240, 320, 3) for an image of shape (240, 320")
     with pytest.raises(ValueError, match=message):
         load_backbone("builtin", preprocessing=lambda image: image)
+    transforms = get_model_weights("resnet18")["DEFAULT"].transforms()
+    with pytest.raises(TypeError, match=r"got a uint8 array .* needs v2.ToImage\(\) before it"):
+        load_backbone("builtin", preprocessing=transforms)
+    load_backbone("builtin", preprocessing=v2.Compose([v2.ToImage(), transforms]))
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

@@ -357,3 +357,13 @@ def test_timm(name, names):
         torch.testing.assert_close(backbone.stages.run(x), module(x), rtol=1e-5, atol=1e-5)
     (got,) = backbone.embed_batch(pixels)
     assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "ghostnet_050"])
+def test_a_network_of_timm_without_its_head(name):
+    timm = pytest.importorskip("timm")
+    module = timm.create_model(name, num_classes=0).eval()
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    (got,) = load_backbone(module, preprocessing={"size": 64}).embed_batch(pixels)
+    with torch.no_grad():
+        assert relative_error(got, module(normalised(pixels))) < 1e-5

@@ -107,12 +107,30 @@ def test_linear_layers_of_timm_are_heads(name):
     assert backbone.stage_names[-1] == "head"
 
 
+# One has no coarse groups of parameters; the other sets `forward` on instances.
+@pytest.mark.parametrize("name", ["rdnet_tiny", "fasternet_t0"])
+def test_networks_that_differ_from_others(name):
+    backbone = load_backbone(f"timm:{name}", weights=None, preprocessing={"size": 64})
+    module, pixels = backbone.network.module, torch.zeros((2, 3, 64, 64), dtype=torch.uint8)
+    assert backbone.stage_names[0] == "stem"
+    assert backbone.stage_names[-1] == "head"
+    how = backbone.preprocessing
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (how.mean, how.std))
+    with torch.no_grad():
+        features = module.forward_features((pixels / 255 - mean) / std)
+        expected = module.forward_head(features, pre_logits=True)
+    (got,) = backbone.embed_batch(pixels)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "weights", "error", "message"),
     [
         ("timm:xception4", None, ValueError, "Did you mean 'timm:xception41'"),
         ("timm:nothing-like-it", None, ValueError, r"no such network. list_backbones\('timm:\*'\)"),
         ("timm:resnet18", "A1", ValueError, "'A1' is not accepted for a timm network: give the"),
+        ("timm:resnet18.A1", None, ValueError, r"tag \(A1\) .*Known are .*'resnet18.a1_in1k'"),
+        ("timm:botnet50ts_256", "DEFAULT", ValueError, "publishes no weights of this network; a "),
     ],
 )
 def test_errors(name, weights, error, message):
@@ -120,15 +138,14 @@ def test_errors(name, weights, error, message):
         load_backbone(name, weights=weights)
 
 
-def test_no_network(monkeypatch):
+@pytest.mark.parametrize("name", ["resnet26", "vit_base_patch16_224_in21k"])  # an old name
+def test_no_network(name, monkeypatch):
     def fails(name, pretrained):
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr(timm, "create_model", fails)
-    with pytest.raises(
-        OSError, match=r"no route to the hub[^$]*from: https://huggingface.co/timm/"
-    ):
-        load_backbone("timm:resnet26")
+    with pytest.raises(OSError, match=r"no route to the hub[^$]*from: https://huggingface.co/"):
+        load_backbone(f"timm:{name}")
 
 
 def test_timm_is_optional(monkeypatch):

@@ -173,6 +173,9 @@ def test_outputs_that_cannot_be_had():
 
     with pytest.raises(TypeError, match="Two returns tuple: its forward has to return one tensor"):
         load_backbone(Two(), preprocessing=SIZE)
+    recurrent = nn.Sequential(nn.Flatten(2), nn.LSTM(16 * 16, 5))
+    with pytest.raises(TypeError, match="Sequential returns tuple: its forward has to return one"):
+        load_backbone(recurrent, preprocessing=SIZE)
 
 
 def test_a_layer_that_does_not_always_run():
@@ -186,6 +189,35 @@ def test_a_layer_that_does_not_always_run():
     backbone = load_backbone(Sometimes(), preprocessing=SIZE, layer="features.1")
     with pytest.raises(ValueError, match=r"layer 'features.1' did not run for these images"):
         backbone.embed_batch(torch.full((2, 3, 16, 16), 255, dtype=torch.uint8))
+
+
+def test_a_forward_that_makes_tensors_on_the_cpu():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.fc = nn.LSTM(16, 5, batch_first=True), nn.Linear(5, 3)
+
+        def rows(self, x):
+            start = torch.zeros(1, x.size(0), 5).to("cpu")
+            return self.lstm(x[:, 0], (start, start))[0][:, -1]
+
+        def forward(self, x):
+            return self.fc(self.rows(x))
+
+    network, pixels = Recurrent(), torch.full((2, 3, 16, 16), 255, dtype=torch.uint8)
+    how = {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
+    (got,) = load_backbone(network, preprocessing=how).embed_batch(pixels)
+    with torch.no_grad():
+        torch.testing.assert_close(got, network.rows(torch.ones(2, 3, 16, 16)))
+
+
+def test_a_network_that_draws_random_numbers_is_warned_of():
+    class Dropping(Net):
+        def forward(self, x):
+            return self.fc(nn.functional.dropout(self.features(x).mean((2, 3)), 0.5))
+
+    with pytest.warns(UserWarning, match="Dropping draws random numbers in eval mode, so that its"):
+        load_backbone(Dropping(), preprocessing=SIZE)
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def saved(path, state):
     return path
 
 
-@pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.safetensors"])
+@pytest.mark.parametrize("name", ["w.pt", "w.PTH", "w.pth.tar", "w.safetensors"])
 def test_local_file(network, tmp_path, name):
     path = saved(tmp_path / name, network.state_dict())
     for weights in (path, str(path)):

@@ -14,6 +14,7 @@ from sktransfer import PretrainedTextExtractor, load, save
 gensim = pytest.importorskip("gensim")
 
 WORDS = ["the", "film", "is", "good", "bad", "not", "very", "dull", "don", "fine"]
+WORDS.insert(9, "\x85")  # a word of GloVe, which str.splitlines() takes for a new line
 TEXTS = [
     "The film is GOOD, very good!",
     "bad; not fine",
@@ -198,7 +199,7 @@ def test_what_is_no_table(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"beside the vectors 'a\.npy' their words"):
         PretrainedTextExtractor(f"vectors:{tmp_path / 'a.npy'}").fit(TEXTS)
     (tmp_path / "a.txt").write_text("one\ntwo")
-    with pytest.raises(ValueError, match=r"it has the shape \(10, 5\), for 2 words"):
+    with pytest.raises(ValueError, match=r"it has the shape \(11, 5\), for 2 words"):
         PretrainedTextExtractor(f"vectors:{tmp_path / 'a.npy'}").fit(TEXTS)
     (tmp_path / "b.txt").write_text("one 1 2\ntwo 1\n")
     with pytest.raises(ValueError, match="cannot be read as a table of vectors"):
