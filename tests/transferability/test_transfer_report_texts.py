@@ -56,6 +56,17 @@ def test_fine_tuning_on_texts(tmp_path):
     assert list(report.start_) == ["tf-idf"]
 
 
+def test_several_labels_per_text(tmp_path):
+    pytest.importorskip("transformers")
+    X = np.array(["a good film", "a bad film"] * 12, dtype=object)
+    labels = np.stack([np.arange(24) % 2, np.arange(24) % 3 == 0], axis=1).astype(int)
+    model = FineTuningClassifier(f"hf:{make_text_folder(tmp_path)}", max_epochs=1, unfreeze=0)
+    report = transfer_report(
+        model, X, labels, train_sizes=[1.0], against=["pixels"], cv=2, random_state=0
+    )
+    assert np.isfinite(report.scores_["tf-idf"]).all()
+
+
 def test_ranking(vectors, tmp_path):
     X, y = make_texts(80)
     (tmp_path / "other").mkdir()
