@@ -91,7 +91,7 @@ def test_ranking_of_layers(tmp_path):
     X = np.array(["a good film", "a bad film", "not dull", "very dull"] * 6, dtype=object)
     name = f"hf:{make_text_folder(tmp_path)}"
     ranking = rank_backbones(X, [1, 0, 1, 0] * 6, [name], layers="stages", cv=3, random_state=0)
-    layers = {"embeddings", "block0", "block1", "block2", "pool", "embedding"}
+    layers = {"embeddings", "block0", "block1", "block2", "embedding"}
     assert set(ranking.table_["layer"]) == layers
     numbered = PretrainedTextExtractor(name, layer=[0, -1])
     ranking = rank_backbones(X, [1, 0, 1, 0] * 6, [numbered], cv=3, random_state=0)
