@@ -11,7 +11,13 @@ from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
 
 from sktransfer.inspection._axes import COLORS, new_axes, style_of
-from sktransfer.inspection._grid import image_shape_of, one_a_row, read_thumbnails, transform
+from sktransfer.inspection._grid import (
+    columns_of,
+    one_a_row,
+    parameter_of,
+    read_thumbnails,
+    transform,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,7 +107,7 @@ class EmbeddingDisplay:
         display : EmbeddingDisplay
         """
         options = {"method": method, "n_thumbnails": n_thumbnails, "random_state": random_state}
-        shape = image_shape_of(estimator)
+        shape = parameter_of(estimator, "image_shape")
         features = transform(estimator, X)
         return cls.from_features(features, X, y, image_shape=shape, ax=ax, **options)
 
@@ -132,6 +138,7 @@ class EmbeddingDisplay:
         -------
         display : EmbeddingDisplay
         """
+        features = columns_of(X, features, "features", n_least=2)
         features = StandardScaler().fit_transform(features)
         names: tuple[str, str] = ("", "")
         if method == "pca":

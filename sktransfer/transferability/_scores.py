@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.utils import check_array, check_consistent_length
+from sklearn.utils import check_array, check_consistent_length, column_or_1d
 
 from sktransfer._progress import warn
 
@@ -379,11 +379,7 @@ def classes_of(
     """
     if rows is not None:
         check_consistent_length(rows, y)
-    labels = as_plain(y)
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim != 1:
-        raise ValueError(f"y must hold one label a row; its shape is {labels.shape}.")
+    labels = column_or_1d(as_plain(y))
     _raise_if_any(are_missing(labels), "y holds missing labels")
     if not are_labels and is_continuous(labels):
         raise ValueError(

@@ -71,11 +71,10 @@ def transfer_report(
     against : sequence of {"random", "pixels", "dummy"}, default=("random", "pixels", "dummy")
         The baselines. ``"random"``: the same estimator with ``weights=None``, other random weights
         in each fold, so that no single draw of them decides; a search does not search its
-        `weights`. ``"pixels"``: the
-        same pipeline with images of 32 × 32 pixels as columns in place of the network's; for a
-        fine-tuning estimator a scaled linear model of them. Texts have no pixels: in their place
-        the words by tf-idf, ``"tf-idf"``. ``"dummy"``: the class frequencies,
-        or the mean. The verdict is about the first.
+        `weights`. ``"pixels"``: the same pipeline with images of 32 × 32 pixels as columns in place
+        of the network's; for a fine-tuning estimator a scaled linear model of them. Texts have no
+        pixels: in their place the words by tf-idf, ``"tf-idf"``. ``"dummy"``: the class
+        frequencies, or the mean. The verdict is about the first.
     cv : int, splitter or iterable, default=10
         Folds; those of a number are shuffled, and stratified in classification. Five take half
         the time and find large differences only.
