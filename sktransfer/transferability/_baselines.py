@@ -167,7 +167,10 @@ def takes_texts(part: BaseEstimator) -> bool:
 
 def _tf_idf() -> Pipeline:
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), max_features=_MAX_WORDS)
-    return make_pipeline(FunctionTransformer(_joined_texts), words, FunctionTransformer(_dense))
+    # Neither gives a data frame, whatever the output that is set for all.
+    functions = _joined_texts, _dense
+    join, dense = (FunctionTransformer(f).set_output(transform="default") for f in functions)
+    return make_pipeline(join, words, dense)
 
 
 def _joined_texts(X) -> list[str]:

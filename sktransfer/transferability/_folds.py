@@ -48,7 +48,10 @@ def make_folds(
         cv = kinds[is_classifier](int(cv), shuffle=True, random_state=random_state)
     splitter, rows = check_cv(cv, y, classifier=is_classifier), np.arange(len(y))
     # Folds may be masks.
-    return [(rows[train], rows[test]) for train, test in splitter.split(rows[:, None], y, groups)]
+    folds = [(rows[train], rows[test]) for train, test in splitter.split(rows[:, None], y, groups)]
+    if not folds:
+        raise ValueError("cv has no folds. A generator gives its folds once: list(...) keeps them.")
+    return folds
 
 
 def group_numbers(groups: ArrayLike | None, n_rows: int) -> np.ndarray | None:

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from sklearn.utils import check_array, check_consistent_length, column_or_1d
 
 from sktransfer._progress import warn
+from sktransfer.images._containers import is_missing
 
 _N_REPORTED = 5
 
@@ -421,8 +422,7 @@ def are_missing(labels: np.ndarray) -> np.ndarray:
     """Return which labels are None, NaN, infinite, NaT or pandas' NA."""
     if labels.dtype.kind != "O":
         return ~np.isfinite(labels) if labels.dtype.kind in "fc" else labels != labels
-    are_none = [label is None or type(label).__name__ == "NAType" for label in labels.tolist()]
-    return np.array([n or label != label for n, label in zip(are_none, labels, strict=True)], bool)
+    return np.array([is_missing(label) for label in labels.tolist()], dtype=bool)
 
 
 def as_plain(y: ArrayLike) -> np.ndarray:

@@ -336,6 +336,7 @@ def test_unreadable_images_are_listed(faint):
         ({"y": [2.5] * 80}, "y must have at least two values; all are 2.5"),
         ({"groups": [1, 2]}, r"groups has shape \(2,\); it needs a label for each of 80 rows"),
         ({"scoring": "f9"}, "f9"),
+        ({"cv": iter([])}, "cv has no folds. A generator gives its folds once"),
         ({"layers": ["conv9"]}, "conv9"),
         (
             {

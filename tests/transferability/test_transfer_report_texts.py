@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn import config_context
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from tiny_transformers import make_text_folder
@@ -44,6 +45,14 @@ def test_word_vectors_that_fit_help(vectors):
     assert report.verdict_ == "helps"
     assert list(report.start_) == ["random", "tf-idf", "dummy"]
     assert report.start_["tf-idf"].value > 0
+
+
+def test_tf_idf_where_all_output_is_pandas(vectors):
+    X, y = make_texts(20)
+    model = make_pipeline(PretrainedTextExtractor(vectors), LogisticRegression())
+    with config_context(transform_output="pandas"):
+        report = transfer_report(model, X, y, train_sizes=[1.0], against="pixels", cv=2)
+    assert np.isfinite(report.scores_["tf-idf"]).all()
 
 
 def test_fine_tuning_on_texts(tmp_path):
