@@ -142,6 +142,7 @@ def without_network(part: BaseEstimator, has_many_labels: bool = False) -> BaseE
         else:
             same = ("image_shape", "value_range", "device", "n_jobs", "memory")
             pixels = PretrainedFeatureExtractor(**{name: getattr(part, name) for name in same})
+            pixels.set_params(on_error="zero" if part.on_error == "skip" else "raise")
             raw, n_columns = without_network(pixels), 3 * math.prod(_SIZE)
         scaler, model = make_probe(n_columns, not is_classifier(part))
         if is_classifier(part):

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, clone, is_classifier, is_regressor
 from sklearn.metrics import check_scoring
 from sklearn.pipeline import Pipeline
-from sklearn.utils import check_consistent_length, indexable
+from sklearn.utils import indexable
 
 from sktransfer._progress import warn
 from sktransfer._validation import safe_indexing
@@ -148,7 +148,6 @@ def transfer_report(
     if any(map(takes_texts, networks_in(estimator).values())):
         against = ["tf-idf" if name == "pixels" else name for name in against]
     X, y = indexable(X, y)
-    check_consistent_length(X, y)
     classifies, seed = is_classifier(estimator), as_seed(random_state)
     target = read_labels(y) if classifies else read_numbers(y)
     scoring = _own_scoring(estimator) if scoring is None else scoring

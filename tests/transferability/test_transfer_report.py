@@ -331,6 +331,14 @@ def test_fine_tuning_that_stops_early_follows_its_own_part(faint):
     assert np.isfinite(report.epochs_["random"][:, :2]).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*are left out of")
+def test_images_that_fine_tuning_skips_stop_no_baseline(faint):
+    X, y = (part[:24] for part in faint)
+    tuned = FineTuningClassifier(Filters(STRIPES), **SMALL, max_epochs=0, on_error="skip")
+    report = transfer_report(tuned, [*X[:23], None], y, train_sizes=[1.0], cv=2, random_state=0)
+    assert np.isfinite(report.scores_["pixels"]).all()
+
+
 def test_several_labels_per_row(faint):
     X, y = faint
     labels = np.stack([y == "down", np.arange(80) % 4 == 0], axis=1).astype(int)
