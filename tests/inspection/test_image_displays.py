@@ -369,6 +369,12 @@ def test_embedding_without_labels_or_with_numbers(pictures):
 def test_embedding_with_labels_that_are_missing(pictures):
     display = EmbeddingDisplay(pictures, np.eye(12, 2), ["a", None, "b"] * 4).plot()
     assert [scatter.get_label() for scatter in display.scatters_] == ["None", "a", "b"]
+    display = EmbeddingDisplay(pictures, np.eye(12, 2), [0, np.nan, 1] * 4).plot()
+    assert [len(scatter.get_offsets()) for scatter in display.scatters_] == [4, 4, 4]
+    numbers = np.r_[np.nan, np.arange(23.0)]
+    display = EmbeddingDisplay(np.tile(pictures, (2, 1, 1, 1)), np.eye(24, 2), numbers).plot()
+    display.figure_.canvas.draw()
+    assert (display.scatters_[0].get_facecolor()[:, 3] == 1).all()
 
 
 def test_embedding_with_an_unknown_method(pictures):
