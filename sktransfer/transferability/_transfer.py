@@ -249,7 +249,8 @@ def _by_epoch(
 def _own_scoring(estimator: BaseEstimator) -> object:
     """Return the scorer of a search, which baselines without the search would not use."""
     last = estimator.steps[-1][1] if isinstance(estimator, Pipeline) else estimator
-    return getattr(last, "scoring", None) if hasattr(last, "estimator") else None
+    # Searches have error_score; others may have a `scoring` that their `score` does not use.
+    return last.scoring if hasattr(last, "error_score") else None
 
 
 def _checked_against(against: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from sklearn.model_selection import (
     GroupKFold,
     KFold,
     StratifiedKFold,
+    TunedThresholdClassifierCV,
     cross_val_score,
 )
 from sklearn.pipeline import make_pipeline
@@ -252,6 +253,12 @@ def test_baselines_of_a_search_have_its_scoring(faint, has_network):
     assert report.score_name == "neg_log_loss"
     assert all(scores.max() < 0 for scores in report.scores_.values())
     assert report.gain_["dummy"].value > 0
+
+
+def test_a_scoring_that_score_does_not_use(faint):
+    tuned = TunedThresholdClassifierCV(model(STRIPES), scoring="balanced_accuracy", cv=2)
+    report = transfer_report(tuned, *faint, train_sizes=[1.0], against="dummy", cv=2)
+    assert report.score_name == "accuracy"
 
 
 @pytest.mark.parametrize("is_nested", [False, True])
