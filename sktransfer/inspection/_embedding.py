@@ -11,7 +11,13 @@ from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
 
 from sktransfer.inspection._axes import COLORS, new_axes, style_of
-from sktransfer.inspection._grid import image_shape_of, one_a_row, read_thumbnails, transform
+from sktransfer.inspection._grid import (
+    columns_of,
+    one_a_row,
+    parameter_of,
+    read_thumbnails,
+    transform,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,7 +107,7 @@ class EmbeddingDisplay:
         display : EmbeddingDisplay
         """
         options = {"method": method, "n_thumbnails": n_thumbnails, "random_state": random_state}
-        shape = image_shape_of(estimator)
+        shape = parameter_of(estimator, "image_shape")
         features = transform(estimator, X)
         return cls.from_features(features, X, y, image_shape=shape, ax=ax, **options)
 
@@ -132,6 +138,7 @@ class EmbeddingDisplay:
         -------
         display : EmbeddingDisplay
         """
+        features = columns_of(X, features, "features", n_least=2)
         features = StandardScaler().fit_transform(features)
         names: tuple[str, str] = ("", "")
         if method == "pca":
@@ -176,21 +183,24 @@ class EmbeddingDisplay:
         return self
 
     def _draw_points(self, points: np.ndarray) -> list[PathCollection]:
+        from matplotlib import colormaps
+
         style: dict = {"s": 14, "linewidths": 0}
         if self.y is None:
             return [self.ax_.scatter(points[:, 0], points[:, 1], color=COLORS[0], **style)]
         y = one_a_row(self.y, points)
         y = y.astype(str) if y.dtype == object else y  # None beside labels, too
-        labels = np.unique(y)
+        labels, codes = np.unique(y, return_inverse=True)  # NaN is one label
         if y.dtype.kind in "fiu" and len(labels) > 20:
-            scatter = self.ax_.scatter(points[:, 0], points[:, 1], c=y, cmap="cividis", **style)
+            style |= {"cmap": colormaps["cividis"].with_extremes(bad="0.8"), "plotnonfinite": True}
+            scatter = self.ax_.scatter(points[:, 0], points[:, 1], c=y, **style)
             self.figure_.colorbar(scatter, ax=self.ax_, label="y")
             return [scatter]
         scatters = []
         for k, label in enumerate(labels):
             style["color"], style["marker"] = style_of(k)
-            self._frames[y == label] = style["color"]
-            rows = points[y == label]
+            self._frames[codes == k] = style["color"]
+            rows = points[codes == k]
             scatters.append(self.ax_.scatter(rows[:, 0], rows[:, 1], label=label, **style))
         columns = -(-len(labels) // 20)
         self.ax_.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, ncols=columns)

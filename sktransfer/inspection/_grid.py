@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from sklearn.utils import check_consistent_length
+from sklearn.utils import check_array, check_consistent_length, column_or_1d
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer.images._images import BadImage, as_images
@@ -59,11 +59,11 @@ def _thumbnail(images, i: int, size: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), how))
 
 
-def image_shape_of(estimator) -> tuple[int, ...] | None:
-    """Return the `image_shape` of an estimator or of a step within it."""
+def parameter_of(estimator, name: str):
+    """Return a parameter of an estimator or of a step within it, `image_shape` for instance."""
     parameters = estimator.get_params() if hasattr(estimator, "get_params") else {}
-    shapes = (v for name, v in parameters.items() if name.split("__")[-1] == "image_shape")
-    return next((shape for shape in shapes if shape is not None), None)
+    values = (value for key, value in parameters.items() if key.split("__")[-1] == name)
+    return next((value for value in values if value is not None), None)
 
 
 def method_of(estimator, methods: Sequence[str]) -> str:
@@ -80,12 +80,22 @@ def method_of(estimator, methods: Sequence[str]) -> str:
 
 def one_a_row(y: ArrayLike, X) -> np.ndarray:
     """Return one label or number for each row of X."""
-    y = np.asarray(y)
-    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
-    if y.ndim != 1:
-        raise ValueError(f"y must hold one label or number a row; its shape is {y.shape}.")
     check_consistent_length(X, y)
-    return y
+    return column_or_1d(y)
+
+
+def columns_of(X, features: ArrayLike, name: str, n_least: int = 1) -> np.ndarray:
+    """Return the computed columns of X as an array of finite numbers."""
+    least = {"ensure_min_samples": n_least, "ensure_min_features": n_least}
+    array = check_array(features, ensure_all_finite=False, input_name=name, **least)
+    check_consistent_length(X, array)
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"{name} holds NaN or infinity in {len(bad)} of {len(array)} rows, of which the "
+            f"first is row {bad[0]}: leave these rows out of it and of the images."
+        )
+    return array
 
 
 def transform(extractor, X) -> np.ndarray:

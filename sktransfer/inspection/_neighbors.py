@@ -9,10 +9,11 @@ from numpy.typing import ArrayLike
 from sklearn.neighbors import NearestNeighbors
 
 from sktransfer.inspection._grid import (
+    columns_of,
     draw_grid,
     grid_axes,
-    image_shape_of,
     one_a_row,
+    parameter_of,
     read_thumbnails,
     short,
     transform,
@@ -110,16 +111,9 @@ class NeighborsDisplay:
         display : NeighborsDisplay
         """
         both = transform(estimator, X_train), transform(estimator, X)
-        return cls.from_features(
-            *both,
-            X_train,
-            X,
-            y_train=y_train,
-            n_neighbors=n_neighbors,
-            metric=metric,
-            image_shape=image_shape_of(estimator),
-            ax=ax,
-        )
+        shape = parameter_of(estimator, "image_shape")
+        options = {"n_neighbors": n_neighbors, "metric": metric, "image_shape": shape, "ax": ax}
+        return cls.from_features(*both, X_train, X, y_train=y_train, **options)
 
     @classmethod
     def from_features(
@@ -150,6 +144,8 @@ class NeighborsDisplay:
         -------
         display : NeighborsDisplay
         """
+        features_train = columns_of(X_train, features_train, "features_train")
+        features = columns_of(X, features, "features")
         n_neighbors = min(n_neighbors, len(features_train))
         search = NearestNeighbors(n_neighbors=n_neighbors, metric=metric).fit(features_train)
         distances, neighbors = search.kneighbors(features)

@@ -91,14 +91,8 @@ class BackboneRankingDisplay:
         score, seconds, error, gain = (
             np.asarray(table[name]) for name in ("score", "seconds", "score_se", "gain")
         )
-        return cls(
-            names,
-            score,
-            seconds,
-            score_error=error,
-            gain=gain,
-            score_name=ranking.score_name,
-        ).plot(ax)
+        options = {"score_error": error, "gain": gain, "score_name": ranking.score_name}
+        return cls(names, score, seconds, **options).plot(ax)
 
     def plot(self, ax: Axes | None = None) -> Self:
         """Draw the display.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -12,9 +13,9 @@ from sktransfer.images._images import BadImage, as_images
 from sktransfer.inspection._grid import (
     draw_grid,
     grid_axes,
-    image_shape_of,
     method_of,
     pair_places,
+    parameter_of,
     read_thumbnails,
     short,
 )
@@ -114,9 +115,9 @@ class SaliencyDisplay:
 
         Parameters
         ----------
-        estimator : fitted classifier or regressor
-            The log-odds of ``predict_proba`` are explained, else ``decision_function``, else
-            ``predict``.
+        estimator : fitted classifier, regressor or outlier detector
+            The log-odds of ``predict_proba`` are explained, else ``decision_function``, else,
+            without classes, ``predict``.
         X : list, array, Series or data frame of images
             The few images to explain. A data frame may hold other columns, too.
         target : label, default=None
@@ -136,21 +137,21 @@ class SaliencyDisplay:
         -------
         display : SaliencyDisplay
         """
-        shape = image_shape if image_shape is not None else image_shape_of(estimator)
-        rows = _Rows(X, column, shape)
-        method = method_of(estimator, _METHODS)
-        classes = [] if method == "predict" else list(estimator.classes_)
+        shape = image_shape if image_shape is not None else parameter_of(estimator, "image_shape")
+        rows = _Rows(X, column, shape, parameter_of(estimator, "value_range"))
+        classes = list(getattr(estimator, "classes_", []))
+        method = method_of(estimator, _METHODS[:2] if classes else _METHODS)
         if target is not None and target not in classes:
             known = f"one of {classes}" if classes else "None for an estimator without classes"
             raise ValueError(f"target must be {known}; got {target!r}")
-        maps, names = [], []
+        predict, maps, names = getattr(estimator, method), [], []
         with keep_nothing():
             for i in range(len(rows)):
                 pixels = rows.pixels(i)
                 cells = [pixels, *_hidden(pixels, n_patches)]
                 scores = np.concatenate(
                     [
-                        _scores(estimator, method, rows.like(i, cells[k : k + batch_size]))
+                        _scores(predict, rows.like(i, cells[k : k + batch_size]), len(classes))
                         for k in range(0, len(cells), batch_size)
                     ]
                 )
@@ -209,8 +210,8 @@ class SaliencyDisplay:
 class _Rows:
     """Rows of X whose image can be replaced."""
 
-    def __init__(self, X, column: str | None, image_shape: tuple[int, ...] | None) -> None:
-        self._X, self._column = X, column
+    def __init__(self, X, column: str | None, image_shape, value_range) -> None:
+        self._X, self._column, self._value_range = X, column, value_range
         self.images_only, self._values = X, None
         if hasattr(X, "columns") and image_shape is None:
             if not hasattr(X, "iloc"):
@@ -219,11 +220,9 @@ class _Rows:
                 raise ValueError(f"X has the columns {list(X.columns)}; name one as column")
             self._column = X.columns[0] if column is None else column
             self.images_only = list(X[self._column])
-        elif image_shape is not None or getattr(getattr(X, "dtype", None), "kind", "") in tuple(
-            "biuf"
-        ):
+        elif image_shape is not None or getattr(getattr(X, "dtype", None), "kind", "O") in "biuf":
             self._values = np.asarray(X)  # the estimator may expect just such numbers
-        self._images = as_images(self.images_only, image_shape)
+        self._images = as_images(self.images_only, image_shape, value_range)
         flat = self._values is not None and self._values.ndim == 2
         self._shape = np.asarray(self._images.decode(0)).shape[:2] if flat else None
 
@@ -234,9 +233,13 @@ class _Rows:
         """Return an image as an array (height, width) or (height, width, channels)."""
         if self._values is None:
             try:
-                return np.asarray(self._images.decode(i))
+                pixels = np.asarray(self._images.decode(i))
             except BadImage as error:
                 raise ValueError(f"{self._images.where(i)}: {error}") from None
+            if self._value_range is None:
+                return pixels
+            low, high = self._value_range  # in which the estimator reads any image
+            return low + pixels / 255 * (high - low)
         values = self._values[i]
         return values if self._shape is None else values.reshape(*self._shape, -1)
 
@@ -281,11 +284,9 @@ def _spread(falls: np.ndarray, n_patches: int) -> np.ndarray:
     return (falls[:-1, :-1] + falls[1:, :-1] + falls[:-1, 1:] + falls[1:, 1:]) / 4
 
 
-def _scores(estimator, method: str, X) -> np.ndarray:
+def _scores(predict: Callable, X, n_classes: int) -> np.ndarray:
     """Return scores of shape (n_samples, n_classes or 1)."""
-    scores = np.asarray(getattr(estimator, method)(X))
-    if scores.ndim == 1:
-        scores = scores[:, None]
-    if method == "decision_function" and scores.shape[1] == 1:
-        scores = np.hstack([-scores, scores])
-    return scores
+    scores = np.asarray(predict(X))
+    scores = scores[:, None] if scores.ndim == 1 else scores
+    is_of_second = n_classes == 2 and scores.shape[1] == 1  # a decision_function
+    return np.hstack([-scores, scores]) if is_of_second else scores

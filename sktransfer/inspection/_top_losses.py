@@ -12,9 +12,9 @@ from sklearn.utils import check_consistent_length
 from sktransfer.inspection._grid import (
     draw_grid,
     grid_axes,
-    image_shape_of,
     method_of,
     one_a_row,
+    parameter_of,
     read_thumbnails,
     short,
 )
@@ -109,7 +109,7 @@ class TopLossesDisplay:
         else:
             method = method_of(estimator, ("predict_proba", "decision_function"))
             scores, classes = getattr(estimator, method)(X), estimator.classes_
-        shape = image_shape_of(estimator)
+        shape = parameter_of(estimator, "image_shape")
         options = {"n_images": n_images, "image_shape": shape, "ax": ax}
         return cls.from_predictions(X, y, scores, classes=classes, **options)
 
@@ -141,10 +141,17 @@ class TopLossesDisplay:
         """
         y_true, y_score = one_a_row(y_true, X), np.asarray(y_score)
         check_consistent_length(y_true, y_score)
+        y_score = y_score.ravel() if y_score.shape[1:] == (1,) else y_score
         if y_score.dtype.kind not in "fiu":
             raise ValueError("y_score holds labels: give what predict_proba returns.")
         if classes is None and y_score.ndim == 1:
-            y_pred, loss = y_score, np.abs(y_score - y_true)
+            try:
+                y_pred, loss = y_score, np.abs(y_score - y_true.astype(float))
+            except (TypeError, ValueError):
+                raise ValueError(
+                    "y_true holds labels, and y_score has one column: give classes, of which "
+                    "y_score is of the second"
+                ) from None
             order = np.argsort(-loss, kind="stable")
         else:
             classes = np.unique(y_true) if classes is None else np.asarray(classes)

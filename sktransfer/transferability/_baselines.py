@@ -74,23 +74,20 @@ def make_baseline(kind: str, estimator: BaseEstimator, has_many_labels: bool) ->
 
 def _without(baseline: BaseEstimator, names: list[str], parameter: str) -> BaseEstimator:
     """Return a baseline whose searches do not set this parameter of networks; ``""``: any."""
+    starts = tuple(f"{name}__{parameter}" for name in names)
+
+    def is_kept(name: str) -> bool:
+        return name not in names and not name.startswith(starts)
+
     for outer, search in {"": baseline, **baseline.get_params()}.items():
-        keys = _GRIDS & vars(search).keys() if hasattr(search, "estimator") else ()
-        for key in keys:
-            start = f"{outer}__estimator" if outer else "estimator"
-            own = [name.removeprefix(start).removeprefix("__") for name in names]
-            starts = tuple(f"{name}__{parameter}" if name else parameter for name in own)
+        prefix = f"{outer}__estimator__".removeprefix("__")
+        for key in _GRIDS & vars(search).keys() if hasattr(search, "estimator") else ():
             grids = getattr(search, key)
             kept = [
-                {k: v for k, v in grid.items() if k not in own and not k.startswith(starts)}
+                {k: v for k, v in grid.items() if is_kept(prefix + k)}
                 for grid in ([grids] if isinstance(grids, Mapping) else grids)
             ]
-            if any(kept):
-                search.set_params(**{key: kept})
-            elif outer:
-                baseline.set_params(**{outer: search.estimator})
-            else:
-                return search.estimator
+            search.set_params(**{key: kept})
     return baseline
 
 
@@ -139,20 +136,21 @@ def without_network(part: BaseEstimator, has_many_labels: bool = False) -> BaseE
             preprocessing=_PIXELS,
             precision="float32",
         )
-    if takes_texts(part):
-        raw = _tf_idf()
-        if not isinstance(part, BaseFineTuning):
-            return raw
-        scaler, model = make_probe(_MAX_WORDS, not is_classifier(part))
-        return make_pipeline(*(step for _, step in raw.steps), scaler, model)
     if isinstance(part, BaseFineTuning):
-        same = ("image_shape", "device", "n_jobs", "memory")
-        pixels = PretrainedFeatureExtractor(**{name: getattr(part, name) for name in same})
-        scaler, model = make_probe(3 * math.prod(_SIZE), not is_classifier(part))
+        if takes_texts(part):
+            raw, n_columns = _tf_idf(), _MAX_WORDS
+        else:
+            same = ("image_shape", "value_range", "device", "n_jobs", "memory")
+            pixels = PretrainedFeatureExtractor(**{name: getattr(part, name) for name in same})
+            pixels.set_params(on_error="zero" if part.on_error == "skip" else "raise")
+            raw, n_columns = without_network(pixels), 3 * math.prod(_SIZE)
+        scaler, model = make_probe(n_columns, not is_classifier(part))
         if is_classifier(part):
             model.set_params(class_weight=part.class_weight)
             model = OneVsRestClassifier(model) if has_many_labels else model
-        return make_pipeline(without_network(pixels), scaler, model)
+        return make_pipeline(raw, scaler, model)
+    if takes_texts(part):
+        return _tf_idf()
     raise TypeError(
         f"against='pixels' needs images, and {type(part).__name__} does not take them: leave it "
         "out of `against`."
@@ -170,7 +168,10 @@ def takes_texts(part: BaseEstimator) -> bool:
 
 def _tf_idf() -> Pipeline:
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), max_features=_MAX_WORDS)
-    return make_pipeline(FunctionTransformer(_joined_texts), words, FunctionTransformer(_dense))
+    # Neither gives a data frame, whatever the output that is set for all.
+    functions = _joined_texts, _dense
+    join, dense = (FunctionTransformer(f).set_output(transform="default") for f in functions)
+    return make_pipeline(join, words, dense)
 
 
 def _joined_texts(X) -> list[str]:

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import numpy as np
 from sklearn.base import clone
 from sklearn.model_selection import cross_val_score
 
-from sktransfer._progress import warn
+from sktransfer._progress import progress_bar, warn
 from sktransfer.embedding._extractor import PretrainedFeatureExtractor
 from sktransfer.embedding._text_extractor import PretrainedTextExtractor
 from sktransfer.images._images import Images
@@ -57,8 +58,8 @@ class Candidate:
     @property
     def settings(self) -> dict[str, object]:
         """Arguments of `embed_images`."""
-        names = ("memory", "batch_size", "device", "precision", "n_jobs", "verbose")
-        return {name: getattr(self.extractor, name) for name in names}
+        names = ("memory", "batch_size", "device", "precision", "n_jobs")
+        return {"verbose": 0} | {name: getattr(self.extractor, name) for name in names}
 
     def load(self, layers: Layers, images: Rows) -> None:
         from sktransfer.embedding._embed import check_place
@@ -72,7 +73,8 @@ class Candidate:
             # Of texts a layer may be a number, which the backbone knows by its name.
             self.layers = [own["layer"] if self.is_of_images else self._loaded().layer]  # type: ignore[list-item]
         elif layers == "stages":
-            self.layers = [*self._loaded(layer=None).stage_names_to_layer, None]
+            # The last stage ends with the embedding.
+            self.layers = [*self._loaded(layer=None).stage_names_to_layer[:-1], None]
         else:
             self.layers = _names_of(layers)  # type: ignore[assignment]
         flat = [*dict.fromkeys(name for layer in self.layers for name in _names_of(layer))]
@@ -149,7 +151,7 @@ class Candidate:
         if len(self.layers) > 1:  # a lower layer needs but a part of the network
             backbone = self._loaded(layer=layer)
         out = np.empty((len(sample), backbone.n_features), dtype=np.float32)
-        settings = self.settings | {"memory": False, "verbose": 0}
+        settings = self.settings | {"memory": False}
         seconds = []
         for _ in range(3):  # the first one decodes images whose rows were in the store
             since = time.perf_counter()
@@ -198,11 +200,13 @@ def make_candidates(
         return candidates
     if not all(of_images):
         raise ValueError("Some of the backbones take images and others texts: rank them apart.")
-    shapes = {tuple(c.extractor.image_shape) for c in candidates if c.extractor.image_shape}
-    if len(shapes) > 1:
-        raise ValueError(f"The extractors' image_shape differ: {sorted(shapes)}.")
-    for candidate in candidates:
-        candidate.extractor.set_params(image_shape=next(iter(shapes), None))
+    for name in ("image_shape", "value_range"):  # X is read in one way
+        values = [getattr(candidate.extractor, name) for candidate in candidates]
+        given = {tuple(value) for value in values if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"The extractors' {name} differ: {sorted(given)}.")
+        for candidate in candidates:
+            candidate.extractor.set_params(**{name: next(iter(given), None)})
     return candidates
 
 
@@ -212,7 +216,7 @@ def _tell_apart(candidates: list[Candidate]) -> None:
     taken: Counter[tuple[str, str]] = Counter()
     for candidate, (name, own) in zip(candidates, settings, strict=True):
         default = type(candidate.extractor)(own["backbone"]).get_params(deep=False)
-        for key in ("weights", "preprocessing", "pooling", "value_range", "precision"):
+        for key in ("weights", "preprocessing", "pooling", "precision"):
             differs = any(n == name and o.get(key) != own.get(key) for n, o in settings)
             if differs and own[key] != default[key]:
                 shown = own[key] if isinstance(own[key], dict) else {key: own[key]}
@@ -251,14 +255,18 @@ def embed_all(candidates: list[Candidate], images: Rows) -> Rows:
 
     sample = held(slice(0, _N_TIMED))
     starts = [0, *range(_N_TIMED, len(images), _CHUNK)]
-    for start, stop in itertools.pairwise([*starts, len(images)]):
-        part = slice(start, stop)
-        shared = held(part) if start else sample
-        for candidate in candidates:
-            for name, network in candidate.networks.items():
-                out = candidate.columns[name][part]
-                found = embed_images(shared, network, out=out, **candidate.settings)  # type: ignore[arg-type]
-                bad |= {(row.row, row.where): row for row in found}
+    is_shown = any(candidate.extractor.verbose for candidate in candidates)
+    with progress_bar(len(images)) if is_shown else nullcontext() as progress:
+        for start, stop in itertools.pairwise([*starts, len(images)]):
+            part = slice(start, stop)
+            shared = held(part) if start else sample
+            for candidate in candidates:
+                for name, network in candidate.networks.items():
+                    out = candidate.columns[name][part]
+                    found = embed_images(shared, network, out=out, **candidate.settings)  # type: ignore[arg-type]
+                    bad |= {(row.row, row.where): row for row in found}
+            if progress:
+                progress(len(shared))
     if assumed := images.take_warnings():
         warn(assumed)
     if bad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +48,10 @@ def make_folds(
         cv = kinds[is_classifier](int(cv), shuffle=True, random_state=random_state)
     splitter, rows = check_cv(cv, y, classifier=is_classifier), np.arange(len(y))
     # Folds may be masks.
-    return [(rows[train], rows[test]) for train, test in splitter.split(rows[:, None], y, groups)]
+    folds = [(rows[train], rows[test]) for train, test in splitter.split(rows[:, None], y, groups)]
+    if not folds:
+        raise ValueError("cv has no folds. A generator gives its folds once: list(...) keeps them.")
+    return folds
 
 
 def group_numbers(groups: ArrayLike | None, n_rows: int) -> np.ndarray | None:
@@ -60,11 +64,16 @@ def group_numbers(groups: ArrayLike | None, n_rows: int) -> np.ndarray | None:
             f"groups has shape {labels.shape}; it needs a label for each of {n_rows} rows."
         )
     labels = labels.ravel()
-    cells = zip(labels.tolist(), are_missing(labels), range(n_rows), strict=True)
-    # Sorted as scikit-learn's splitters do; labels of several types by their types first.
-    keys = [(gone, type(label).__name__, i if gone else label) for label, gone, i in cells]
-    numbers = {key: number for number, key in enumerate(sorted(set(keys)))}
-    return np.array([numbers[key] for key in keys])
+    are_gone = are_missing(labels)
+    known = set(labels[~are_gone])  # 1, 1.0 and np.int64(1) are one label, "1" is another
+    try:
+        ordered = sorted(known)  # as scikit-learn's splitters do
+    except TypeError:
+        ordered = sorted(known, key=lambda label: (type(label).__name__, label))
+    numbers = {label: number for number, label in enumerate(ordered)}
+    lone = itertools.count(len(numbers))
+    cells = zip(labels, are_gone, strict=True)
+    return np.array([next(lone) if is_gone else numbers[label] for label, is_gone in cells])
 
 
 def nested_order(

@@ -28,6 +28,7 @@ from sktransfer.transferability._table import (
 if TYPE_CHECKING:
     import pandas as pd
 
+    from sktransfer._rows import Rows
     from sktransfer.embedding._extractor import PretrainedFeatureExtractor
     from sktransfer.inspection import BackboneRankingDisplay
     from sktransfer.transferability._table import Table
@@ -60,8 +61,8 @@ def rank_backbones(
     Parameters
     ----------
     X : list, array, Series or data frame of n_samples images or texts
-        As :class:`PretrainedFeatureExtractor` or :class:`PretrainedTextExtractor` takes it. Flat
-        rows have the `image_shape` of an extractor among the backbones.
+        As :class:`PretrainedFeatureExtractor` or :class:`PretrainedTextExtractor` takes it, with
+        the `image_shape` and `value_range` of an extractor among the backbones.
     y : array-like of shape (n_samples,) or (n_samples, n_outputs)
         Labels of any type, or numbers. Numbers are regression targets if any has a fractional
         part, if more than half of them differ, or if `scoring` names a scorer of regressors.
@@ -132,7 +133,10 @@ def rank_backbones(
     """
     candidates = make_candidates(backbones, weights, layers, memory)
     first = candidates[0]
-    images = as_images(X, first.extractor.image_shape) if first.is_of_images else as_texts(X)
+    if first.is_of_images:
+        images: Rows = as_images(X, first.extractor.image_shape, first.extractor.value_range)
+    else:
+        images = as_texts(X)
     target, is_regression = _read_target(y, images.n_rows, scoring)
     score_name = name_of_score(scoring, is_regression)
     groups = group_numbers(groups, images.n_rows)

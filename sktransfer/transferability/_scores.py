@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.utils import check_array, check_consistent_length
+from sklearn.utils import check_array, check_consistent_length, column_or_1d
 
 from sktransfer._progress import warn
+from sktransfer.images._containers import is_missing
 
 _N_REPORTED = 5
 
@@ -379,11 +380,7 @@ def classes_of(
     """
     if rows is not None:
         check_consistent_length(rows, y)
-    labels = as_plain(y)
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim != 1:
-        raise ValueError(f"y must hold one label a row; its shape is {labels.shape}.")
+    labels = column_or_1d(as_plain(y))
     _raise_if_any(are_missing(labels), "y holds missing labels")
     if not are_labels and is_continuous(labels):
         raise ValueError(
@@ -425,8 +422,7 @@ def are_missing(labels: np.ndarray) -> np.ndarray:
     """Return which labels are None, NaN, infinite, NaT or pandas' NA."""
     if labels.dtype.kind != "O":
         return ~np.isfinite(labels) if labels.dtype.kind in "fc" else labels != labels
-    are_none = [label is None or type(label).__name__ == "NAType" for label in labels.tolist()]
-    return np.array([n or label != label for n, label in zip(are_none, labels, strict=True)], bool)
+    return np.array([is_missing(label) for label in labels.tolist()], dtype=bool)
 
 
 def as_plain(y: ArrayLike) -> np.ndarray:

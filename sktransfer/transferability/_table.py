@@ -67,7 +67,7 @@ def name_of_score(scoring: object, is_regression: bool) -> str:
 
 
 def shown(value: object) -> str:
-    """Format a cell: three significant decimals, a dash for what is not known."""
+    """Format a cell: three decimals, a dash for what is not known."""
     if isinstance(value, (float, np.floating)):
         return "–" if math.isnan(value) else f"{value:.3f}"
     return str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 
@@ -10,7 +11,8 @@ from joblib import Parallel, delayed
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, clone, is_classifier, is_regressor
 from sklearn.metrics import check_scoring
-from sklearn.utils import check_consistent_length, indexable
+from sklearn.pipeline import Pipeline
+from sklearn.utils import indexable
 
 from sktransfer._progress import warn
 from sktransfer._validation import safe_indexing
@@ -69,11 +71,10 @@ def transfer_report(
     against : sequence of {"random", "pixels", "dummy"}, default=("random", "pixels", "dummy")
         The baselines. ``"random"``: the same estimator with ``weights=None``, other random weights
         in each fold, so that no single draw of them decides; a search does not search its
-        `weights`. ``"pixels"``: the
-        same pipeline with images of 32 × 32 pixels as columns in place of the network's; for a
-        fine-tuning estimator a scaled linear model of them. Texts have no pixels: in their place
-        the words by tf-idf, ``"tf-idf"``. ``"dummy"``: the class frequencies,
-        or the mean. The verdict is about the first.
+        `weights`. ``"pixels"``: the same pipeline with images of 32 × 32 pixels as columns in place
+        of the network's; for a fine-tuning estimator a scaled linear model of them. Texts have no
+        pixels: in their place the words by tf-idf, ``"tf-idf"``. ``"dummy"``: the class
+        frequencies, or the mean. The verdict is about the first.
     cv : int, splitter or iterable, default=10
         Folds; those of a number are shuffled, and stratified in classification. Five take half
         the time and find large differences only.
@@ -81,7 +82,8 @@ def transfer_report(
         Rows of a group are never on both sides of a fold. A row whose label is missing is a group
         of its own.
     scoring : str or callable, default=None
-        A scorer of scikit-learn. ``None``: the estimator's ``score``.
+        A scorer of scikit-learn. ``None``: the estimator's ``score``, and for a search, or a
+        pipeline that ends with one, its `scoring`.
     n_jobs : int or None, default=None
         Fits at the same time, in threads, which share the embeddings kept in memory.
     random_state : int, RandomState instance or None, default=None
@@ -146,9 +148,9 @@ def transfer_report(
     if any(map(takes_texts, networks_in(estimator).values())):
         against = ["tf-idf" if name == "pixels" else name for name in against]
     X, y = indexable(X, y)
-    check_consistent_length(X, y)
     classifies, seed = is_classifier(estimator), as_seed(random_state)
     target = read_labels(y) if classifies else read_numbers(y)
+    scoring = _own_scoring(estimator) if scoring is None else scoring
     score_name = name_of_score(scoring, not classifies)
     groups = group_numbers(groups, len(target))
     has_one_label = classifies and target.ndim == 1
@@ -204,7 +206,7 @@ def _fit_and_score(
     model, parts = clone(model), [safe_indexing(X, rows) for rows in (train, test)]
     validation = {}
     follows_epochs = has_all_rows and isinstance(model, BaseFineTuning)
-    if follows_epochs and np.isin(y[test], y[train]).all():
+    if follows_epochs and (is_regressor(model) or np.isin(y[test], y[train]).all()):
         waits = model.early_stopping == "auto" and len(train) < _N_ROWS_TO_SPLIT
         if waits or model.early_stopping is False:
             # The scores of test rows are noted and choose nothing.
@@ -244,6 +246,13 @@ def _by_epoch(
 
 
 # -- before fitting --------------------------------------------------------------------------
+def _own_scoring(estimator: BaseEstimator) -> object:
+    """Return the scorer of a search, which baselines without the search would not use."""
+    last = estimator.steps[-1][1] if isinstance(estimator, Pipeline) else estimator
+    # Searches have error_score; others may have a `scoring` that their `score` does not use.
+    return last.scoring if hasattr(last, "error_score") else None
+
+
 def _checked_against(against: Sequence[str]) -> list[str]:
     names = [against] if isinstance(against, str) else list(against)
     unknown = [name for name in names if name not in BASELINES]
@@ -285,7 +294,9 @@ def _warn_of_leaks(images, fold: tuple[np.ndarray, np.ndarray], seed: int) -> No
     train, test = fold
     if len(test) > _N_LEAK_TESTS:
         test = np.random.RandomState(seed).choice(test, _N_LEAK_TESTS, replace=False)
-    leaks = find_leaks(safe_indexing(images, train), safe_indexing(images, test))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the fits warn of what they read, with their value_range
+        leaks = find_leaks(safe_indexing(images, train), safe_indexing(images, test))
     n_found = len(np.unique(leaks.table_["test_row"]))
     if n_found > _LEAKY_SHARE * len(test):
         warn(

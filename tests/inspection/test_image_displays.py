@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
+from sklearn.ensemble import VotingClassifier
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
-from sklearn.svm import LinearSVC
+from sklearn.svm import LinearSVC, OneClassSVM
 
 from sktransfer import PretrainedFeatureExtractor, embedding_store, inspection
 from sktransfer.inspection import (
@@ -175,6 +176,20 @@ def test_top_losses_of_a_regression(pictures):
     assert display.loss[0] == pytest.approx(100, rel=0.1)
 
 
+def test_top_losses_of_a_single_column(pictures, y):
+    """LinearRegression returns one if y had one."""
+    numbers = np.arange(12.0)[:, None]
+    display = TopLossesDisplay.from_predictions(pictures, numbers, numbers * 2, n_images=2)
+    assert list(display.rows) == [11, 10]
+    ages = np.full(12, 200, dtype=np.uint8)
+    display = TopLossesDisplay.from_predictions(pictures, ages, ages - np.uint8(50))
+    assert set(display.loss) == {50}
+    of_right = (y == "right")[:, None] * 0.8 + 0.1
+    of_right[4] = 0.7
+    display = TopLossesDisplay.from_predictions(pictures, y, of_right, classes=["left", "right"])
+    assert list(display.rows) == [4]
+
+
 def test_top_losses_check_the_columns(pictures, y):
     with pytest.raises(ValueError, match=r"y_score has 3 columns for 2 classes"):
         TopLossesDisplay.from_predictions(pictures, y, np.ones((12, 3)))
@@ -182,10 +197,12 @@ def test_top_losses_check_the_columns(pictures, y):
         TopLossesDisplay.from_predictions(pictures, y, np.ones(12), classes=[1, 2, 3])
     with pytest.raises(ValueError, match="y_score holds labels: give what predict_proba returns"):
         TopLossesDisplay.from_predictions(pictures, y, y)
-    with pytest.raises(ValueError, match=r"one label or number a row; its shape is \(12, 2\)"):
+    with pytest.raises(ValueError, match=r"1d array, got an array of shape \(12, 2\)"):
         TopLossesDisplay.from_predictions(pictures, np.ones((12, 2)), np.ones((12, 2)))
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         TopLossesDisplay.from_predictions(pictures[:5], y, np.ones((12, 2)))
+    with pytest.raises(ValueError, match="y_true holds labels, and y_score has one column"):
+        TopLossesDisplay.from_predictions(pictures, y, np.ones(12))
 
 
 def test_long_names_are_cut(pictures):
@@ -296,6 +313,32 @@ def test_saliency_of_flat_rows():
     assert display.maps.shape == (1, 4, 4)
 
 
+@pytest.mark.parametrize("container", [list, pd.Series, lambda X: pd.DataFrame({"scan": X})])
+def test_saliency_of_numbers_with_a_value_range(pictures, y, container):
+    """They mean the same to the estimator as in any other container."""
+    scans = pictures.astype(np.uint16) * 4
+    extractor = PretrainedFeatureExtractor(value_range=(0, 1023))
+    X = container(list(scans))
+    model = make_pipeline(extractor, LogisticRegression()).fit(X, y)
+    got = SaliencyDisplay.from_estimator(model, X[:2], n_patches=2)
+    expected = [f"{p.max():.2f}" for p in model.predict_proba(X[:2])]
+    assert [name.split(": ")[1] for name in got.names] == expected
+    assert np.abs(got.maps).max() > 0
+
+
+def test_saliency_of_an_outlier_detector(pictures):
+    model = make_pipeline(PretrainedFeatureExtractor(), OneClassSVM()).fit(pictures)
+    display = SaliencyDisplay.from_estimator(model, pictures[:1], n_patches=2)
+    assert display.names == [f"{model.decision_function(pictures[:1])[0]:.4g}"]
+
+
+def test_saliency_of_a_classifier_needs_scores(pictures):
+    voting = VotingClassifier([("a", LogisticRegression())])
+    model = make_pipeline(PretrainedFeatureExtractor(), voting).fit(pictures, [0, 1, 2] * 4)
+    with pytest.raises(TypeError, match="has no predict_proba nor decision_function: give"):
+        SaliencyDisplay.from_estimator(model, pictures[:1])
+
+
 def test_saliency_of_an_unknown_class(corner_images):
     with pytest.raises(ValueError, match=r"target must be one of \[.*got 'grey'"):
         SaliencyDisplay.from_estimator(Corner(), corner_images, target="grey")
@@ -326,8 +369,32 @@ def test_embedding_without_labels_or_with_numbers(pictures):
 def test_embedding_with_labels_that_are_missing(pictures):
     display = EmbeddingDisplay(pictures, np.eye(12, 2), ["a", None, "b"] * 4).plot()
     assert [scatter.get_label() for scatter in display.scatters_] == ["None", "a", "b"]
+    display = EmbeddingDisplay(pictures, np.eye(12, 2), [0, np.nan, 1] * 4).plot()
+    assert [len(scatter.get_offsets()) for scatter in display.scatters_] == [4, 4, 4]
+    numbers = np.r_[np.nan, np.arange(23.0)]
+    display = EmbeddingDisplay(np.tile(pictures, (2, 1, 1, 1)), np.eye(24, 2), numbers).plot()
+    display.figure_.canvas.draw()
+    assert (display.scatters_[0].get_facecolor()[:, 3] == 1).all()
 
 
 def test_embedding_with_an_unknown_method(pictures):
     with pytest.raises(ValueError, match=r'"tsne" or a transformer .* got .umap.'):
         EmbeddingDisplay.from_features(np.eye(12), pictures, method="umap")
+
+
+def test_columns_are_checked(pictures):
+    features = np.random.default_rng(0).normal(size=(12, 5))
+    of_pictures = {"X_train": pictures, "X": pictures[:2]}
+    with pytest.raises(ValueError, match=r"1 sample\(s\) .* a minimum of 2 is required"):
+        EmbeddingDisplay.from_features(features[:1], pictures[:1])
+    for n in (5, 13):
+        with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+            EmbeddingDisplay.from_features(features, np.resize(pictures, (n, 40, 40, 3)))
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        NeighborsDisplay.from_features(features, features[:3], **of_pictures)
+    features[3] = np.nan
+    message = "holds NaN or infinity in 1 of 12 rows, of which the first is row 3: leave these rows"
+    with pytest.raises(ValueError, match=f"features {message}"):
+        EmbeddingDisplay.from_features(features, pictures)
+    with pytest.raises(ValueError, match=f"features_train {message}"):
+        NeighborsDisplay.from_features(features, features[:2], **of_pictures)

@@ -140,6 +140,13 @@ def test_a_row_whose_group_is_unknown_is_alone(photos, missing):
     assert len(find_leaks(X, groups=[1, 2, "1", 2, 3]).table_) == 1  # 1 is another group than "1"
 
 
+def test_groups_of_two_containers_are_compared_by_value(photos):
+    """Those of an array are numbers of NumPy."""
+    leaks = find_leaks(photos[:3], photos[3:6], groups=[*np.array([1, 2, 3]), 3, 2.0, "1"])
+    assert pairs_of(leaks) == {(0, 2), (1, 1)}
+    assert leaks.groups_.tolist() == [0, 1, 2, 2, 1, 3]
+
+
 def test_many_equal_images_give_ten_partners_a_row(photos):
     leaks = find_leaks([photos[0]] * 40, [photos[0]] * 3)
     assert leaks.table_.groupby("test_row").size().tolist() == [10, 10, 10]

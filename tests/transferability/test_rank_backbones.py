@@ -147,7 +147,7 @@ def test_stages_and_layers_by_name():
     X, y = stripes(1, n=12)
     rank = {"cv": 2, "random_state": 0, "memory": False}
     table = rank_backbones(X, y, ["builtin"], layers="stages", **rank).table_
-    stages = ["stem", "stage1", "stage2", "stage3", "stage4", "pool", "embedding"]
+    stages = ["stem", "stage1", "stage2", "stage3", "stage4", "embedding"]
     assert sorted(table["layer"]) == sorted(stages)
     table = rank_backbones(X, y, ["builtin"], layers=["stem", ["stem", "all"]], **rank).table_
     assert table.set_index("layer")["columns"].to_dict() == {
@@ -191,6 +191,16 @@ def test_an_extractor_brings_its_settings(faint):
     ranking = rank_backbones(flat, y, [given, Filters(FLAT)], random_state=0)
     assert [own.image_shape for own in ranking.extractors_] == [(24, 24, 3)] * 2
     assert ranking.table_["score"][0] > 0.9
+
+
+def test_images_are_read_with_the_value_range_of_an_extractor(faint):
+    X, y = faint
+    wide = X.astype(float) * 1000 / 255
+    given = extractor(Filters(STRIPES), value_range=(0, 1000))
+    ranking = rank_backbones(wide, y, [Filters(FLAT), given], cv=2, random_state=0)
+    assert [own.value_range for own in ranking.extractors_] == [(0, 1000)] * 2
+    logme = ranking.table_.set_index("backbone")["logme"].max()
+    assert logme == pytest.approx(logme_score(given.fit_transform(wide), y))
 
 
 # -- targets ---------------------------------------------------------------------------------
@@ -276,6 +286,14 @@ def test_rows_are_those_of_the_extractor(faint, tmp_path):
     assert len(embedding_store(tmp_path)) == n_rows  # nothing was computed again
 
 
+def test_verbose_shows_one_bar_over_all_images(capsys):
+    X, y = stripes(0, n=100)
+    rank_backbones(X, y, [Filters(FLAT), extractor(Filters(STRIPES), verbose=1)], cv=2)
+    bars = capsys.readouterr().err
+    assert "100/100" in bars
+    assert "64/64" not in bars
+
+
 def test_several_image_columns(faint):
     X, y = faint
     frame = pd.DataFrame({"front": list(X[::2]), "back": list(X[1::2])})
@@ -318,6 +336,7 @@ def test_unreadable_images_are_listed(faint):
         ({"y": [2.5] * 80}, "y must have at least two values; all are 2.5"),
         ({"groups": [1, 2]}, r"groups has shape \(2,\); it needs a label for each of 80 rows"),
         ({"scoring": "f9"}, "f9"),
+        ({"cv": iter([])}, "cv has no folds. A generator gives its folds once"),
         ({"layers": ["conv9"]}, "conv9"),
         (
             {
@@ -327,6 +346,10 @@ def test_unreadable_images_are_listed(faint):
                 ]
             },
             "image_shape differ",
+        ),
+        (
+            {"backbones": [extractor(Filters(), value_range=(0, k)) for k in (1, 9)]},
+            r"value_range differ: \[\(0, 1\), \(0, 9\)\]",
         ),
     ],
 )

@@ -279,5 +279,5 @@ def test_parameters_are_checked(noisy):
         logme_score(noisy[0], [1.5, 2.5, np.nan] + [0.5] * 117, task="regression")
     with pytest.raises(ValueError, match="Row 1 of source_proba holds no probabilities"):
         leep_score([[0.5, 0.5], [2.0, -1.0]], [0, 1])
-    with pytest.raises(ValueError, match="one label a row; its shape is"):
+    with pytest.raises(ValueError, match="y should be a 1d array, got an array of shape"):
         h_score(noisy[0], np.zeros((120, 2)))

@@ -13,6 +13,7 @@ from sklearn.model_selection import (
     GroupKFold,
     KFold,
     StratifiedKFold,
+    TunedThresholdClassifierCV,
     cross_val_score,
 )
 from sklearn.pipeline import make_pipeline
@@ -241,6 +242,25 @@ def test_a_search_is_compared_as_a_whole(faint):
     assert report.gain_["pixels"].value > 0.1
 
 
+@pytest.mark.parametrize("has_network", [False, True])
+def test_baselines_of_a_search_have_its_scoring(faint, has_network):
+    name = "pretrainedfeatureextractor__weights"
+    grid = {name: ["DEFAULT", None]} if has_network else {"C": [0.1, 1]}
+    inner = model(STRIPES) if has_network else LogisticRegression()
+    search = GridSearchCV(inner, grid, scoring="neg_log_loss", cv=2)
+    search = search if has_network else make_pipeline(extractor(Filters(STRIPES)), search)
+    report = transfer_report(search, *faint, train_sizes=[1.0], cv=3, random_state=0)
+    assert report.score_name == "neg_log_loss"
+    assert all(scores.max() < 0 for scores in report.scores_.values())
+    assert report.gain_["dummy"].value > 0
+
+
+def test_a_scoring_that_score_does_not_use(faint):
+    tuned = TunedThresholdClassifierCV(model(STRIPES), scoring="balanced_accuracy", cv=2)
+    report = transfer_report(tuned, *faint, train_sizes=[1.0], against="dummy", cv=2)
+    assert report.score_name == "accuracy"
+
+
 @pytest.mark.parametrize("is_nested", [False, True])
 def test_a_search_does_not_give_baselines_their_weights_back(faint, is_nested):
     name = "pretrainedfeatureextractor"
@@ -292,6 +312,18 @@ def test_fine_tuning_is_followed_by_epoch(faint):
     )
 
 
+def test_fine_tuning_of_numbers_is_followed_by_epoch(faint):
+    X, y = faint
+    size = (y == "down") * 5 + np.random.default_rng(0).normal(size=80)
+    tuned = FineTuningRegressor(Filters(STRIPES), **SMALL, unfreeze=0, max_epochs=2)
+    report = transfer_report(
+        tuned, X, size, train_sizes=[1.0], cv=2, against=["random"], random_state=0
+    )
+    assert report.epochs_["pre-trained"][:, -1] == pytest.approx(
+        report.scores_["pre-trained"][:, -1]
+    )
+
+
 def test_fine_tuning_that_stops_early_follows_its_own_part(faint):
     X, y = faint
     size = (y == "down") * 5.0
@@ -304,6 +336,14 @@ def test_fine_tuning_that_stops_early_follows_its_own_part(faint):
         )
     assert report.epochs_["random"].shape[0] == 2
     assert np.isfinite(report.epochs_["random"][:, :2]).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*are left out of")
+def test_images_that_fine_tuning_skips_stop_no_baseline(faint):
+    X, y = (part[:24] for part in faint)
+    tuned = FineTuningClassifier(Filters(STRIPES), **SMALL, max_epochs=0, on_error="skip")
+    report = transfer_report(tuned, [*X[:23], None], y, train_sizes=[1.0], cv=2, random_state=0)
+    assert np.isfinite(report.scores_["pixels"]).all()
 
 
 def test_several_labels_per_row(faint):
@@ -339,6 +379,27 @@ def test_one_reading_of_pixels(faint):
     )
     assert report.scores_["pixels"].min() == 1
     assert list(report.scores_) == ["pre-trained", "pixels"]
+
+
+def test_pixels_and_the_search_for_copies_read_numbers_as_the_estimator_does(faint):
+    X, y = faint
+    wide = X.astype(float) * 1000 / 255
+    tuned = FineTuningClassifier(
+        Filters(STRIPES), **SMALL, unfreeze=0, max_epochs=0, value_range=(0, 1000)
+    )
+    own, same = (
+        transfer_report(
+            tuned.set_params(value_range=limits),
+            images,
+            y,
+            train_sizes=[1.0],
+            cv=2,
+            against=["pixels"],
+            random_state=0,
+        )
+        for images, limits in ((wide, (0, 1000)), (X, None))
+    )
+    assert own.scores_["pixels"].tolist() == same.scores_["pixels"].tolist()
 
 
 @pytest.mark.parametrize("form", [list, lambda X: pd.DataFrame({"photo": list(X)})])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn import config_context
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from tiny_transformers import make_text_folder
@@ -46,6 +47,14 @@ def test_word_vectors_that_fit_help(vectors):
     assert report.start_["tf-idf"].value > 0
 
 
+def test_tf_idf_where_all_output_is_pandas(vectors):
+    X, y = make_texts(20)
+    model = make_pipeline(PretrainedTextExtractor(vectors), LogisticRegression())
+    with config_context(transform_output="pandas"):
+        report = transfer_report(model, X, y, train_sizes=[1.0], against="pixels", cv=2)
+    assert np.isfinite(report.scores_["tf-idf"]).all()
+
+
 def test_fine_tuning_on_texts(tmp_path):
     pytest.importorskip("transformers")
     X = np.array(["a good film", "a bad film"] * 12, dtype=object)
@@ -54,6 +63,17 @@ def test_fine_tuning_on_texts(tmp_path):
         model, X, [1, 0] * 12, train_sizes=[16], against=["pixels"], cv=3, random_state=0
     )
     assert list(report.start_) == ["tf-idf"]
+
+
+def test_several_labels_per_text(tmp_path):
+    pytest.importorskip("transformers")
+    X = np.array(["a good film", "a bad film"] * 12, dtype=object)
+    labels = np.stack([np.arange(24) % 2, np.arange(24) % 3 == 0], axis=1).astype(int)
+    model = FineTuningClassifier(f"hf:{make_text_folder(tmp_path)}", max_epochs=1, unfreeze=0)
+    report = transfer_report(
+        model, X, labels, train_sizes=[1.0], against=["pixels"], cv=2, random_state=0
+    )
+    assert np.isfinite(report.scores_["tf-idf"]).all()
 
 
 def test_ranking(vectors, tmp_path):
@@ -80,7 +100,7 @@ def test_ranking_of_layers(tmp_path):
     X = np.array(["a good film", "a bad film", "not dull", "very dull"] * 6, dtype=object)
     name = f"hf:{make_text_folder(tmp_path)}"
     ranking = rank_backbones(X, [1, 0, 1, 0] * 6, [name], layers="stages", cv=3, random_state=0)
-    layers = {"embeddings", "block0", "block1", "block2", "pool", "embedding"}
+    layers = {"embeddings", "block0", "block1", "block2", "embedding"}
     assert set(ranking.table_["layer"]) == layers
     numbered = PretrainedTextExtractor(name, layer=[0, -1])
     ranking = rank_backbones(X, [1, 0, 1, 0] * 6, [numbered], cv=3, random_state=0)
