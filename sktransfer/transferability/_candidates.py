@@ -256,7 +256,7 @@ def embed_all(candidates: list[Candidate], images: Rows) -> Rows:
     sample = held(slice(0, _N_TIMED))
     starts = [0, *range(_N_TIMED, len(images), _CHUNK)]
     is_shown = any(candidate.extractor.verbose for candidate in candidates)
-    with progress_bar(len(images)) if is_shown else nullcontext() as progress:
+    with progress_bar(len(images), images.kind[:-1]) if is_shown else nullcontext() as progress:
         for start, stop in itertools.pairwise([*starts, len(images)]):
             part = slice(start, stop)
             shared = held(part) if start else sample

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from sklearn.utils import check_array, check_consistent_length, column_or_1d
 
 from sktransfer._progress import warn
-from sktransfer.images._containers import is_missing
+from sktransfer._rows import is_missing
 
 _N_REPORTED = 5
 
