@@ -297,7 +297,7 @@ class CallablePreprocessing:
 
     def resize_crop(self, image: np.ndarray | Image.Image) -> np.ndarray:
         """Apply the user's function; float32 (channels, height, width)."""
-        image = np.asarray(image)
+        image = np.array(image)  # a copy, into which the function may write
         try:
             got = self.function(image)
         except Exception as error:

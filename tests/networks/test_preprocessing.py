@@ -11,7 +11,7 @@ from torchvision.models import get_model_weights
 from torchvision.transforms import functional as F
 from torchvision.transforms import v2
 
-from sktransfer import load_backbone
+from sktransfer import PretrainedFeatureExtractor, load_backbone
 from sktransfer.networks._preprocessing import (
     CallablePreprocessing,
     Preprocessing,
@@ -181,6 +181,19 @@ def test_a_callable():
     assert backbone.preprocessing.resize_crop(make_image((50, 60))).dtype == np.float32
     assert backbone.fingerprint != load_backbone("builtin").fingerprint
     assert backbone.fingerprint == load_backbone("builtin", preprocessing=halves).fingerprint
+
+
+def test_a_callable_may_write_into_the_image():
+    def without_red(image):
+        image[..., 0] = 0
+        return image.transpose(2, 0, 1) / np.float32(255)
+
+    X = np.full((2, 32, 32, 3), 200, np.uint8)
+    rows = PretrainedFeatureExtractor(preprocessing=without_red, memory=False).fit_transform(X)
+    assert (X == 200).all()
+    X[..., 0] = 0
+    expected = PretrainedFeatureExtractor(preprocessing=without_red, memory=False).fit_transform(X)
+    np.testing.assert_array_equal(rows, expected)
 
 
 def test_a_callable_that_returns_the_wrong_thing():
