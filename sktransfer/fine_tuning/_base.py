@@ -314,12 +314,16 @@ class BaseFineTuning(BaseEmbedding):
     def _load(self, **given) -> Backbone:
         if not (isinstance(self.layer, str) and self.layer == "auto"):
             return super()._load(**given)
+        from sktransfer.fine_tuning._module import normalises
+
         # The built-in network joins two stages itself, and a module that is given as a head is made
         # for the network's own embedding.
         is_published = isinstance(self.backbone, str) and self.backbone != "builtin"
         may_join = is_published and self._starts_as_probe and self.pooling == "auto"
         backbone = super()._load(**given, layer=None)
-        return super()._load(**given, layer="all") if may_join and backbone.has_maps else backbone
+        if may_join and backbone.has_maps and normalises(backbone.network.module):
+            backbone = super()._load(**given, layer="all")
+        return backbone
 
     def _new_head(self, backbone: Backbone, n_columns: int, seed: int) -> nn.Module:
         from sktransfer.fine_tuning._head import make_head

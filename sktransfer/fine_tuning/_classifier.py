@@ -46,7 +46,8 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
         the hidden states. ``None``: the last one. A list, or ``"all"``: the pooled outputs of
         several stages enter the head, joined. ``"auto"``: ``"all"`` for convolutional networks
         that are given by their name, with ``pooling="auto"`` and a head that starts from a linear
-        probe, except for ``"builtin"``, which joins two stages itself; otherwise ``None``.
+        probe; otherwise, for ``"builtin"``, which joins two stages itself, and for networks without
+        normalisation (AlexNet, VGG, SqueezeNet) ``None``.
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
         How a feature map becomes a row. ``"auto"``: as in the network itself. Tokens of texts:
         ``"mean"``, ``"max"``, ``"cls"`` or ``"last"``.

@@ -197,12 +197,9 @@ class TunedModule(nn.Module):
     def auto_lr(self, first_trained_stage: int) -> float:
         """Return the head's learning rate for ``lr="auto"``.
 
-        Networks that normalise no activations (AlexNet, VGG, SqueezeNet) and those of texts need
-        smaller steps.
+        Networks that normalise no activations and those of texts need smaller steps.
         """
-        parts = [type(part).__name__.lower() for part in self.stages.modules()]
-        has_norm = any("norm" in name and "response" not in name for name in parts)
-        is_robust = has_norm and not self.is_text
+        is_robust = normalises(self.stages) and not self.is_text
         return 3e-4 if is_robust or first_trained_stage >= len(self.stages) else 1e-4
 
     def groups(self, start: int) -> list[tuple[str, int, list[nn.Parameter]]]:
@@ -222,6 +219,12 @@ class TunedModule(nn.Module):
             if own := [p for p in self.stages[i].parameters() if owner[id(p)] == i]:
                 found.append((self.stage_names[i], max(1, distance), own))
         return found
+
+
+def normalises(network: nn.Module) -> bool:
+    """Whether a network normalises activations, other than AlexNet, VGG and SqueezeNet."""
+    parts = [type(part).__name__.lower() for part in network.modules()]
+    return any("norm" in name and "response" not in name for name in parts)
 
 
 def _has_statistics(part: nn.Module) -> bool:

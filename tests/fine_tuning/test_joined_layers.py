@@ -179,13 +179,14 @@ def test_known_networks(stripes, backbone):
     ("parameters", "layer"),
     [
         ({"backbone": "builtin"}, None),
-        ({"backbone": "squeezenet1_1", "weights": None}, "all"),
+        ({"backbone": "resnet18", "weights": None}, "all"),
+        ({"backbone": "squeezenet1_1", "weights": None}, None),  # without normalisation
         ({"backbone": "vit_b_16", "weights": None}, None),  # stages of tokens
         ({"backbone": tiny_network}, None),
-        ({"backbone": "squeezenet1_1", "weights": None, "pooling": "max"}, None),
-        ({"backbone": "squeezenet1_1", "weights": None, "head_init": "random"}, None),
+        ({"backbone": "resnet18", "weights": None, "pooling": "max"}, None),
+        ({"backbone": "resnet18", "weights": None, "head_init": "random"}, None),
     ],
-    ids=["builtin", "squeezenet", "tokens", "own network", "own pooling", "random head"],
+    ids=["builtin", "resnet", "squeezenet", "tokens", "own network", "own pooling", "random head"],
 )
 def test_auto_joins_the_stages_of_published_convolutional_networks(parameters, layer):
     X = list(np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8))
@@ -209,7 +210,7 @@ def test_an_own_head_takes_the_networks_own_embedding():
 def test_a_file_of_auto_gives_the_same_columns(tmp_path):
     X = list(np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8))
     settings = {"preprocessing": {"size": 32, "crop": 32}, "max_epochs": 1, "random_state": 0}
-    model = FineTuningClassifier("squeezenet1_1", weights=None, **settings)
+    model = FineTuningClassifier("resnet18", weights=None, **settings)
     model.fit(X, np.arange(6) % 2)
     for is_standalone in (False, True):
         save(model, tmp_path / "model.skt", standalone=is_standalone)
