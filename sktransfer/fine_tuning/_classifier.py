@@ -44,10 +44,9 @@ class FineTuningClassifier(ClassifierMixin, BaseFineTuning):
     layer : int, str, list of them or None, default="auto"
         The stage after which the head is put: its name, or for ``"hf:…"`` networks the number of
         the hidden states. ``None``: the last one. A list, or ``"all"``: the pooled outputs of
-        several stages enter the head, joined. ``"auto"``: ``"all"`` for convolutional networks
-        that are given by their name, with ``pooling="auto"`` and a head that starts from a linear
-        probe; otherwise, for ``"builtin"``, which joins two stages itself, and for networks without
-        normalisation (AlexNet, VGG, SqueezeNet) ``None``.
+        several stages, joined. ``"auto"``: ``"all"`` for convolutional networks given by their
+        name, with ``pooling="auto"`` and a linear probe as the head's start; ``None`` for others,
+        ``"builtin"`` and networks without normalisation (AlexNet, VGG, SqueezeNet).
     pooling : {"auto", "avg", "max", "avgmax", "gem", "cls", "flatten"}, default="auto"
         How a feature map becomes a row. ``"auto"``: as in the network itself. Tokens of texts:
         ``"mean"``, ``"max"``, ``"cls"`` or ``"last"``.

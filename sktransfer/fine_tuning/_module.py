@@ -195,10 +195,7 @@ class TunedModule(nn.Module):
         return self
 
     def auto_lr(self, first_trained_stage: int) -> float:
-        """Return the head's learning rate for ``lr="auto"``.
-
-        Networks that normalise no activations and those of texts need smaller steps.
-        """
+        """Return the head's rate for ``lr="auto"``: smaller for texts, or without normalisation."""
         is_robust = normalises(self.stages) and not self.is_text
         return 3e-4 if is_robust or first_trained_stage >= len(self.stages) else 1e-4
 

@@ -415,10 +415,6 @@ class Backbone:
             self._keys, self._poolings, self.preprocessing, torch.device(device), precision
         )
 
-    def embed_batch(self, pixels: torch.Tensor, precision: str = "float32") -> list[torch.Tensor]:
-        """Embed a batch on its own device; see :meth:`inference_module`."""
-        return self.inference_module(pixels.device, precision)(pixels)
-
 
 def with_cached_layers(layer: str | list | None, cache_layers: list | None) -> str | list | None:
     """Join the layers of the columns and those that are only stored."""

@@ -195,7 +195,7 @@ backbone = pickle.load(open(sys.argv[1], "rb"))
 pixels = torch.load(sys.argv[2], weights_only=True)
 from sktransfer import load_backbone
 assert load_backbone("builtin", layer=["stage1", None]).fingerprint == backbone.fingerprint
-torch.save(torch.cat(backbone.embed_batch(pixels), 1), sys.argv[3])
+torch.save(torch.cat(backbone.inference_module()(pixels), 1), sys.argv[3])
 """
 
 

@@ -41,7 +41,7 @@ class Base(nn.Module):
 
 def embed(module):
     backbone = load_backbone(module, preprocessing=UNIT)
-    return torch.cat(backbone.embed_batch(PIXELS), dim=1)
+    return torch.cat(backbone.inference_module()(PIXELS), dim=1)
 
 
 def fingerprint(module):

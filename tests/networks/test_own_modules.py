@@ -48,7 +48,7 @@ class Branching(Base):
 
 def embed(module, **kwargs):
     backbone = load_backbone(module, preprocessing=AS_IS, **kwargs)
-    return torch.cat(backbone.embed_batch(PIXELS), dim=1)
+    return torch.cat(backbone.inference_module()(PIXELS), dim=1)
 
 
 def fingerprint(module):
@@ -115,7 +115,7 @@ def test_modules_are_left_as_they_were(make):
     module = make().train()
     before = copy.deepcopy(module)
     backbone = load_backbone(module, preprocessing=AS_IS)
-    got = torch.cat(backbone.embed_batch(PIXELS), dim=1)
+    got = torch.cat(backbone.inference_module()(PIXELS), dim=1)
     assert vars(module).keys() == vars(before).keys()
     assert all(torch.equal(v, before.state_dict()[k]) for k, v in module.state_dict().items())
     assert fingerprint(module) == fingerprint(before) == backbone.fingerprint
@@ -190,7 +190,7 @@ class Slow(Branching):
 
 
 def _embed_in_child(backbone, results):
-    results.put(torch.cat(backbone.embed_batch(PIXELS), dim=1).numpy())
+    results.put(torch.cat(backbone.inference_module()(PIXELS), dim=1).numpy())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
@@ -198,12 +198,12 @@ def _embed_in_child(backbone, results):
 def test_fork_while_another_thread_runs_the_network():
     module = Slow()
     backbone = load_backbone(module, preprocessing=AS_IS)
-    right = torch.cat(backbone.embed_batch(PIXELS), dim=1).numpy()
+    right = torch.cat(backbone.inference_module()(PIXELS), dim=1).numpy()
     stop = threading.Event()
 
     def run():
         while not stop.is_set():
-            backbone.embed_batch(PIXELS)
+            backbone.inference_module()(PIXELS)
 
     thread = threading.Thread(target=run)
     thread.start()

@@ -129,7 +129,7 @@ def check_by_value(name):
     with torch.no_grad():
         assert relative_error(stages.run(normalised(pixels)), out) < 1e-5
     assert {s.name: len(list(s.module.parameters())) for s in stages} == STAGES[name]
-    (got,) = backbone.embed_batch(pixels)
+    (got,) = backbone.inference_module()(pixels)
     assert got.dtype == torch.float32
     assert got.shape == (2, backbone.n_features)
     assert relative_error(got, expected) < 1e-5
@@ -355,7 +355,7 @@ def test_timm(name, names):
     with torch.no_grad():
         expected = module.forward_head(module.forward_features(x), pre_logits=True)
         torch.testing.assert_close(backbone.stages.run(x), module(x), rtol=1e-5, atol=1e-5)
-    (got,) = backbone.embed_batch(pixels)
+    (got,) = backbone.inference_module()(pixels)
     assert relative_error(got, expected) < 1e-5
 
 
@@ -364,6 +364,6 @@ def test_a_network_of_timm_without_its_head(name):
     timm = pytest.importorskip("timm")
     module = timm.create_model(name, num_classes=0).eval()
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    (got,) = load_backbone(module, preprocessing={"size": 64}).embed_batch(pixels)
+    (got,) = load_backbone(module, preprocessing={"size": 64}).inference_module()(pixels)
     with torch.no_grad():
         assert relative_error(got, module(normalised(pixels))) < 1e-5

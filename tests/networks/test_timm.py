@@ -119,7 +119,7 @@ def test_networks_that_differ_from_others(name):
     with torch.no_grad():
         features = module.forward_features((pixels / 255 - mean) / std)
         expected = module.forward_head(features, pre_logits=True)
-    (got,) = backbone.embed_batch(pixels)
+    (got,) = backbone.inference_module()(pixels)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -227,7 +227,7 @@ def test_a_layer_that_only_trains_is_a_layer():
     network = chain(Noise()).eval()
     pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     rows = [
-        load_backbone(network, preprocessing=SIZE, layer=layer).embed_batch(pixels)[0]
+        load_backbone(network, preprocessing=SIZE, layer=layer).inference_module()(pixels)[0]
         for layer in ("3", "4")
     ]
     torch.testing.assert_close(*rows)

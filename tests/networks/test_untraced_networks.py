@@ -106,8 +106,8 @@ def test_a_module_that_cannot_be_traced_is_one_operation(make):
     with torch.no_grad():
         torch.testing.assert_close(stages.run(x), network(x))
     pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    (got,) = backbone.embed_batch(pixels)
-    (expected,) = load_backbone(twin, preprocessing=SIZE).embed_batch(pixels)
+    (got,) = backbone.inference_module()(pixels)
+    (expected,) = load_backbone(twin, preprocessing=SIZE).inference_module()(pixels)
     torch.testing.assert_close(got, expected)
 
 
@@ -120,7 +120,7 @@ def test_a_network_that_cannot_be_traced_is_body_and_head():
     with torch.no_grad():
         torch.testing.assert_close(backbone.stages.run(x), network(x), rtol=0, atol=0)
     pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    rows = backbone.embed_batch(pixels)
+    rows = backbone.inference_module()(pixels)
     with torch.no_grad():
         x = backbone.preprocessing
         x = (pixels / 255 - torch.tensor(x.mean).view(3, 1, 1)) / torch.tensor(x.std).view(3, 1, 1)
@@ -188,7 +188,7 @@ def test_a_layer_that_does_not_always_run():
 
     backbone = load_backbone(Sometimes(), preprocessing=SIZE, layer="features.1")
     with pytest.raises(ValueError, match=r"layer 'features.1' did not run for these images"):
-        backbone.embed_batch(torch.full((2, 3, 16, 16), 255, dtype=torch.uint8))
+        backbone.inference_module()(torch.full((2, 3, 16, 16), 255, dtype=torch.uint8))
 
 
 def test_a_forward_that_makes_tensors_on_the_cpu():
@@ -206,7 +206,7 @@ def test_a_forward_that_makes_tensors_on_the_cpu():
 
     network, pixels = Recurrent(), torch.full((2, 3, 16, 16), 255, dtype=torch.uint8)
     how = {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
-    (got,) = load_backbone(network, preprocessing=how).embed_batch(pixels)
+    (got,) = load_backbone(network, preprocessing=how).inference_module()(pixels)
     with torch.no_grad():
         torch.testing.assert_close(got, network.rows(torch.ones(2, 3, 16, 16)))
 

@@ -319,4 +319,4 @@ def test_real_weights(shared_data):
     for name in ("mobilenet_v2", "squeezenet1_1"):
         backbone = load_backbone(name, weights=folder / f"{name}_imagenet.safetensors")
         x = torch.zeros((1, 3, 224, 224), dtype=torch.uint8)
-        assert backbone.embed_batch(x)[0].isfinite().all()
+        assert backbone.inference_module()(x)[0].isfinite().all()

@@ -102,8 +102,9 @@ def test_what_is_plain_is_accepted(tmp_path, change):
     module = Tiny()
     module.load_state_dict(state())
     x = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
-    rows = load_backbone(Tiny(), weights=path).embed_batch(x)[0]
-    torch.testing.assert_close(rows, load_backbone(module).embed_batch(x)[0], rtol=0.01, atol=0.01)
+    rows = load_backbone(Tiny(), weights=path).inference_module()(x)[0]
+    expected = load_backbone(module).inference_module()(x)[0]
+    torch.testing.assert_close(rows, expected, rtol=0.01, atol=0.01)
 
 
 # -- numbers that are none --------------------------------------------------------------------

@@ -57,8 +57,8 @@ def tiny(**kwargs):
 SMALL = {"size": 64, "crop": 64}
 
 
-def embed(backbone, pixels=PIXELS, **kwargs):
-    return torch.cat(backbone.embed_batch(pixels, **kwargs), dim=1)
+def embed(backbone, pixels=PIXELS, precision="float32"):
+    return torch.cat(backbone.inference_module(pixels.device, precision)(pixels), dim=1)
 
 
 def normalised(pixels=PIXELS):
