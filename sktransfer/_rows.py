@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from numbers import Number
 from typing import Protocol, Self
 
 import numpy as np
@@ -75,7 +76,8 @@ def is_missing(cell: object) -> bool:
     """Whether a cell is None, NaN, pandas.NA or NaT."""
     if cell is None or type(cell).__name__ in ("NAType", "NaTType"):
         return True
-    return isinstance(cell, (float, np.floating)) and bool(np.isnan(cell))
+    # NaN and NaT, also of NumPy, differ from themselves.
+    return isinstance(cell, (Number, np.datetime64, np.timedelta64)) and bool(cell != cell)
 
 
 class Rows(ABC):

@@ -316,7 +316,7 @@ class BaseFineTuning(BaseEmbedding):
             return super()._load(**given)
         from sktransfer.fine_tuning._module import normalises
 
-        # The built-in network joins two stages itself, and an own head is made for one embedding.
+        # The built-in network joins two stages itself. A user's own head fits the last stage alone.
         is_published = isinstance(self.backbone, str) and self.backbone != "builtin"
         may_join = is_published and self._starts_as_probe and self.pooling == "auto"
         backbone = super()._load(**given, layer=None)

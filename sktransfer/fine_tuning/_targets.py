@@ -12,6 +12,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_consistent_length, column_or_1d
 
 from sktransfer._progress import shown
+from sktransfer._rows import is_missing
 
 
 def check_y_given(y: object, class_name: str, name: str = "y") -> None:
@@ -188,13 +189,13 @@ def _check_finite(values: np.ndarray, name: str, noun: str) -> None:
     """Raise ValueError for a missing or infinite value, with its row."""
     kind = values.dtype.kind
     if kind in "fc":
-        is_missing, is_infinite = np.isnan(values), np.isinf(values)
+        are_missing, are_infinite = np.isnan(values), np.isinf(values)
     elif kind == "O":
-        kinds = [(_is_missing(v), isinstance(v, float) and abs(v) == math.inf) for v in values.flat]
-        is_missing, is_infinite = np.array(kinds, dtype=bool).reshape(-1, 2).T
+        kinds = [(is_missing(v), isinstance(v, float) and abs(v) == math.inf) for v in values.flat]
+        are_missing, are_infinite = np.array(kinds, dtype=bool).reshape(-1, 2).T
     else:
-        is_missing, is_infinite = np.isnat(values) if kind in "mM" else np.zeros(0), np.zeros(0)
-    for what, is_bad in (("NaN or None", is_missing), ("infinity", is_infinite)):
+        are_missing, are_infinite = np.isnat(values) if kind in "mM" else np.zeros(0), np.zeros(0)
+    for what, is_bad in (("NaN or None", are_missing), ("infinity", are_infinite)):
         if is_bad.any():
             row, *column = np.argwhere(is_bad.reshape(values.shape))[0].tolist()
             value, where = values[(row, *column)], f" in column {column[0]}" if column else ""
@@ -202,11 +203,6 @@ def _check_finite(values: np.ndarray, name: str, noun: str) -> None:
                 f"Input {name} contains {what}: the {noun} of row {row} is {value}{where}. Every "
                 f"row needs a {noun}; leave out those without."
             )
-
-
-def _is_missing(label: object) -> bool:
-    # pandas' NA compares as NA, not as a boolean.
-    return label is None or type(label).__name__ == "NAType" or bool(np.any(label != label))
 
 
 def _check_discrete(labels: np.ndarray, name: str) -> None:

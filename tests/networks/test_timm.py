@@ -138,13 +138,17 @@ def test_errors(name, weights, error, message):
         load_backbone(name, weights=weights)
 
 
-@pytest.mark.parametrize("name", ["resnet26", "vit_base_patch16_224_in21k"])  # an old name
-def test_no_network(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [("resnet26", "timm/"), ("vit_base_patch16_224_in21k", "\n")],  # an old name
+)
+def test_no_network(name, repository, monkeypatch):
     def fails(name, pretrained):
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr(timm, "create_model", fails)
-    with pytest.raises(OSError, match=r"no route to the hub[^$]*from: https://huggingface.co/"):
+    message = "no route to the hub[^$]*from: https://huggingface.co/"
+    with pytest.raises(OSError, match=message + repository):
         load_backbone(f"timm:{name}")
 
 
